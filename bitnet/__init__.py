@@ -1,0 +1,107 @@
+"""Train, convert and serve 1-bit and 1.58-bit language models.
+
+    import bitnet
+    report = bitnet.replace_linear(model)    # nn.Linear -> BitLinear, in place; train as usual
+    bitnet.pack(model)                       # BitLinear -> PackedBitLinear: two bits a weight, the same outputs
+    bitnet.save(model, "out")                # a Hugging Face checkpoint
+    model = bitnet.load("out")               # or AutoModelForCausalLM.from_pretrained("out")
+
+Importing this package also teaches transformers' from_pretrained to build these layers for `bitnet` checkpoints.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert.checkpoint import load, save
+    from .convert.swap import Report, pack, replace_linear, unpack
+    from .kernels.ops import backends
+    from .linear import BitLinear
+    from .packed import PackedBitLinear
+    from .quantize import QuantSpec
+    from .training import set_strength, strength_at
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BitLinear": "bitnet.linear",
+    "PackedBitLinear": "bitnet.packed",
+    "QuantSpec": "bitnet.quantize",
+    "Report": "bitnet.convert.swap",
+    "backends": "bitnet.kernels.ops",
+    "load": "bitnet.convert.checkpoint",
+    "pack": "bitnet.convert.swap",
+    "replace_linear": "bitnet.convert.swap",
+    "save": "bitnet.convert.checkpoint",
+    "set_strength": "bitnet.training",
+    "strength_at": "bitnet.training",
+    "unpack": "bitnet.convert.swap",
+}
+
+__all__ = [
+    "BitLinear",
+    "PackedBitLinear",
+    "QuantSpec",
+    "Report",
+    "backends",
+    "load",
+    "pack",
+    "replace_linear",
+    "save",
+    "set_strength",
+    "strength_at",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bitnet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
+    """Registers our quantizer the moment the module that holds from_pretrained has been imported.
+
+    transformers has no entry point for plug-ins, and importing it here would add seconds to every
+    `import bitnet`, also for those who never load a checkpoint.
+    """
+
+    trigger = "transformers.modeling_utils"
+
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.trigger:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_then_register(module: Any) -> None:
+                run(module)
+                _register()
+
+            spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    importlib.import_module("bitnet.convert.hf").register()
+
+
+if _RegisterWithTransformers.trigger in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _RegisterWithTransformers())

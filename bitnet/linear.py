@@ -1,0 +1,88 @@
+"""BitLinear: nn.Linear that trains for 1 or 1.58 bits."""
+
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .quantize import QuantSpec, bit_linear
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def become(module: nn.Module, cls: type[M]) -> M:
+    """Change a module's class in place; whoever holds the object, and its hooks, keep working."""
+    module.__class__ = cls
+    if "_old_forward" in vars(module):  # accelerate's hooks call the original forward through this
+        module._old_forward = MethodType(cls.forward, module)
+    return module  # type: ignore[return-value]
+
+
+class BitLinear(nn.Linear):
+    """A drop-in nn.Linear whose product runs on quantized weights and activations.
+
+    Takes nn.Linear's arguments, then the options of QuantSpec. `weight` [N, K] stays the float *latent* weight
+    that optimizers update; every forward pass quantizes it afresh. Names and state_dict keys are those of
+    nn.Linear (plus `rms_norm.weight` if that option is on).
+
+    strength: how far training forward passes quantize: 1 fully, 0 not at all; bitnet.set_strength sets it.
+        Evaluation mode always quantizes fully, because that is what packing and serving compute.
+    """
+
+    spec: QuantSpec
+    strength: float | Tensor  # a 0-d tensor strictly between 0 and 1, so that a compiled ramp is one graph
+    rms_norm: nn.RMSNorm | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._configure(QuantSpec(**options))
+
+    @staticmethod
+    def from_linear(linear: nn.Linear, spec: QuantSpec | None = None) -> "BitLinear":
+        """Turn an nn.Linear into a BitLinear *in place* and return it.
+
+        The object stays the same: Parameters, ties, hooks, device and references to it are untouched.
+        """
+        layer = become(linear, BitLinear)
+        layer._configure(spec or QuantSpec())
+        return layer
+
+    def _configure(self, spec: QuantSpec) -> None:
+        self.spec = spec
+        self.strength = 1.0
+        self.rms_norm = None
+        if spec.rms_norm:
+            self.rms_norm = nn.RMSNorm(
+                self.in_features, spec.rms_norm_eps, device=self.weight.device, dtype=self.weight.dtype
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return bit_linear(x, self.weight, self.bias, self.spec, self.strength if self.training else 1.0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {describe(self.spec)}"
+
+
+def describe(spec: QuantSpec) -> str:
+    """The options in a few words, as module printouts show them."""
+    words = [spec.weights]
+    if spec.per_row:
+        words.append("per-row scale")
+    words.append(
+        "float activations" if spec.activation_bits is None else f"int{spec.activation_bits} activations"
+    )
+    return ", ".join(words)

@@ -1,0 +1,149 @@
+"""PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import layout, ops
+from .linear import BitLinear, become, describe
+from .quantize import QuantSpec
+
+
+class PackedBitLinear(nn.Module):
+    """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
+
+    Takes nn.Linear's arguments, then the options of QuantSpec, and `backend` ("auto" or a name that
+    bitnet.backends() lists). Freshly built it holds zeros. Buffers:
+
+    weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py)
+    weight_scale: float32 [1], or [N] with per_row; multiplies. Stays float32 under .to(dtype)
+    bias:         [N] or None
+
+    The backend derives its own layout from these at the first call; it is never saved. Gradients flow through
+    to the input, so adapters (LoRA) can be trained beside packed layers; the packed weight itself cannot.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        spec = QuantSpec(**options)
+        rows = layout.packed_rows(out_features)
+        zeros = 0b01010101  # four codes of 0
+        packed = torch.full((rows, in_features), zeros, dtype=torch.uint8, device=device)
+        scale = torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
+        b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        norm = (
+            nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
+        )
+        self._configure(in_features, out_features, spec, packed, scale, b, norm, backend)
+
+    @staticmethod
+    def from_bit_linear(
+        layer: BitLinear, packed: Tensor, scale: Tensor, backend: str = "auto"
+    ) -> "PackedBitLinear":
+        """Turn a BitLinear into its packed form *in place* and return it; its latent weight is dropped.
+
+        packed, scale: what quantize_packed(layer) returned
+        """
+        k, n, norm, spec = layer.in_features, layer.out_features, layer.rms_norm, layer.spec
+        bias = None if layer.bias is None else layer.bias.detach()
+        del layer.weight, layer.bias, layer.rms_norm, layer.strength
+        module = become(layer, PackedBitLinear)
+        module._configure(k, n, spec, packed, scale, bias, norm, backend)
+        return module
+
+    def _configure(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        rms_norm: nn.RMSNorm | None,
+        backend: str,
+    ) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        self.spec, self.backend = spec, backend
+        self.register_buffer("weight", packed)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+        self.rms_norm = rms_norm
+        self._prepacked: tuple[Tensor, str] | None = None
+
+    def prepack(self) -> tuple[Tensor, str]:
+        """Derive the backend's own layout now instead of at the first call; returns it with the backend's name.
+
+        Raises ValueError if the bytes or the scale are not those of a ternary weight.
+        """
+        if self._prepacked is None:
+            if not torch.compiler.is_compiling() and not bool((self.weight_scale > 0).all()):
+                raise ValueError(
+                    "weight_scale must be positive and finite; the checkpoint is corrupt or incomplete"
+                )
+            backend = ops.choose_backend(self.backend, self.weight.device)
+            self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
+        return self._prepacked
+
+    def codes(self) -> Tensor:
+        """The ternary weight, int8 [N, K]."""
+        return layout.unpack_ternary(self.weight, self.out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input is {list(x.shape)}, but this layer takes {self.in_features} features")
+        weight, backend = self._prepacked or self.prepack()
+        bits = self.spec.activation_bits
+        return ops.linear_prepacked(x, weight, self.weight_scale, self.bias, self.out_features, bits, backend)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedBitLinear":
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if (
+            self.weight_scale.dtype != torch.float32
+        ):  # .to(bfloat16), .half(): the scale is exact or it is wrong
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self._prepacked = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepacked = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_prepacked": None}
+
+    def extra_repr(self) -> str:
+        shape = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+        return f"{shape}, {describe(self.spec)}, backend={self.backend}"
+
+
+def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:
+    """A layer's latent weight in the Hub layout: uint8 [ceil(N/4), K] and float32 scale, as its forward uses it.
+
+    Raises ValueError for NaN or Inf weights.
+    """
+    spec = layer.spec
+    codes, scale = ops.quantize_weight(layer.weight.detach(), kind=spec.weights, per_row=spec.per_row)
+    return layout.pack_ternary(codes), scale

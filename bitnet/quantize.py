@@ -1,0 +1,106 @@
+"""Quantization in training: what to quantize, and straight-through gradients around the reference formulas.
+
+The forward pass at full strength is the integer product that serving computes, so a trained layer and its
+packed form agree bit for bit in the accumulator. The backward pass treats rounding and clamping as the
+identity (straight-through estimator, arXiv 2310.11453, sec. 2.2) and uses the *quantized* operands:
+
+    dX = dY Wq        dW = dY^T Xq        with Wq = codes * scale, Xq = q / s
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import int8, reference
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The options of a BitLinear layer; they decide what is computed, so they travel with checkpoints.
+
+    weights:         "ternary" (b1.58: absmean, -1/0/1) or "binary" (b1: sign around the mean, -1/1)
+    per_row:         one scale per output row instead of one per tensor
+    activation_bits: 8, 4, or None for float activations
+    rms_norm:        an RMSNorm with learnable weight inside the layer, before the activation quantizer
+    rms_norm_eps:    its epsilon
+    """
+
+    weights: Literal["ternary", "binary"] = "ternary"
+    per_row: bool = False
+    activation_bits: int | None = 8
+    rms_norm: bool = False
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ternary", "binary"):
+            raise ValueError(f"weights must be 'ternary' or 'binary', got {self.weights!r}")
+        if self.activation_bits not in (8, 4, None):
+            raise ValueError(f"activation_bits must be 8, 4 or None, got {self.activation_bits!r}")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps!r}")
+
+
+def bit_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: QuantSpec, strength: float | Tensor = 1.0
+) -> Tensor:
+    """The training forward: x [..., K] times the quantized latent weight [N, K], differentiable in all three.
+
+    strength 1 is the exact quantized product; 0 is F.linear. A 0-d tensor blends both operands,
+    v + strength * (quantize(v) - v), for a gradual start (Hugging Face's 1.58-bit fine-tuning recipe).
+    """
+    if isinstance(strength, float) and strength == 1:
+        return _QuantizedLinear.apply(x, weight, bias, spec.weights, spec.per_row, spec.activation_bits)
+    w = weight
+    if isinstance(strength, Tensor):
+        codes, scale = reference.quantize_weight(weight.detach(), spec.weights, spec.per_row)
+        w = _blend(weight, codes * scale[:, None], strength)
+        if spec.activation_bits is not None:
+            q, s = reference.quantize_activation(x.detach(), spec.activation_bits)
+            x = _blend(x, q / s, strength)
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _blend(v: Tensor, quantized: Tensor, strength: Tensor) -> Tensor:
+    """v + strength * (quantized - v) whose gradient is that of v (quantized is float32, the result has v's dtype)."""
+    return v + (strength * (quantized - v.detach())).to(v.dtype)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        per_row: bool,
+        bits: int | None,
+    ) -> Tensor:
+        codes, scale = reference.quantize_weight(weight, kind, per_row)
+        x2 = x.reshape(-1, x.shape[-1])
+        if bits is None:
+            ctx.save_for_backward(x2, None, codes, scale)
+            y = reference.float_linear(x2, codes, scale, bias)
+        else:
+            q, s = reference.quantize_activation(x2, bits)
+            ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
+            y = reference.rescale(int8.int_matmul(q, codes), s, scale, bias, x.dtype)
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        return y.reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        q, s, codes, scale = ctx.saved_tensors
+        gy = grad_y.reshape(-1, codes.shape[0])
+        grad_x = grad_w = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = reference.grad_input(gy, codes, scale).reshape(*grad_y.shape[:-1], codes.shape[1])
+        if ctx.needs_input_grad[1]:
+            xq = q if s is None else (q / s).to(gy.dtype)
+            grad_w = (gy.T @ xq).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_b = gy.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_w, grad_b, None, None, None

@@ -1,0 +1,312 @@
+"""The Hugging Face `bitnet` checkpoint format: config, scale direction, quantizer. Every quirk lives here.
+
+Three stock forms, all of `quant_method: bitnet`, read and (the first two) written:
+
+    linear_class    quantization_mode   weight                   weight_scale          our layer
+    bitlinear       -                   uint8 [N/4, K] packed    stored as 1 / scale   PackedBitLinear
+    autobitlinear   online              float [N, K] latent      -                     BitLinear
+    autobitlinear   offline             uint8 packed, or the     stored as scale       PackedBitLinear
+                                        codes as floats
+
+Models that stock transformers cannot express (per-row scales, other activation bits, binary latent weights,
+N % 4 != 0, layers with different options) carry EXTENDED as linear_class: stock transformers refuses it with a
+message that names this package. Their options stand under "bitnet_toolkit". Packed weight_scale is stored as
+1 / scale there too.
+"""
+
+import re
+import warnings
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import BitNetQuantConfig
+
+from bitnet.kernels import layout
+from bitnet.linear import BitLinear
+from bitnet.packed import PackedBitLinear
+from bitnet.quantize import QuantSpec
+
+from .checkpoint import TensorHeader, read_headers
+
+EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
+
+
+class BitNetConfig(BitNetQuantConfig):
+    """transformers' BitNetQuantConfig, and our options where linear_class is EXTENDED.
+
+    bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys}}
+    """
+
+    def __init__(
+        self, linear_class: str = "bitlinear", bitnet_toolkit: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        extended = linear_class.startswith("bitnet_toolkit")
+        if extended and not isinstance(bitnet_toolkit, dict):
+            raise ValueError(
+                "quantization_config has our linear_class but no `bitnet_toolkit` section; config.json is damaged"
+            )
+        super().__init__(linear_class="bitlinear" if extended else linear_class, **kwargs)
+        if extended:
+            self.linear_class = EXTENDED
+            self.bitnet_toolkit = bitnet_toolkit
+
+    def layer(self, name: str) -> tuple[bool, QuantSpec]:
+        """(is it packed, its options) for the swapped layer `name`."""
+        if self.linear_class == EXTENDED:
+            section = self.bitnet_toolkit["overrides"].get(name, self.bitnet_toolkit)
+            return section["packed"], QuantSpec(**section["spec"])
+        packed = self.linear_class == "bitlinear" or self.quantization_mode == "offline"
+        return packed, QuantSpec(rms_norm=self.use_rms_norm, rms_norm_eps=self.rms_norm_eps)
+
+
+def config_of(model: nn.Module) -> BitNetConfig | None:
+    """The config that rebuilds a model's low-bit layers, in a stock form if there is one; None if it has none."""
+    layers: dict[str, tuple[bool, QuantSpec]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear | PackedBitLinear):
+            layers[name] = isinstance(module, PackedBitLinear), module.spec
+    if not layers:
+        return None
+    (packed, spec), _ = Counter(layers.values()).most_common(1)[0]
+    skips = _skip_patterns(model, layers)
+    overrides = {name: layer for name, layer in layers.items() if layer != (packed, spec)}
+    ragged = packed and any(model.get_submodule(name).out_features % 4 for name in layers)
+    stock = (
+        not overrides
+        and not ragged
+        and not spec.per_row
+        and spec.activation_bits == 8
+        and (packed or spec.weights == "ternary")
+        and all(should_convert_module(name, _with_fp32(model, skips)) for name in layers)
+    )
+    common: dict[str, Any] = {"modules_to_not_convert": skips}
+    if stock:
+        common |= {"use_rms_norm": spec.rms_norm, "rms_norm_eps": spec.rms_norm_eps}
+        if packed:
+            return BitNetConfig("bitlinear", **common)
+        return BitNetConfig("autobitlinear", quantization_mode="online", **common)
+    section = {"packed": packed, "spec": asdict(spec)}
+    section["overrides"] = {name: {"packed": p, "spec": asdict(s)} for name, (p, s) in overrides.items()}
+    return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Bring a model's config in line with its layers, so that save_pretrained writes what from_pretrained rebuilds."""
+    config = config_of(model)
+    packed = any(isinstance(module, PackedBitLinear) for module in model.modules())
+    if config is None:
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    else:
+        model.config.quantization_config = config
+    # Latent weights save as they are, and Trainer should treat their model like any other.
+    model.is_quantized = packed
+    model.hf_quantizer = BitNetQuantizer(config) if packed else None
+
+
+def swap_for_loading(
+    model: nn.Module, config: BitNetConfig, headers: dict[str, TensorHeader] | None = None
+) -> None:
+    """Put the layers that `config` describes into a freshly built model, usually on the meta device.
+
+    headers: what the checkpoint holds; where it contradicts the config, one ValueError says which tensor and how.
+    """
+    skips = (
+        _with_fp32(model, config.modules_to_not_convert)
+        if config.modules_to_not_convert is not None
+        else None
+    )
+    if skips is None and isinstance(model, PreTrainedModel):
+        skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    # Checkpoints whose names are rewritten on loading (old layouts) cannot be compared by name.
+    comparable = headers is not None and any(f"{name}.weight" in headers for name, _ in _linears(model))
+    for name, linear in _linears(model):
+        stored = headers.get(f"{name}.weight") if comparable and headers else None
+        if not should_convert_module(name, skips):
+            if stored and stored.dtype == "U8":
+                raise ValueError(
+                    f"config.json keeps {name} as it is (modules_to_not_convert), but {stored.file} holds packed "
+                    f"bytes for it; one of the two is wrong"
+                )
+            continue
+        packed, spec = config.layer(name)
+        if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
+            packed = False  # the codes as floats; packed once they are loaded
+            model.set_submodule(name, _float_codes(linear))
+        elif packed:
+            shape = linear.in_features, linear.out_features
+            options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            model.set_submodule(
+                name, PackedBitLinear(*shape, linear.bias is not None, **options, **asdict(spec))
+            )
+        else:
+            BitLinear.from_linear(linear, spec)
+        if comparable and headers is not None:
+            _compare(name, model.get_submodule(name), headers)
+
+
+def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
+    """Turn stored scales into ours and check every packed layer's values; raises ValueError naming the layer."""
+    divides = config.linear_class != "autobitlinear"
+    for name, module in list(model.named_modules()):
+        if type(module) is AutoBitLinear:
+            module = _pack_float_codes(name, module)
+        elif not isinstance(module, PackedBitLinear):
+            continue
+        elif divides:
+            module.weight_scale = 1 / module.weight_scale.float()
+        if module.weight.is_meta:
+            continue
+        try:
+            module.prepack()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if not bool(module.weight.any()):
+            warnings.warn(
+                f"{name}: every packed byte is zero, which means every weight is -1; the checkpoint is probably "
+                "damaged (some uploads are)",
+                stacklevel=2,
+            )
+
+
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """model.state_dict() as it goes to disk: packed scales as 1 / scale."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedBitLinear):
+            key = f"{name}.weight_scale" if name else "weight_scale"
+            state[key] = stored_scale(module.weight_scale)
+    return state
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """The float32 r with 1 / r == scale, which exists for every scale that was made as 1 / inv; else the nearest."""
+    first = 1 / scale
+    found = first
+    below = above = first
+    for _ in range(2):
+        below, above = (
+            below.nextafter(torch.zeros_like(first)),
+            above.nextafter(torch.full_like(first, torch.inf)),
+        )
+        for candidate in (below, above):
+            found = torch.where((1 / found != scale) & (1 / candidate == scale), candidate, found)
+    return found
+
+
+class BitNetQuantizer(BitNetHfQuantizer):
+    """transformers' hook into from_pretrained and save_pretrained, with our layers instead of its own."""
+
+    quantization_config: BitNetConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "packed layers cannot be offloaded to disk; they are an eighth of bf16, so use the CPU instead"
+            )
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        return max_memory
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        swap_for_loading(model, self.quantization_config, read_headers(files) if files else None)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        finish_loading(model, self.quantization_config)
+        attach(model)
+        return model
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {}  # our layers' buffers have the names and the contents of the stored tensors
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return stored_state(model), {}
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters beside packed layers
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .swap import unpack
+
+        unpack(model, dtype)
+        return model
+
+
+def register() -> None:
+    """Make from_pretrained build our layers for `bitnet` checkpoints, in place of transformers' own."""
+    auto.AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = BitNetConfig
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
+    return [*patterns, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+
+
+def _skip_patterns(model: nn.Module, swapped: dict[str, Any]) -> list[str]:
+    """modules_to_not_convert: few patterns, each anchored, that cover the kept layers and no swapped one."""
+    patterns: list[str] = []
+    for name, _ in _linears(model):
+        if name in swapped or not should_convert_module(name, patterns):
+            continue
+        exact = re.escape(name) + "$"
+        for pattern in (name, re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", exact), exact):
+            if "." in pattern.replace("\\.", "") or all(
+                should_convert_module(other, [pattern]) for other in swapped
+            ):
+                if pattern == name and "." in name:
+                    continue  # a dotted name would be read as an unanchored regular expression
+                patterns.append(pattern)
+                break
+    return patterns
+
+
+def _compare(name: str, module: nn.Module, headers: dict[str, TensorHeader]) -> None:
+    dtypes = {torch.uint8: "U8"}
+    for leaf, tensor in module.state_dict().items():
+        stored = headers.get(f"{name}.{leaf}")
+        if stored is None:
+            raise ValueError(
+                f"config.json says {name} is {type(module).__name__}, but the checkpoint has no tensor {name}.{leaf}"
+            )
+        expected = dtypes.get(tensor.dtype)
+        ok = stored.dtype == expected if expected else stored.dtype in ("F32", "BF16", "F16")
+        if not ok or tuple(tensor.shape) != stored.shape:
+            raise ValueError(
+                f"{stored.file}: {name}.{leaf} is {stored.dtype} {list(stored.shape)}, but config.json says the layer "
+                f"is {type(module).__name__}, which stores {expected or 'F32, BF16 or F16'} {list(tensor.shape)}"
+            )
+
+
+def _float_codes(linear: nn.Linear) -> AutoBitLinear:
+    with torch.device(linear.weight.device):
+        return AutoBitLinear(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype
+        )
+
+
+def _pack_float_codes(name: str, module: AutoBitLinear) -> PackedBitLinear:
+    codes = module.weight.detach()
+    if not bool(((codes == 0) | (codes.abs() == 1)).all()):
+        raise ValueError(
+            f"{name}: quantization_mode is offline, but its weight holds values other than -1, 0, 1"
+        )
+    packed, scale = layout.pack_ternary(codes.to(torch.int8)), module.weight_scale.float()
+    del module.weight_scale
+    layer = BitLinear.from_linear(module, QuantSpec(rms_norm=False))
+    return PackedBitLinear.from_bit_linear(layer, packed, scale)

@@ -1,0 +1,355 @@
+"""Surgery on modules in memory: nn.Linear -> BitLinear -> PackedBitLinear, in place, and a report of it.
+
+What is left alone, and why, is decided here in one order: safety first (weights that something else uses too,
+which nothing overrides), then the user's `skip`, then `include`, then the defaults for heads and routers.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bitnet.kernels import layout
+from bitnet.linear import BitLinear, become
+from bitnet.packed import PackedBitLinear, quantize_packed
+from bitnet.quantize import QuantSpec
+
+Pattern = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Iterable[Pattern]
+
+# Last name components that are kept by default, whole (so "gate" is not "gate_proj"): what decides between
+# classes, tokens or experts is small and does not survive 1.58 bits.
+HEADS = {"lm_head", "embed_out", "head", "classifier", "score", "qa_outputs", "proj_out", "pooler"}
+ROUTERS = {"router", "gate"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight matrix of a model and what became of it."""
+
+    name: str
+    kind: str  # class of the module, or "parameter of <class>"
+    shape: tuple[int, ...]
+    weights: int
+    bytes: int
+    action: str  # "ternary", "binary", "packed", "float" or "kept"
+    reason: str  # why it was kept; empty otherwise
+
+
+@dataclass
+class Report:
+    """What happened to every weight matrix of a model; print it for a table.
+
+    rows: one Row for each module or parameter that holds a matrix (norms and biases only count in the totals)
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    other_bytes: int = 0  # norms, biases and other vectors
+
+    @property
+    def low_bit_weights(self) -> int:
+        """Weights that are ternary or binary now."""
+        return sum(row.weights for row in self.rows if row.action in ("ternary", "binary", "packed"))
+
+    @property
+    def weights(self) -> int:
+        """All weights in matrices."""
+        return sum(row.weights for row in self.rows)
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the low-bit weights take on disk once packed: two bits each."""
+        return sum(
+            layout.packed_rows(row.shape[0]) * row.shape[1]
+            for row in self.rows
+            if row.action in ("ternary", "binary", "packed")
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        """What everything else takes, in its present dtype."""
+        return self.other_bytes + sum(row.bytes for row in self.rows if row.action in ("kept", "float"))
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], int] = {}
+        for row in self.rows:
+            name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+            key = (name, row.kind, "x".join(map(str, row.shape)), row.action, row.reason)
+            groups[key] = groups.get(key, 0) + 1
+        lines = [("weight matrix", "kind", "shape", "count", "now", "why")]
+        lines += [
+            (name, kind, shape, str(n), now, why) for (name, kind, shape, now, why), n in groups.items()
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(6)]
+        table = "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        share = 100 * self.low_bit_weights / max(self.weights, 1)
+        return (
+            f"{table}\n"
+            f"{self.low_bit_weights:,} of {self.weights:,} weights ({share:.1f} %) are low-bit; packed they take "
+            f"{self.packed_bytes / 1e6:,.2f} MB, the rest {self.kept_bytes / 1e6:,.2f} MB"
+        )
+
+
+def replace_linear(
+    model: nn.Module, *, skip: Patterns | None = None, include: Patterns | None = None, **options: Any
+) -> Report:
+    """Turn the nn.Linear layers of any model into BitLinear, in place, keeping the trained weights.
+
+    skip:    what to leave alone besides the defaults (output embeddings, task heads, routers)
+    include: swap only what matches; being named here overrides those defaults
+    options: those of bitnet.QuantSpec: weights, per_row, activation_bits, rms_norm, rms_norm_eps
+
+    A pattern is a regular expression that must match the whole module name or its last dotted parts ("fc1" hits
+    "layers.0.fc1", not "xfc1"), or a predicate (name, module) -> bool; give one or several. One that matches no
+    nn.Linear raises ValueError, since a misspelt name would otherwise quantize what was to be kept.
+
+    Layers whose weight is used by other code too (tied to an embedding, read by the parent's forward, patched by
+    tensor parallelism) are never swapped. Everything kept is listed in the report with the reason.
+    """
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
+    spec = QuantSpec(**options)
+    skips, includes = _compile(skip), _compile(include)
+    linears = {name: module for name, module in _unique_modules(model) if isinstance(module, nn.Linear)}
+    for which, patterns in (("skip", skips), ("include", includes)):
+        for pattern, matches in patterns:
+            if not any(matches(name, module) for name, module in linears.items()):
+                raise ValueError(
+                    f"replace_linear: {which}={pattern!r} matches none of the {len(linears)} linear layers; "
+                    f"names look like {', '.join(map(repr, list(linears)[:3]))}"
+                )
+    reasons = {}
+    for name, module in linears.items():
+        if type(module) is BitLinear:
+            continue
+        reason = _unsafe(model, name, module)
+        if not reason and any(matches(name, module) for _, matches in skips):
+            reason = "skipped by request"
+        if not reason and includes:
+            reason = "" if any(matches(name, module) for _, matches in includes) else "not included"
+        elif not reason:
+            reason = _default_skip(model, name)
+        if reason:
+            reasons[name] = reason
+        else:
+            BitLinear.from_linear(module, spec)
+    if isinstance(model, PreTrainedModel):
+        from . import hf
+
+        hf.attach(model)
+    return _report(model, reasons)
+
+
+def pack(model: nn.Module, *, backend: str = "auto") -> Report:
+    """Turn every BitLinear into PackedBitLinear, in place: two bits a weight, the same outputs.
+
+    The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
+    checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
+    """
+    layers = {name: module for name, module in _unique_modules(model) if type(module) is BitLinear}
+    if not layers:
+        raise ValueError("pack: the model has no BitLinear layers; call bitnet.replace_linear(model) first")
+    packed = {}
+    for name, layer in layers.items():
+        if type(layer.weight.data) is not torch.Tensor:
+            raise ValueError(
+                f"pack: {name}.weight is sharded ({type(layer.weight.data).__name__}); gather the model first"
+            )
+        try:
+            packed[name] = quantize_packed(layer)
+        except ValueError as error:
+            raise ValueError(f"pack: {name}: {error}") from None
+    for name, layer in layers.items():
+        PackedBitLinear.from_bit_linear(layer, *packed.pop(name), backend=backend)
+    if isinstance(model, PreTrainedModel):
+        from . import hf
+
+        hf.attach(model)
+    return _report(model)
+
+
+def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
+    """Turn every PackedBitLinear into an nn.Linear, in place, whose weight is exactly codes * scale.
+
+    dtype: of the new weights; default that of the bias, else torch.get_default_dtype(). The result runs anywhere,
+    at full size and with float activations, so its outputs differ from the packed model's by the activation
+    rounding. Raises ValueError for layers with an RMSNorm inside, which no nn.Linear can express.
+    """
+    layers = {name: module for name, module in _unique_modules(model) if type(module) is PackedBitLinear}
+    if not layers:
+        raise ValueError("unpack: the model has no PackedBitLinear layers")
+    if normed := [name for name, layer in layers.items() if layer.rms_norm is not None]:
+        raise ValueError(f"unpack: {normed[0]} has an RMSNorm inside, which an nn.Linear cannot express")
+    for layer in layers.values():
+        bias, training = layer.bias, layer.training
+        as_dtype = dtype or (bias.dtype if bias is not None else torch.get_default_dtype())
+        weight = (layer.codes() * layer.weight_scale[:, None]).to(as_dtype)
+        del (
+            layer.weight,
+            layer.weight_scale,
+            layer.bias,
+            layer.rms_norm,
+            layer.spec,
+            layer.backend,
+            layer._prepacked,
+        )
+        linear = become(layer, nn.Linear)
+        linear.weight = nn.Parameter(weight)
+        linear.bias = None if bias is None else nn.Parameter(bias.to(as_dtype))  # type: ignore[assignment]
+        linear.train(training)
+    if isinstance(model, PreTrainedModel):
+        from . import hf
+
+        hf.attach(model)
+    return _report(model)
+
+
+def _compile(patterns: Patterns | None) -> list[tuple[Any, Callable[[str, nn.Module], bool]]]:
+    if patterns is None:
+        return []
+    if isinstance(patterns, str | re.Pattern) or callable(patterns):
+        patterns = [patterns]
+    compiled: list[tuple[Any, Callable[[str, nn.Module], bool]]] = []
+    for pattern in patterns:
+        if isinstance(pattern, str | re.Pattern):
+            text = pattern if isinstance(pattern, str) else pattern.pattern
+            regex = re.compile(rf"(?:.*\.)?(?:{text})", 0 if isinstance(pattern, str) else pattern.flags)
+            compiled.append((text, lambda name, module, regex=regex: regex.fullmatch(name) is not None))  # type: ignore[misc]
+        elif callable(pattern):
+            compiled.append((pattern, pattern))
+        else:
+            raise TypeError(f"a pattern must be a regular expression or a predicate, got {pattern!r}")
+    return compiled
+
+
+def _unique_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return iter(list(model.named_modules()))  # a module under several names comes once
+
+
+def _unsafe(model: nn.Module, name: str, module: nn.Linear) -> str:
+    """Why swapping this layer would be wrong whatever the user wants; "" if it is safe."""
+    if type(module) is not nn.Linear:
+        return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        return "its forward is patched on the instance (tensor parallelism?)"
+    if type(module.weight.data) is not torch.Tensor:
+        return f"its weight is a {type(module.weight.data).__name__} (sharded or quantized already)"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    if 0 in module.weight.shape:
+        return "its weight is empty"
+    for other_name, other in model.named_modules():
+        if isinstance(other, nn.Embedding) and other.weight is module.weight:
+            return f"tied to the embedding {other_name}"
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        if _reads(type(owner), ".".join(parts[depth:])):
+            return f"{type(owner).__name__} uses {'.'.join(parts[depth:])}.weight directly"
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def _reads(owner: type[nn.Module], path: str) -> bool:
+    """Does the source of a module class touch self.<path>.weight itself, so that a swapped forward is bypassed?"""
+    pattern = re.compile(rf"self\.{re.escape(path)}\.(weight|bias)\b")
+    return any(pattern.search(_source(cls)) for cls in owner.__mro__ if cls not in nn.Module.__mro__)
+
+
+@lru_cache
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # built without source, or defined in an interactive session
+        return ""
+
+
+def _default_skip(model: nn.Module, name: str) -> str:
+    """Why this layer is kept unless the user includes it; "" if it is not."""
+    last = name.rpartition(".")[2]
+    if isinstance(model, PreTrainedModel):
+        if model.get_submodule(name) is model.get_output_embeddings():
+            return "output embedding"
+        prefix = model.base_model_prefix
+        if model.base_model is not model and not name.startswith(f"{prefix}."):
+            return f"task head (outside {prefix})"
+    if last in ROUTERS:
+        return "router"
+    if last in HEADS or HEADS.intersection(name.split(".")[:-1]):
+        return "task head"
+    return ""
+
+
+def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
+    reasons = reasons or {}
+    report = Report()
+    seen: set[int] = set()
+
+    def add(
+        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", shape: Any = None
+    ) -> None:
+        shape = tuple(shape or tensor.shape)
+        weights = 1
+        for size in shape:
+            weights *= size
+        seen.add(id(tensor))
+        report.rows.append(
+            Row(name, kind, shape, weights, tensor.numel() * tensor.element_size(), action, reason)
+        )
+
+    for name, module in _unique_modules(model):
+        if isinstance(module, PackedBitLinear):
+            add(
+                name,
+                "PackedBitLinear",
+                module.weight,
+                "packed",
+                shape=(module.out_features, module.in_features),
+            )
+            report.other_bytes += module.weight_scale.numel() * 4
+            if module.bias is not None:
+                report.other_bytes += module.bias.numel() * module.bias.element_size()
+        elif isinstance(module, BitLinear):
+            add(name, "BitLinear", module.weight, module.spec.weights)
+        elif isinstance(module, nn.Linear) and name in reasons:
+            if id(module.weight) not in seen:
+                add(name, type(module).__name__, module.weight, "kept", reasons[name])
+    for owner_name, owner in _unique_modules(model):
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if parameter.ndim < 2:
+                report.other_bytes += parameter.numel() * parameter.element_size()
+                continue
+            kind, reason = _kind(owner, leaf)
+            name = owner_name if leaf == "weight" and kind == type(owner).__name__ else f"{owner_name}.{leaf}"
+            add(name, kind, parameter, "kept" if reason else "float", reason)
+    return report
+
+
+def _kind(owner: nn.Module, leaf: str) -> tuple[str, str]:
+    """What a matrix outside the swapped layers is, and why it is not low-bit."""
+    kind = type(owner).__name__
+    if isinstance(owner, nn.Linear):
+        return kind, ""
+    if isinstance(owner, nn.Embedding):
+        return kind, "a lookup, not a matrix product"
+    if isinstance(owner, Conv1D):
+        return kind, "Conv1D (transposed weight) is not supported yet"
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return kind, "a convolution"
+    if "router" in kind.lower() or leaf in ROUTERS:
+        return f"parameter of {kind}", "router"
+    if owner._parameters[leaf].ndim == 3:  # type: ignore[union-attr]
+        return f"parameter of {kind}", "fused experts (3-D weight) are not supported yet"
+    return f"parameter of {kind}", "not an nn.Linear"

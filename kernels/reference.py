@@ -1,0 +1,114 @@
+"""The definition of every operation in plain torch: the specification each backend must equal.
+
+Written to be read and checked against the papers, not for speed. All arithmetic on scales is float32; the
+product of codes is an exact integer; there is one rounding, to the input's dtype, at the very end.
+"""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5  # lower bound of mean|W| and max|x|: keeps scales finite (The Era of 1-bit LLMs: Training Tips, p. 5)
+
+
+def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize a latent weight.
+
+    weight:  floating [N, K]
+    kind:    "ternary" (BitNet b1.58, arXiv 2402.17764, eq. 1-3):  codes = clamp(round(W / mean|W|), -1, 1)
+             "binary"  (BitNet, arXiv 2310.11453, eq. 1-3):        codes = sign(W - mean W), where sign(0) = -1
+    per_row: take the means over each row instead of the whole tensor
+    returns: codes int8 [N, K] and scale float32 [1] (or [N] if per_row), so that weight ~ codes * scale
+
+    The scale is 1 / inv with inv = 1 / mean|W|, because inv is what Hub checkpoints store: a float32 save and
+    load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS.
+    """
+    w = weight.float()
+    mean = (lambda t: t.mean(dim=1, keepdim=True)) if per_row else torch.mean
+    inv = 1 / mean(w.abs()).clamp(min=EPS)
+    if kind == "ternary":
+        codes = (w * inv).round().clamp(-1, 1)  # torch rounds half to even
+    elif kind == "binary":
+        codes = (w > mean(w)).float() * 2 - 1
+    else:
+        raise ValueError(f"kind must be 'ternary' or 'binary', got {kind!r}")
+    return codes.to(torch.int8), (1 / inv).reshape(-1)
+
+
+def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Quantize activations per token (the last dimension is one token).
+
+    x:       floating [..., K]
+    bits:    8: s = 127 / max|x|,      codes = clamp(round(x s), -128, 127)   (arXiv 2402.17764; b1.58 code)
+             4: s = sqrt(7) / mean|x|, codes = clamp(round(x s), -8, 7)       (BitNet a4.8, arXiv 2411.04965, eq. 3)
+    returns: codes int8 [..., K] and s float32 [..., 1]. Note that s *divides*: x ~ codes / s.
+
+    A token that holds NaN or Inf yields an s that makes every product with it NaN; others are not affected.
+    """
+    x = x.float()
+    if bits == 8:
+        # as a reciprocal and a product: bit for bit what torch computes for 127 / a, and GPU kernels can follow
+        s = 127 * x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
+        low, high = -128, 127
+    elif bits == 4:
+        s = 7**0.5 * x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
+        low, high = -8, 7
+    else:
+        raise ValueError(f"bits must be 8 or 4, got {bits!r}")
+    return (x * s).round().clamp(low, high).nan_to_num(0).to(torch.int8), s
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact integer product a @ b.T of int8 codes.
+
+    a: int8 [M, K]; b: int8 [N, K] with values -1, 0, 1; returns int32 [M, N].
+    """
+    acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    # |partial sums| <= 128 * 131072 = 2^24: every float32 below that is an exact integer
+    with torch.autocast(a.device.type, enabled=False):
+        for qa, qb in zip(a.split(131072, dim=1), b.split(131072, dim=1), strict=True):
+            acc += (qa.float() @ qb.float().T).to(torch.int32)
+    return acc
+
+
+def rescale(acc: Tensor, s: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The epilogue of every kernel: acc * (scale / s) + bias in float32, rounded once to dtype.
+
+    acc: int32 or integer-valued float32 [M, N]; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N] or None
+    """
+    y = acc.float() * (scale / s)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
+def float_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product when activations stay float (activation bits "none"): (x @ codes.T) * scale + bias.
+
+    x: floating [..., K]; codes: [N, K]; the matrix product runs in x's dtype, the rest in float32.
+    """
+    y = torch.nn.functional.linear(x, codes.to(x.dtype)).float() * scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def ternary_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None, activation_bits: int | None = 8
+) -> Tensor:
+    """y = (q . codes) * (scale / s) + bias, where q, s = quantize_activation(x).
+
+    x: floating [..., K]; codes: int8 [N, K]; scale: float32 [1] or [N]; bias: [N] or None; returns x.dtype [..., N]
+    """
+    if activation_bits is None:
+        return float_linear(x, codes, scale, bias)
+    q, s = quantize_activation(x.reshape(-1, x.shape[-1]), activation_bits)
+    y = rescale(int_matmul(q, codes), s, scale, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+def grad_input(grad_y: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Straight-through gradient of the input, dX = dY (codes * scale): the quantizer counts as the identity.
+
+    grad_y: floating [M, N]; codes: int8 [N, K]; scale: float32 [1] or [N]; returns grad_y.dtype [M, K]
+    """
+    return (grad_y * scale.to(grad_y.dtype)) @ codes.to(grad_y.dtype)
