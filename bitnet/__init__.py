@@ -79,9 +79,7 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
 
     trigger = "transformers.modeling_utils"
 
-    def find_spec(
-        self, name: str, path: Any = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name != self.trigger:
             return None
         sys.meta_path.remove(self)

@@ -15,7 +15,7 @@ def become(module: nn.Module, cls: type[M]) -> M:
     """Change a module's class in place; whoever holds the object, and its hooks, keep working."""
     module.__class__ = cls
     if "_old_forward" in vars(module):  # accelerate's hooks call the original forward through this
-        module._old_forward = MethodType(cls.forward, module)
+        vars(module)["_old_forward"] = MethodType(cls.forward, module)
     return module  # type: ignore[return-value]
 
 
@@ -79,10 +79,8 @@ class BitLinear(nn.Linear):
 
 def describe(spec: QuantSpec) -> str:
     """The options in a few words, as module printouts show them."""
-    words = [spec.weights]
+    words: list[str] = [spec.weights]
     if spec.per_row:
         words.append("per-row scale")
-    words.append(
-        "float activations" if spec.activation_bits is None else f"int{spec.activation_bits} activations"
-    )
+    words.append("float activations" if spec.activation_bits is None else f"int{spec.activation_bits} activations")
     return ", ".join(words)

@@ -46,15 +46,11 @@ class PackedBitLinear(nn.Module):
         packed = torch.full((rows, in_features), zeros, dtype=torch.uint8, device=device)
         scale = torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        norm = (
-            nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
-        )
+        norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
         self._configure(in_features, out_features, spec, packed, scale, b, norm, backend)
 
     @staticmethod
-    def from_bit_linear(
-        layer: BitLinear, packed: Tensor, scale: Tensor, backend: str = "auto"
-    ) -> "PackedBitLinear":
+    def from_bit_linear(layer: BitLinear, packed: Tensor, scale: Tensor, backend: str = "auto") -> "PackedBitLinear":
         """Turn a BitLinear into its packed form *in place* and return it; its latent weight is dropped.
 
         packed, scale: what quantize_packed(layer) returned
@@ -92,9 +88,7 @@ class PackedBitLinear(nn.Module):
         """
         if self._prepacked is None:
             if not torch.compiler.is_compiling() and not bool((self.weight_scale > 0).all()):
-                raise ValueError(
-                    "weight_scale must be positive and finite; the checkpoint is corrupt or incomplete"
-                )
+                raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
             backend = ops.choose_backend(self.backend, self.weight.device)
             self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
         return self._prepacked
@@ -118,9 +112,7 @@ class PackedBitLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedBitLinear":
         scale = self.weight_scale
         super()._apply(fn, recurse)
-        if (
-            self.weight_scale.dtype != torch.float32
-        ):  # .to(bfloat16), .half(): the scale is exact or it is wrong
+        if self.weight_scale.dtype != torch.float32:  # .to(bfloat16), .half(): the scale is exact or it is wrong
             self.weight_scale = scale.to(self.weight_scale.device)
         self._prepacked = None
         return self
@@ -133,9 +125,7 @@ class PackedBitLinear(nn.Module):
         return {**vars(self), "_prepacked": None}
 
     def extra_repr(self) -> str:
-        shape = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {describe(self.spec)}, backend={self.backend}"
 
 

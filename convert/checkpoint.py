@@ -23,22 +23,18 @@ class TensorHeader(NamedTuple):
 
 
 def read_headers(files: list[str | Path] | list[str]) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes in safetensors files. Raises ValueError for a file that is cut short or no safetensors."""
+    """Names, dtypes and shapes in safetensors files. Raises ValueError for a file that is cut short or another kind."""
     headers: dict[str, TensorHeader] = {}
     for file in map(Path, files):
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
-                raise ValueError(
-                    f"{file}: not a complete safetensors file ({size:,} bytes); copy or download it again"
-                )
+                raise ValueError(f"{file}: not a complete safetensors file ({size:,} bytes); copy or download it again")
             try:
                 header = json.loads(stream.read(length))
             except ValueError:
-                raise ValueError(
-                    f"{file}: its safetensors header is damaged; copy or download it again"
-                ) from None
+                raise ValueError(f"{file}: its safetensors header is damaged; copy or download it again") from None
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != 8 + length + end:
@@ -97,13 +93,8 @@ def save(model: nn.Module, directory: str | Path, **kwargs: Any) -> Path:
             new.mkdir()
             config = hf.config_of(model)
             if config is None:
-                raise ValueError(
-                    "save: the model has no BitLinear or PackedBitLinear layers; nothing here needs us"
-                )
-            state = {
-                key: tensor.detach().cpu().contiguous().clone()
-                for key, tensor in hf.stored_state(model).items()
-            }
+                raise ValueError("save: the model has no BitLinear or PackedBitLinear layers; nothing here needs us")
+            state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in hf.stored_state(model).items()}
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
             (new / CONFIG).write_text(text)
@@ -154,7 +145,9 @@ def load(
         for file in files:
             state |= load_file(file)
         model.load_state_dict(state)
-        model.to(device=device, dtype=None if dtype == "auto" else dtype)
+        model.to(device)
+        if isinstance(dtype, torch.dtype):
+            model.to(dtype)
         hf.finish_loading(model, settings)
     assert model is not None
     for module in model.modules():
@@ -170,9 +163,7 @@ def _move_into_place(new: Path, directory: Path) -> None:
         return
     names = {path.name for path in new.iterdir()}
     stale = [path for path in directory.glob("model*.safetensors*") if path.name not in names]
-    for path in sorted(
-        new.iterdir(), key=lambda path: path.suffix != ".safetensors"
-    ):  # weights before index, config
+    for path in sorted(new.iterdir(), key=lambda path: path.suffix != ".safetensors"):  # weights before index, config
         os.replace(path, directory / path.name)
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

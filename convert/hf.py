@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitnet import AutoBitLinear
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -61,6 +60,7 @@ class BitNetConfig(BitNetQuantConfig):
     def layer(self, name: str) -> tuple[bool, QuantSpec]:
         """(is it packed, its options) for the swapped layer `name`."""
         if self.linear_class == EXTENDED:
+            assert self.bitnet_toolkit is not None  # __init__ saw to it
             section = self.bitnet_toolkit["overrides"].get(name, self.bitnet_toolkit)
             return section["packed"], QuantSpec(**section["spec"])
         packed = self.linear_class == "bitlinear" or self.quantization_mode == "offline"
@@ -78,7 +78,9 @@ def config_of(model: nn.Module) -> BitNetConfig | None:
     (packed, spec), _ = Counter(layers.values()).most_common(1)[0]
     skips = _skip_patterns(model, layers)
     overrides = {name: layer for name, layer in layers.items() if layer != (packed, spec)}
-    ragged = packed and any(model.get_submodule(name).out_features % 4 for name in layers)
+    ragged = packed and any(
+        module.out_features % 4 for module in model.modules() if isinstance(module, PackedBitLinear)
+    )
     stock = (
         not overrides
         and not ragged
@@ -112,18 +114,12 @@ def attach(model: PreTrainedModel) -> None:
     model.hf_quantizer = BitNetQuantizer(config) if packed else None
 
 
-def swap_for_loading(
-    model: nn.Module, config: BitNetConfig, headers: dict[str, TensorHeader] | None = None
-) -> None:
+def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, TensorHeader] | None = None) -> None:
     """Put the layers that `config` describes into a freshly built model, usually on the meta device.
 
     headers: what the checkpoint holds; where it contradicts the config, one ValueError says which tensor and how.
     """
-    skips = (
-        _with_fp32(model, config.modules_to_not_convert)
-        if config.modules_to_not_convert is not None
-        else None
-    )
+    skips = _with_fp32(model, config.modules_to_not_convert) if config.modules_to_not_convert is not None else None
     if skips is None and isinstance(model, PreTrainedModel):
         skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     # Checkpoints whose names are rewritten on loading (old layouts) cannot be compared by name.
@@ -139,14 +135,14 @@ def swap_for_loading(
             continue
         packed, spec = config.layer(name)
         if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
-            packed = False  # the codes as floats; packed once they are loaded
-            model.set_submodule(name, _float_codes(linear))
-        elif packed:
-            shape = linear.in_features, linear.out_features
-            options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-            model.set_submodule(
-                name, PackedBitLinear(*shape, linear.bias is not None, **options, **asdict(spec))
+            # the codes as floats, which finish_loading packs
+            BitLinear.from_linear(linear, spec).register_buffer(
+                "weight_scale", torch.ones(1, device=linear.weight.device)
             )
+        elif packed:
+            options: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype, **asdict(spec)}
+            layer = PackedBitLinear(linear.in_features, linear.out_features, linear.bias is not None, **options)
+            model.set_submodule(name, layer)
         else:
             BitLinear.from_linear(linear, spec)
         if comparable and headers is not None:
@@ -157,7 +153,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
     """Turn stored scales into ours and check every packed layer's values; raises ValueError naming the layer."""
     divides = config.linear_class != "autobitlinear"
     for name, module in list(model.named_modules()):
-        if type(module) is AutoBitLinear:
+        if isinstance(module, BitLinear) and hasattr(module, "weight_scale"):
             module = _pack_float_codes(name, module)
         elif not isinstance(module, PackedBitLinear):
             continue
@@ -266,9 +262,7 @@ def _skip_patterns(model: nn.Module, swapped: dict[str, Any]) -> list[str]:
             continue
         exact = re.escape(name) + "$"
         for pattern in (name, re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", exact), exact):
-            if "." in pattern.replace("\\.", "") or all(
-                should_convert_module(other, [pattern]) for other in swapped
-            ):
+            if "." in pattern.replace("\\.", "") or all(should_convert_module(other, [pattern]) for other in swapped):
                 if pattern == name and "." in name:
                     continue  # a dotted name would be read as an unanchored regular expression
                 patterns.append(pattern)
@@ -293,20 +287,10 @@ def _compare(name: str, module: nn.Module, headers: dict[str, TensorHeader]) -> 
             )
 
 
-def _float_codes(linear: nn.Linear) -> AutoBitLinear:
-    with torch.device(linear.weight.device):
-        return AutoBitLinear(
-            linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.weight.dtype
-        )
-
-
-def _pack_float_codes(name: str, module: AutoBitLinear) -> PackedBitLinear:
-    codes = module.weight.detach()
+def _pack_float_codes(name: str, layer: BitLinear) -> PackedBitLinear:
+    codes = layer.weight.detach()
     if not bool(((codes == 0) | (codes.abs() == 1)).all()):
-        raise ValueError(
-            f"{name}: quantization_mode is offline, but its weight holds values other than -1, 0, 1"
-        )
-    packed, scale = layout.pack_ternary(codes.to(torch.int8)), module.weight_scale.float()
-    del module.weight_scale
-    layer = BitLinear.from_linear(module, QuantSpec(rms_norm=False))
+        raise ValueError(f"{name}: quantization_mode is offline, but its weight holds values other than -1, 0, 1")
+    packed, scale = layout.pack_ternary(codes.to(torch.int8)), layer.get_buffer("weight_scale").float()
+    del layer.weight_scale
     return PackedBitLinear.from_bit_linear(layer, packed, scale)

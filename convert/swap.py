@@ -84,13 +84,9 @@ class Report:
             key = (name, row.kind, "x".join(map(str, row.shape)), row.action, row.reason)
             groups[key] = groups.get(key, 0) + 1
         lines = [("weight matrix", "kind", "shape", "count", "now", "why")]
-        lines += [
-            (name, kind, shape, str(n), now, why) for (name, kind, shape, now, why), n in groups.items()
-        ]
+        lines += [(name, kind, shape, str(n), now, why) for (name, kind, shape, now, why), n in groups.items()]
         widths = [max(len(line[i]) for line in lines) for i in range(6)]
-        table = "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        table = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         share = 100 * self.low_bit_weights / max(self.weights, 1)
         return (
             f"{table}\n"
@@ -253,13 +249,13 @@ def _unsafe(model: nn.Module, name: str, module: nn.Linear) -> str:
     parts = name.split(".")
     for depth in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:depth]))
-        if _reads(type(owner), ".".join(parts[depth:])):
+        if _reads(owner.__class__, ".".join(parts[depth:])):
             return f"{type(owner).__name__} uses {'.'.join(parts[depth:])}.weight directly"
     return ""
 
 
 @lru_cache(maxsize=4096)
-def _reads(owner: type[nn.Module], path: str) -> bool:
+def _reads(owner: Any, path: str) -> bool:
     """Does the source of a module class touch self.<path>.weight itself, so that a swapped forward is bypassed?"""
     pattern = re.compile(rf"self\.{re.escape(path)}\.(weight|bias)\b")
     return any(pattern.search(_source(cls)) for cls in owner.__mro__ if cls not in nn.Module.__mro__)
@@ -294,17 +290,13 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
     report = Report()
     seen: set[int] = set()
 
-    def add(
-        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", shape: Any = None
-    ) -> None:
+    def add(name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", shape: Any = None) -> None:
         shape = tuple(shape or tensor.shape)
         weights = 1
         for size in shape:
             weights *= size
         seen.add(id(tensor))
-        report.rows.append(
-            Row(name, kind, shape, weights, tensor.numel() * tensor.element_size(), action, reason)
-        )
+        report.rows.append(Row(name, kind, shape, weights, tensor.numel() * tensor.element_size(), action, reason))
 
     for name, module in _unique_modules(model):
         if isinstance(module, PackedBitLinear):
@@ -320,9 +312,8 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
                 report.other_bytes += module.bias.numel() * module.bias.element_size()
         elif isinstance(module, BitLinear):
             add(name, "BitLinear", module.weight, module.spec.weights)
-        elif isinstance(module, nn.Linear) and name in reasons:
-            if id(module.weight) not in seen:
-                add(name, type(module).__name__, module.weight, "kept", reasons[name])
+        elif isinstance(module, nn.Linear) and name in reasons and id(module.weight) not in seen:
+            add(name, type(module).__name__, module.weight, "kept", reasons[name])
     for owner_name, owner in _unique_modules(model):
         for leaf, parameter in owner.named_parameters(recurse=False):
             if id(parameter) in seen:

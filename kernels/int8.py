@@ -11,9 +11,7 @@ from torch import Tensor
 from . import reference
 
 
-def linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int | None
-) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int | None) -> Tensor:
     """reference.ternary_linear on x [M, K] and codes [N, K], with the integer product by torch's int8 matmul."""
     if activation_bits is None:
         return reference.float_linear(x, codes, scale, bias)

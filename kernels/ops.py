@@ -30,9 +30,7 @@ class Backend(NamedTuple):
     # linear(x [M, K], own layout, scale, bias, N, activation_bits) -> [M, N]
 
 
-def _torch_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None
-) -> Tensor:
+def _torch_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None) -> Tensor:
     return int8.linear(x, codes, scale, bias, bits)
 
 
@@ -93,9 +91,7 @@ def _choose(backend: str, device_type: str) -> str:
     if backend == "auto":
         return next(row.name for row in backends(device) if row.ready)
     if backend not in _BACKENDS:
-        raise ValueError(
-            f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(map(repr, _BACKENDS))}"
-        )
+        raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
     if missing := _BACKENDS[backend].missing(device):
         raise RuntimeError(f"backend {backend!r} cannot run on {device_type}: {missing}")
     return backend
@@ -115,14 +111,12 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
         raise ValueError(f"quantize_weight: kind must be 'ternary' or 'binary', got {kind!r}")
     if not torch.compiler.is_compiling() and not weight.is_meta and not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).count_nonzero())
-        raise ValueError(
-            f"quantize_weight: weight holds {bad} NaN or Inf values; the training run has diverged"
-        )
+        raise ValueError(f"quantize_weight: weight holds {bad} NaN or Inf values; the training run has diverged")
     return torch.ops.bitnet.quantize_weight(weight, kind, per_row)
 
 
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Per-token codes int8 [..., K] and s float32 [..., 1], x ~ codes / s: reference.quantize_activation with checks."""
+    """Per-token codes int8 [..., K] and s float32 [..., 1]: reference.quantize_activation, with checks."""
     if not x.is_floating_point():
         raise TypeError(f"quantize_activation: x must be floating point, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
@@ -159,13 +153,9 @@ def ternary_linear(
     weight = prepack(packed, out_features, backend=backend)
     n = 4 * packed.shape[0] if out_features is None else out_features
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
-        raise ValueError(
-            f"ternary_linear: x is {list(x.shape)}, but the weight takes K = {packed.shape[1]} features"
-        )
+        raise ValueError(f"ternary_linear: x is {list(x.shape)}, but the weight takes K = {packed.shape[1]} features")
     if scale.dtype != torch.float32 or scale.shape not in ((1,), (n,)):
-        raise ValueError(
-            f"ternary_linear: scale must be float32 [1] or [{n}], got {scale.dtype} {list(scale.shape)}"
-        )
+        raise ValueError(f"ternary_linear: scale must be float32 [1] or [{n}], got {scale.dtype} {list(scale.shape)}")
     if bias is not None and (not bias.is_floating_point() or bias.shape != (n,)):
         raise ValueError(f"ternary_linear: bias must be floating [{n}], got {bias.dtype} {list(bias.shape)}")
     if activation_bits not in (8, 4, None):
@@ -230,9 +220,7 @@ _LIBRARY.impl("ternary_linear", _ternary_linear, "CompositeExplicitAutograd")
 @torch.library.register_fake("bitnet::quantize_weight", lib=_LIBRARY)
 def _(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
-    return weight.new_empty(n, k, dtype=torch.int8), weight.new_empty(
-        n if per_row else 1, dtype=torch.float32
-    )
+    return weight.new_empty(n, k, dtype=torch.int8), weight.new_empty(n if per_row else 1, dtype=torch.float32)
 
 
 @torch.library.register_fake("bitnet::quantize_activation", lib=_LIBRARY)
@@ -241,9 +229,7 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("bitnet::ternary_linear", lib=_LIBRARY)
-def _(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None, backend: str
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None, backend: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -264,9 +250,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor) -> tuple
     return grad_x.reshape(*grad_y.shape[:-1], codes.shape[1]), None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "bitnet::ternary_linear", _backward, setup_context=_save_for_backward, lib=_LIBRARY
-)
+torch.library.register_autograd("bitnet::ternary_linear", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
 
 __all__ = [
     "BackendStatus",
