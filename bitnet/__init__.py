@@ -96,7 +96,7 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    importlib.import_module("bitnet.convert.hf").register()
+    importlib.import_module("bitnet.convert.hf")  # registers when imported
 
 
 if _RegisterWithTransformers.trigger in sys.modules:

@@ -93,6 +93,11 @@ class PackedBitLinear(nn.Module):
             self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
         return self._prepacked
 
+    def nbytes(self) -> int:
+        """Bytes this layer holds in memory now, the backend's own layout included."""
+        tensors = {id(t): t for t in [*self.parameters(), *self.buffers(), *(self._prepacked or ())[:1]]}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
     def codes(self) -> Tensor:
         """The ternary weight, int8 [N, K]."""
         return layout.unpack_ternary(self.weight, self.out_features)

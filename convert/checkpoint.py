@@ -135,7 +135,6 @@ def load(
             raise ValueError(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
-        hf.register()
         cls = getattr(transformers, config["architectures"][0], transformers.AutoModelForCausalLM)
         model = cls.from_pretrained(directory, dtype=dtype, device_map=device)
     else:

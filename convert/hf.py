@@ -240,12 +240,6 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return model
 
 
-def register() -> None:
-    """Make from_pretrained build our layers for `bitnet` checkpoints, in place of transformers' own."""
-    auto.AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = BitNetConfig
-
-
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
@@ -294,3 +288,8 @@ def _pack_float_codes(name: str, layer: BitLinear) -> PackedBitLinear:
     packed, scale = layout.pack_ternary(codes.to(torch.int8)), layer.get_buffer("weight_scale").float()
     del layer.weight_scale
     return PackedBitLinear.from_bit_linear(layer, packed, scale)
+
+
+# Importing this module makes from_pretrained build our layers for `bitnet` checkpoints, in place of transformers' own.
+auto.AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = BitNetConfig

@@ -248,9 +248,9 @@ def _unsafe(model: nn.Module, name: str, module: nn.Linear) -> str:
             return f"tied to the embedding {other_name}"
     parts = name.split(".")
     for depth in range(len(parts)):
-        owner = model.get_submodule(".".join(parts[:depth]))
-        if _reads(owner.__class__, ".".join(parts[depth:])):
-            return f"{type(owner).__name__} uses {'.'.join(parts[depth:])}.weight directly"
+        owner: Any = type(model.get_submodule(".".join(parts[:depth])))
+        if _reads(owner, ".".join(parts[depth:])):
+            return f"{owner.__name__} uses {'.'.join(parts[depth:])}.weight directly"
     return ""
 
 

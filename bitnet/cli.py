@@ -1,0 +1,98 @@
+"""The `bitnet` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+EPILOG = """examples:
+  bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
+  bitnet generate quickstart/ternary "def "  continue a prompt with it
+  bitnet serve quickstart/ternary           the same model behind an OpenAI-compatible API
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bitnet",
+        description="Train, convert and serve 1-bit and 1.58-bit language models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("info", help="versions, hardware, and which backends are ready (and why others are not)")
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="the whole loop on real text: train in full precision and in 1.58 bit, pack, reload, compare",
+        description="Trains a small byte-level Llama on the Python standard library's sources, once in full precision "
+        "and once in 1.58 bit on the same tokens, packs and reloads it, and writes both models, report.json and "
+        "report.png to the output folder.",
+    )
+    quickstart.add_argument("--out", default="quickstart", help="output folder (default: %(default)s)")
+    quickstart.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
+    quickstart.add_argument(
+        "--steps", type=int, help="training steps of each model (default: the tuned number; fewer is a quick look)"
+    )
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt, streamed to the terminal",
+        description="Loads a checkpoint and continues a prompt, streamed to the terminal as it is generated.",
+    )
+    generate.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
+    generate.add_argument("prompt", nargs="?", default="-", help="text to continue; - or nothing reads standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the probability")
+    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument("--chat", action="store_true", help="wrap the prompt as a user's turn in the chat template")
+    generate.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    generate.add_argument(
+        "--backend", default="auto", help="of the packed layers; see `bitnet info` (default: %(default)s)"
+    )
+
+    serve = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible API for a checkpoint (chat, completions, streaming)",
+        description="Starts transformers' OpenAI-compatible server on a checkpoint. All further options are those of "
+        "`transformers serve`, for instance --port 8000, --host 0.0.0.0, --device cpu, --continuous-batching.",
+        epilog="`bitnet serve DIR --help` lists every option. There is no authentication: trusted networks only.",
+    )
+    serve.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
+    serve.add_argument("options", nargs=argparse.REMAINDER, help="options of `transformers serve`")
+
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "info":
+            from .info import info
+
+            print(info())
+        elif args.command == "quickstart":
+            from .quickstart import run
+
+            run(args.out, seed=args.seed, steps=args.steps)
+        elif args.command == "generate":
+            from .serve import generate as generate_text
+
+            prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+            options = {name: value for name, value in vars(args).items() if name not in ("command", "prompt")}
+            generate_text(prompt=prompt, **options)
+        elif args.command == "serve":
+            from .serve import serve as run_server
+
+            run_server(args.checkpoint, args.options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        print(f"bitnet {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

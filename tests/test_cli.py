@@ -1,0 +1,124 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import bitnet
+from bitnet import cli
+from bitnet.quickstart import VOCABULARY, build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny packed byte-level model with a tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    model = LlamaForCausalLM(config)
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    path = bitnet.save(model, tmp_path_factory.mktemp("model") / "packed")
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_info_names_every_backend_with_its_state(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for row in bitnet.backends():
+        assert f"{row.name:<16}{'ready' if row.ready else 'missing'}: {row.detail}" in text
+    assert torch.__version__ in text
+
+
+def test_tokenizer_tokens_are_the_bytes_of_any_text(checkpoint: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = "def f(x):\n\treturn 'zażółć 漢字 🙂'  # 3  spaces"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+
+
+def test_generate_streams_what_the_model_says(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(checkpoint), "def ", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    model, prompt = bitnet.load(checkpoint), torch.tensor([list(b"def ")])
+    with torch.no_grad():
+        for _ in range(8):  # greedy, without generate()
+            prompt = torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], dim=1)
+    expected = bytes(t for t in prompt[0].tolist() if t < 256).decode(errors="replace")
+    assert printed.out.rstrip("\n") == expected.rstrip("\n")
+    assert "tokens/s" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "no/such/dir", "x"], "no/such/dir: no config.json there"),
+        (["generate", "CHECKPOINT", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["generate", "CHECKPOINT", ""], "the prompt is empty"),
+        (["generate", "CHECKPOINT", "x", "--backend", "abacus"], "unknown backend 'abacus'"),
+        (["serve", "no/such/dir"], "no/such/dir: no config.json there"),
+        (["quickstart", "--steps", "0"], "--steps must be at least 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_mistakes_end_in_one_line_and_status_1(
+    arguments: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith(f"bitnet {arguments[0]}: ")
+
+
+def test_importing_the_package_stays_light() -> None:
+    code = "import sys, bitnet; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_quickstart_leaves_models_report_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitnet import quickstart
+
+    monkeypatch.setattr(quickstart, "EVALUATION_BYTES", 1024)
+    tiny = quickstart.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)
+    monkeypatch.setattr(quickstart, "Settings", lambda **changes: quickstart_settings(tiny, changes))
+    report = quickstart.run(tmp_path, seed=1, steps=4)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert report["settings"]["seed"] == 1
+    assert len(report["losses"]["ternary"]) == 4
+    assert report["logits_difference"] == 0
+    # 8 times smaller, but for one float32 scale a layer
+    assert 7.5 < report["times_smaller_than_bf16"] < 8
+    for name in ("full", "ternary"):
+        assert report["models"][name]["disk_bytes"] == (tmp_path / name / "model.safetensors").stat().st_size
+
+
+def quickstart_settings(settings, changes):  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    return replace(settings, **changes)
+
+
+@pytest.mark.slow
+def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bitnet.cli", "quickstart", "--out", str(tmp_path)]
+    subprocess.run(command, check=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["models"]["full"]["bits_per_byte"] <= 1.85
+    assert report["gap_percent"] <= 6
+    assert report["times_smaller_than_bf16"] >= 7.9
