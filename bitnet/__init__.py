@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .linear import BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
+    from .trainer import StrengthCallback
     from .training import set_strength, strength_at
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _HOME = {
     "PackedBitLinear": "bitnet.packed",
     "QuantSpec": "bitnet.quantize",
     "Report": "bitnet.convert.swap",
+    "StrengthCallback": "bitnet.trainer",
     "backends": "bitnet.kernels.ops",
     "load": "bitnet.convert.checkpoint",
     "pack": "bitnet.convert.swap",
@@ -47,6 +49,7 @@ __all__ = [
     "PackedBitLinear",
     "QuantSpec",
     "Report",
+    "StrengthCallback",
     "backends",
     "load",
     "pack",
