@@ -36,5 +36,5 @@ def test_trainer_ramps_the_strength_and_ends_fully_quantized(tmp_path: Path) -> 
 
 
 def test_a_schedule_that_ends_before_it_starts_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="start=0.9, end=0.5"):
+    with pytest.raises(ValueError, match=r"start=0\.9, end=0\.5"):
         bitnet.StrengthCallback(0.9, 0.5)
