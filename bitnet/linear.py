@@ -13,6 +13,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def become(module: nn.Module, cls: type[M]) -> M:
     """Change a module's class in place; whoever holds the object, and its hooks, keep working."""
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward  # accelerate leaves the old class's forward here when it removes a hook
     module.__class__ = cls
     if "_old_forward" in vars(module):  # accelerate's hooks call the original forward through this
         vars(module)["_old_forward"] = MethodType(cls.forward, module)
