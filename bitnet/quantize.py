@@ -48,13 +48,13 @@ def bit_linear(
 ) -> Tensor:
     """The training forward: x [..., K] times the quantized latent weight [N, K], differentiable in all three.
 
-    strength 1 is the exact quantized product; 0 is F.linear. A 0-d tensor blends both operands,
+    strength 1 is the exact quantized product; 0 is F.linear. Anything else, or a 0-d tensor, blends both operands,
     v + strength * (quantize(v) - v), for a gradual start (Hugging Face's 1.58-bit fine-tuning recipe).
     """
-    if isinstance(strength, float) and strength == 1:
+    if not isinstance(strength, Tensor) and strength == 1:
         return _QuantizedLinear.apply(x, weight, bias, spec.weights, spec.per_row, spec.activation_bits)
     w = weight
-    if isinstance(strength, Tensor):
+    if isinstance(strength, Tensor) or strength != 0:
         codes, scale = reference.quantize_weight(weight.detach(), spec.weights, spec.per_row)
         w = _blend(weight, codes * scale[:, None], strength)
         if spec.activation_bits is not None:
@@ -63,7 +63,7 @@ def bit_linear(
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _blend(v: Tensor, quantized: Tensor, strength: Tensor) -> Tensor:
+def _blend(v: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
     """v + strength * (quantized - v) whose gradient is that of v (quantized is float32, the result has v's dtype)."""
     return v + (strength * (quantized - v.detach())).to(v.dtype)
 
