@@ -212,8 +212,18 @@ def _ternary_linear(
     return y.reshape(*x.shape[:-1], n)
 
 
-_LIBRARY.impl("quantize_weight", reference.quantize_weight, "CompositeExplicitAutograd")
-_LIBRARY.impl("quantize_activation", reference.quantize_activation, "CompositeExplicitAutograd")
+def _contiguous(quantize: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The outputs with the strides that the fakes promise, whatever the strides of the input."""
+
+    def run(*args: object) -> tuple[Tensor, Tensor]:
+        codes, scale = quantize(*args)
+        return codes.contiguous(), scale.contiguous()
+
+    return run
+
+
+_LIBRARY.impl("quantize_weight", _contiguous(reference.quantize_weight), "CompositeExplicitAutograd")
+_LIBRARY.impl("quantize_activation", _contiguous(reference.quantize_activation), "CompositeExplicitAutograd")
 _LIBRARY.impl("ternary_linear", _ternary_linear, "CompositeExplicitAutograd")
 
 
