@@ -189,7 +189,8 @@ def linear_prepacked(
     """ternary_linear for a weight from prepack(..., backend=backend); the shapes are the caller's to check."""
     if not x.is_floating_point():
         raise TypeError(f"ternary_linear: x must be floating point, got {x.dtype}")
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    wants_grad = x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wants_grad):
         return torch.ops.bitnet.ternary_linear(x, weight, scale, bias, out_features, activation_bits, backend)
     return _ternary_linear(x, weight, scale, bias, out_features, activation_bits, backend)
 
