@@ -90,7 +90,8 @@ class PackedBitLinear(nn.Module):
             if not torch.compiler.is_compiling() and not bool((self.weight_scale > 0).all()):
                 raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
             backend = ops.choose_backend(self.backend, self.weight.device)
-            self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
+            with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
+                self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
         return self._prepacked
 
     def nbytes(self) -> int:
