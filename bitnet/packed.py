@@ -87,7 +87,8 @@ class PackedBitLinear(nn.Module):
         Raises ValueError if the bytes or the scale are not those of a ternary weight.
         """
         if self._prepacked is None:
-            if not torch.compiler.is_compiling() and not bool((self.weight_scale > 0).all()):
+            scale = self.weight_scale
+            if not torch.compiler.is_compiling() and not bool(((scale > 0) & scale.isfinite()).all()):
                 raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
             backend = ops.choose_backend(self.backend, self.weight.device)
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
