@@ -172,6 +172,8 @@ def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "
     Raises ValueError for a wrong dtype or shape, or bytes that encode no ternary value (not looked for while tracing).
     """
     n = check_packed(packed, out_features)
+    if 0 in packed.shape:
+        raise ValueError(f"packed weight is empty: {list(packed.shape)}")
     if not torch.compiler.is_compiling() and not packed.is_meta:
         validate_packed(packed)
     return _BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n)
