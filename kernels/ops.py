@@ -77,6 +77,7 @@ def backends(device: str | torch.device = "cpu") -> list[BackendStatus]:
     return rows
 
 
+@torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
 def choose_backend(backend: str, device: torch.device) -> str:
     """The backend to use on `device`: the named one, or for "auto" the first that is ready.
 
