@@ -71,12 +71,19 @@ class BitLinear(nn.Linear):
         x = input
         if self.rms_norm is not None:
             x = self.rms_norm(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = cast_for_autocast(x)
         return bit_linear(x, self.weight, self.bias, self.spec, self.strength if self.training else 1.0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {describe(self.spec)}"
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """x in the dtype autocast asks for, where it is on; custom functions are not on its lists."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" has no autocast
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def describe(spec: QuantSpec) -> str:

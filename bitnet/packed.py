@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import layout, ops
-from .linear import BitLinear, become, describe
+from .linear import BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
 
@@ -88,7 +88,8 @@ class PackedBitLinear(nn.Module):
         """
         if self._prepacked is None:
             scale = self.weight_scale
-            if not torch.compiler.is_compiling() and not bool(((scale > 0) & scale.isfinite()).all()):
+            unseen = torch.compiler.is_compiling() or scale.is_meta
+            if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
                 raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
             backend = ops.choose_backend(self.backend, self.weight.device)
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
@@ -108,8 +109,7 @@ class PackedBitLinear(nn.Module):
         x = input
         if self.rms_norm is not None:
             x = self.rms_norm(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = cast_for_autocast(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input is {list(x.shape)}, but this layer takes {self.in_features} features")
         weight, backend = self._prepacked or self.prepack()

@@ -4,6 +4,8 @@ Written to be read and checked against the papers, not for speed. All arithmetic
 product of codes is an exact integer; there is one rounding, to the input's dtype, at the very end.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,8 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     # |partial sums| <= 128 * 131072 = 2^24: every float32 below that is an exact integer
-    with torch.autocast(a.device.type, enabled=False):
+    device = a.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         for qa, qb in zip(a.split(131072, dim=1), b.split(131072, dim=1), strict=True):
             acc += (qa.float() @ qb.float().T).to(torch.int32)
     return acc
