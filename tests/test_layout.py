@@ -1,0 +1,104 @@
+import pytest
+import torch
+from shapes import SHAPES
+from torch import Tensor
+from transformers.integrations.bitnet import pack_weights
+
+from bitnet.kernels.layout import check_packed, pack_ternary, packed_rows, unpack_ternary, validate_packed
+
+MATRICES = sorted({(n, k) for _, n, k in SHAPES} | {(2, 3), (3, 2), (7, 9)})
+each_matrix = pytest.mark.parametrize(("n", "k"), MATRICES)
+
+
+def ternary(n: int, k: int) -> Tensor:
+    return torch.randint(-1, 2, (n, k), dtype=torch.int8)
+
+
+@each_matrix
+def test_round_trip_returns_the_codes(n: int, k: int) -> None:
+    codes = ternary(n, k)
+    before = codes.clone()
+    packed = pack_ternary(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (packed_rows(n), k)
+    unpacked = unpack_ternary(packed, n)
+    assert unpacked.dtype == torch.int8
+    assert torch.equal(unpacked, codes)
+    assert torch.equal(codes, before), "the input was changed"
+
+
+@pytest.mark.parametrize(("n", "k"), [(n, k) for n, k in MATRICES if n * k < 5000])
+def test_every_bit_is_where_the_layout_says(n: int, k: int) -> None:
+    codes, rows = ternary(n, k), (n + 3) // 4
+    expected = [[0] * k for _ in range(rows)]
+    for row in range(4 * rows):
+        for column in range(k):
+            code = int(codes[row, column]) if row < n else 0
+            expected[row % rows][column] += (code + 1) * 4 ** (row // rows)
+    assert pack_ternary(codes).tolist() == expected
+
+
+@pytest.mark.parametrize(("n", "k"), [(n, k) for n, k in MATRICES if n % 4 == 0])
+def test_bytes_are_those_of_transformers(n: int, k: int) -> None:
+    codes = ternary(n, k)
+    assert torch.equal(pack_ternary(codes), pack_weights(codes.clone()))  # theirs overwrites its argument
+
+
+def test_all_81_bytes_of_valid_fields_unpack_and_no_other_validates() -> None:
+    digits = torch.cartesian_prod(*[torch.arange(3)] * 4)  # fields, high to low
+    valid = (digits * torch.tensor([64, 16, 4, 1])).sum(1)
+    codes = unpack_ternary(valid.to(torch.uint8)[None])
+    assert torch.equal(codes, digits.flip(1).T.to(torch.int8) - 1)
+    for byte in range(256):
+        packed = torch.tensor([[85, byte]], dtype=torch.uint8)
+        if byte in valid:
+            validate_packed(packed)
+        else:
+            with pytest.raises(
+                ValueError, match=rf"1 bytes hold the code 3, the first at \[0, 1\] \(byte 0x{byte:02x}"
+            ):
+                validate_packed(packed)
+
+
+def test_strided_codes_and_bytes_are_read_by_value() -> None:
+    codes = ternary(8, 6)
+    assert torch.equal(pack_ternary(codes.T), pack_ternary(codes.T.contiguous()))
+    packed = pack_ternary(ternary(8, 12))[:, ::2]
+    assert torch.equal(unpack_ternary(packed), unpack_ternary(packed.contiguous()))
+
+
+@pytest.mark.parametrize("bad", [-128, -2, 2, 127])
+def test_a_code_that_is_not_ternary_is_refused(bad: int) -> None:
+    codes = ternary(5, 7)
+    codes[4, 6] = bad
+    with pytest.raises(ValueError, match=rf"codes must be -1, 0 or 1, got values from .*{bad}.*quantize"):
+        pack_ternary(codes)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int8)],
+    ids=["float", "int32", "vector"],
+)
+def test_codes_of_the_wrong_kind_are_refused(codes: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"codes must be int8 \[N, K\], got"):
+        pack_ternary(codes)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4, 4), torch.zeros(4, dtype=torch.uint8)],
+    ids=["int8", "float", "vector"],
+)
+def test_bytes_of_the_wrong_kind_are_refused(packed: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be uint8 \[ceil\(N/4\), K\], got"):
+        unpack_ternary(packed)
+
+
+@pytest.mark.parametrize("n", [4, 9, 12])
+def test_rows_that_do_not_fit_out_features_are_refused(n: int) -> None:
+    packed = torch.full((2, 3), 85, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"2 rows, but out_features={n} needs"):
+        unpack_ternary(packed, n)
+    assert [check_packed(packed, n) for n in (5, 6, 7, 8)] == [5, 6, 7, 8]
+    assert check_packed(packed) == 8
