@@ -265,7 +265,7 @@ def test_an_explicit_backend_never_falls_back(broken: str) -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_names() -> None:
-    with pytest.raises(ValueError, match="unknown backend 'fast'; choose 'auto' or one of .*'torch', 'reference'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'fast'; choose 'auto' or one of .*'torch', 'reference'"):
         ops.prepack(torch.full((1, 4), 85, dtype=torch.uint8), backend="fast")
 
 

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+
+from bitnet import BitLinear, set_strength, strength_at
+
+
+def test_set_strength_reaches_nested_layers_and_only_them() -> None:
+    model = nn.Sequential(BitLinear(4, 4), nn.Sequential(nn.Linear(4, 4), BitLinear(4, 4)))
+    set_strength(model, 0.25)
+    outer, inner = model[0], model[1][1]
+    assert float(outer.strength) == float(inner.strength) == 0.25
+    assert not hasattr(model[1][0], "strength")
+    set_strength(inner, 1)
+    assert (float(outer.strength), float(inner.strength)) == (0.25, 1)
+
+
+@pytest.mark.parametrize("strength", [0, 1, 0.0, 1.0, True])
+def test_the_ends_are_plain_floats_so_that_the_fast_path_is_taken(strength: float) -> None:
+    layer = BitLinear(4, 4)
+    set_strength(layer, strength)
+    assert type(layer.strength) is float
+    assert layer.strength == strength
+
+
+def test_strength_is_not_saved_and_does_not_train() -> None:
+    layer = BitLinear(4, 4)
+    set_strength(layer, 0.5)
+    assert isinstance(layer.strength, torch.Tensor)
+    assert not layer.strength.requires_grad
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("strength", [-0.01, 1.01, float("nan"), float("inf")])
+def test_strength_outside_its_range_is_refused_and_changes_nothing(strength: float) -> None:
+    layer = BitLinear(4, 4)
+    with pytest.raises(ValueError, match=rf"strength must lie in \[0, 1\], got {strength}"):
+        set_strength(layer, strength)
+    assert layer.strength == 1
+
+
+def test_a_model_without_bit_linear_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no BitLinear layers; call bitnet\.replace_linear"):
+        set_strength(nn.Linear(4, 4), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "end"),
+    [(100, 0.5, 0.9), (100, 0.0, 1.0), (7, 0.2, 0.4), (10, 0.5, 0.5), (10, 0, 0), (1, 0.5, 0.9)],
+)
+def test_schedule_rises_linearly_from_start_to_end(steps: int, start: float, end: float) -> None:
+    values = [strength_at(step, steps, start, end) for step in range(steps)]
+    assert values == sorted(values)
+    assert values[-1] == 1, "training must end on what packing computes"
+    for step, value in enumerate(values[:-1]):
+        if step < start * steps:
+            assert value == 0
+        elif step >= end * steps:
+            assert value == 1
+        else:
+            # the difference of two quotients of size 1 loses up to 2^-52, and end - start magnifies it
+            assert abs(value - (step - start * steps) / ((end - start) * steps)) <= 4 * 2.0**-52 / (end - start)
+
+
+def test_defaults_are_those_documented() -> None:
+    assert [strength_at(step, 100) for step in (0, 50, 90, 99)] == [0, 0, 1, 1]
+    assert abs(strength_at(70, 100) - 0.5) <= 2.0**-50
+
+
+def test_every_step_of_the_schedule_is_a_valid_strength() -> None:
+    layer = BitLinear(4, 4)
+    for step in range(30):
+        set_strength(layer, strength_at(step, 30))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_of_no_or_one_step_quantizes_fully(steps: int) -> None:
+    assert strength_at(0, steps) == 1
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.9, 0.5), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.5)])
+def test_a_schedule_that_does_not_rise_within_the_run_is_refused(start: float, end: float) -> None:
+    with pytest.raises(ValueError, match="need 0 <= start <= end <= 1, got"):
+        strength_at(0, 10, start, end)
