@@ -105,7 +105,11 @@ def attach(model: PreTrainedModel) -> None:
     config = config_of(model)
     packed = any(isinstance(module, PackedBitLinear) for module in model.modules())
     if config is None:
-        if hasattr(model.config, "quantization_config"):
+        present = getattr(model.config, "quantization_config", None)
+        if present is not None:
+            method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
+            if method != "bitnet":
+                return  # quantized by another method, which is not ours to undo
             del model.config.quantization_config
     else:
         model.config.quantization_config = config
