@@ -146,7 +146,9 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         elif packed:
             options: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype, **asdict(spec)}
             layer = PackedBitLinear(linear.in_features, linear.out_features, linear.bias is not None, **options)
-            model.set_submodule(name, layer)
+            for other, module in list(model.named_modules(remove_duplicate=False)):
+                if module is linear:  # a layer used under several names stays one layer
+                    model.set_submodule(other, layer)
         else:
             BitLinear.from_linear(linear, spec)
         if comparable and headers is not None:
@@ -180,7 +182,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
 def stored_state(model: nn.Module) -> dict[str, Tensor]:
     """model.state_dict() as it goes to disk: packed scales as 1 / scale."""
     state = model.state_dict()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedBitLinear):
             key = f"{name}.weight_scale" if name else "weight_scale"
             state[key] = stored_scale(module.weight_scale)
