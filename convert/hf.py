@@ -229,8 +229,8 @@ class BitNetQuantizer(BitNetHfQuantizer):
         attach(model)
         return model
 
-    def get_load_operations(self) -> dict[str, Any]:
-        return {}  # our layers' buffers have the names and the contents of the stored tensors
+    def get_weight_conversions(self) -> list[Any]:
+        return []  # our layers' buffers have the names and the contents of the stored tensors
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         return stored_state(model), {}
