@@ -33,17 +33,20 @@ def read_headers(files: list[str | Path] | list[str]) -> dict[str, TensorHeader]
                 raise ValueError(f"{file}: not a complete safetensors file ({size:,} bytes); copy or download it again")
             try:
                 header = json.loads(stream.read(length))
-            except ValueError:
+                header.pop("__metadata__", None)
+                described = {
+                    name: TensorHeader(entry["dtype"], tuple(entry["shape"]), file.name)
+                    for name, entry in header.items()
+                }
+                end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
                 raise ValueError(f"{file}: its safetensors header is damaged; copy or download it again") from None
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != 8 + length + end:
             raise ValueError(
                 f"{file}: is {size:,} bytes, but its header describes {8 + length + end:,}; it was cut short, so "
                 "copy or download it again"
             )
-        for name, entry in header.items():
-            headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), file.name)
+        headers |= described
     return headers
 
 
@@ -53,7 +56,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory}: no {CONFIG} there; is it a checkpoint directory?")
     if (directory / INDEX).is_file():
-        shards = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+        shards = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
         missing = [shard for shard in shards if not (directory / shard).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -129,7 +132,7 @@ def load(
 
     files = weight_files(directory)
     headers = read_headers([str(file) for file in files])
-    config = json.loads((Path(directory) / CONFIG).read_text())
+    config = _read_json(Path(directory) / CONFIG)
     if model is None:
         if not config.get("architectures"):
             raise ValueError(
@@ -153,6 +156,13 @@ def load(
         if isinstance(module, PackedBitLinear) and module.backend != backend:
             module.backend, module._prepacked = backend, None
     return model.eval()
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from None
 
 
 def _move_into_place(new: Path, directory: Path) -> None:
