@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def load(
     backend:   of the packed layers (see bitnet.backends)
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
-    config, before a model is built from it.
+    config, where transformers itself would fill the gap with random values.
     """
     import transformers
 
@@ -139,13 +140,15 @@ def load(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
         cls = getattr(transformers, config["architectures"][0], transformers.AutoModelForCausalLM)
-        model = cls.from_pretrained(directory, dtype=dtype, device_map=device)
+        model, info = cls.from_pretrained(directory, dtype=dtype, device_map=device, output_loading_info=True)
+        _complete(directory, info["missing_keys"])
     else:
         settings = hf.BitNetConfig.from_dict(config["quantization_config"])
         hf.swap_for_loading(model, settings, headers)
         state: dict[str, torch.Tensor] = {}
         for file in files:
             state |= load_file(file)
+        _complete(directory, model.state_dict().keys() - state.keys())
         model.load_state_dict(state)
         model.to(device)
         if isinstance(dtype, torch.dtype):
@@ -163,6 +166,12 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from None
+
+
+def _complete(directory: str | Path, missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        raise ValueError(f"{directory}: the checkpoint has no tensor {names[0]}{more}, which the model needs")
 
 
 def _move_into_place(new: Path, directory: Path) -> None:
