@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -126,7 +128,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
     skips = _with_fp32(model, config.modules_to_not_convert) if config.modules_to_not_convert is not None else None
     if skips is None and isinstance(model, PreTrainedModel):
         skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    # Checkpoints whose names are rewritten on loading (old layouts) cannot be compared by name.
+    # The weights of a task model, loaded into its bare base model, get names without a prefix: not compared.
     comparable = headers is not None and any(f"{name}.weight" in headers for name, _ in _linears(model))
     for name, linear in _linears(model):
         stored = headers.get(f"{name}.weight") if comparable and headers else None
@@ -222,7 +224,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
-        swap_for_loading(model, self.quantization_config, read_headers(files) if files else None)
+        swap_for_loading(model, self.quantization_config, _as_loaded(model, read_headers(files)) if files else None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         finish_loading(model, self.quantization_config)
@@ -248,6 +250,15 @@ class BitNetQuantizer(BitNetHfQuantizer):
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _as_loaded(model: PreTrainedModel, headers: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """The headers under the names the model has for them: checkpoints of some families (ViT) keep older names."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    ours = {*model.state_dict(), *(f"{name}.weight_scale" for name, _ in _linears(model))}
+    renamed = {key: key if key in ours else rename_source_key(key, renamings, [])[0] for key in sorted(headers)}
+    return {renamed[key]: header for key, header in headers.items()}
 
 
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
