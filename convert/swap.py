@@ -341,6 +341,6 @@ def _kind(owner: nn.Module, leaf: str) -> tuple[str, str]:
         return kind, "a convolution"
     if "router" in kind.lower() or leaf in ROUTERS:
         return f"parameter of {kind}", "router"
-    if owner._parameters[leaf].ndim == 3:  # type: ignore[union-attr]
+    if owner._parameters[leaf].ndim == 3 and re.search("expert|moe", kind, re.I):  # type: ignore[union-attr]
         return f"parameter of {kind}", "fused experts (3-D weight) are not supported yet"
     return f"parameter of {kind}", "not an nn.Linear"
