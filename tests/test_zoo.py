@@ -1,0 +1,272 @@
+"""Tiny random models of real architectures: what a swap changes, what it leaves and says so, and what survives disk.
+
+Packed outputs are compared for equality: training in eval mode and serving compute the same integers.
+"""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.integrations import bitnet as stock
+from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import BitNetQuantConfig
+
+import bitnet
+from bitnet.convert import hf
+
+IDS = torch.arange(12).reshape(2, 6)
+TEXT = {"input_ids": IDS, "labels": IDS}
+CLASSES = {"labels": torch.tensor([0, 1])}
+IMAGES = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), **CLASSES}
+SOUND = {"input_features": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)), "labels": IDS}
+
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LM = {**SIZE, "vocab_size": 40, "max_position_embeddings": 64}
+GROUPED = {**LM, "num_key_value_heads": 2, "head_dim": 8}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+WHISPER = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 2), ("ffn_dim", 48))}
+WHISPER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 40, "d_model": 32}
+WHISPER |= {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+# name: class, config, inputs
+ZOO: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
+    "llama": ("LlamaForCausalLM", GROUPED, TEXT),
+    "qwen3": ("Qwen3ForCausalLM", GROUPED | {"tie_word_embeddings": True}, TEXT),
+    "gpt_neox": ("GPTNeoXForCausalLM", LM, TEXT),
+    "phi": ("PhiForCausalLM", LM, TEXT),
+    "opt": ("OPTForCausalLM", LM | {"ffn_dim": 48, "word_embed_proj_dim": 32}, TEXT),
+    "bert": ("BertForMaskedLM", LM, TEXT),
+    "bert_classifier": ("BertForSequenceClassification", LM, {"input_ids": IDS, **CLASSES}),
+    "vit": ("ViTForImageClassification", SIZE | {"image_size": 16, "patch_size": 8}, IMAGES),
+    "whisper": ("WhisperForConditionalGeneration", WHISPER, SOUND),
+    "t5": (
+        "T5ForConditionalGeneration",
+        dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
+        TEXT,
+    ),
+    "mixtral": ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}, TEXT),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", GROUPED | MOE, TEXT),
+    "mamba": ("MambaForCausalLM", dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4), TEXT),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        GROUPED | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
+        TEXT,
+    ),
+    "gemma3": ("Gemma3ForCausalLM", GROUPED | {"layer_types": ["sliding_attention", "full_attention"]}, TEXT),
+}
+GPT2 = ("GPT2LMHeadModel", dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0), TEXT)
+PLAIN = ("llama", "qwen3", "gpt_neox", "phi", "opt", "bert", "bert_classifier", "vit", "whisper", "t5", "gemma3")
+
+# All that stays besides lookups and convolutions: name with indices as *, and the reason given for it.
+EXPERTS, TIED = "fused experts (3-D weight) are not supported yet", "tied to the embedding"
+OUTPUT_HEAD, CONV1D = {"lm_head": "output embedding"}, "Conv1D (transposed weight) is not supported yet"
+KEPT: dict[str, dict[str, str]] = {
+    "llama": OUTPUT_HEAD,
+    "qwen3": {"lm_head": f"{TIED} model.embed_tokens"},
+    "gpt_neox": OUTPUT_HEAD,
+    "phi": OUTPUT_HEAD,
+    "opt": {"lm_head": f"{TIED} model.decoder.embed_tokens"},
+    "bert": {
+        "cls.predictions.transform.dense": "task head (outside bert)",
+        "cls.predictions.decoder": f"{TIED} bert.embeddings.word_embeddings",
+    },
+    "bert_classifier": {"bert.pooler.dense": "task head", "classifier": "task head (outside bert)"},
+    "vit": {
+        "classifier": "task head (outside vit)",
+        "vit.embeddings.cls_token": "not an nn.Linear",
+        "vit.embeddings.position_embeddings": "not an nn.Linear",
+    },
+    "whisper": {"proj_out": f"{TIED} model.decoder.embed_tokens"},
+    "t5": {
+        "encoder.block.*.layer.*.DenseReluDense.wo": "T5DenseActDense uses wo.weight directly",
+        "decoder.block.*.layer.*.DenseReluDense.wo": "T5DenseActDense uses wo.weight directly",
+        "lm_head": f"{TIED} shared",
+    },
+    "mixtral": {
+        **OUTPUT_HEAD,
+        "model.layers.*.mlp.gate.weight": "router",
+        "model.layers.*.mlp.experts.gate_up_proj": EXPERTS,
+        "model.layers.*.mlp.experts.down_proj": EXPERTS,
+    },
+    "qwen3_moe": {
+        **OUTPUT_HEAD,
+        "model.layers.*.mlp.gate.weight": "router",
+        "model.layers.*.mlp.experts.gate_up_proj": EXPERTS,
+        "model.layers.*.mlp.experts.down_proj": EXPERTS,
+    },
+    "mamba": {
+        "lm_head": f"{TIED} backbone.embeddings",
+        "backbone.layers.*.mixer.x_proj": "MambaMixer uses x_proj.weight directly",
+        "backbone.layers.*.mixer.dt_proj": "MambaMixer uses dt_proj.weight directly",
+        "backbone.layers.*.mixer.out_proj": "MambaMixer uses out_proj.weight directly",
+        "backbone.layers.*.mixer.A_log": "not an nn.Linear",
+    },
+    "falcon_h1": {
+        **OUTPUT_HEAD,
+        "model.layers.*.mamba.out_proj": "FalconH1Mixer uses out_proj.weight directly",
+    },
+    "gemma3": {"lm_head": f"{TIED} model.embed_tokens"},
+    "gpt2": {
+        "lm_head": f"{TIED} transformer.wte",
+        "transformer.h.*.attn.c_attn": CONV1D,
+        "transformer.h.*.attn.c_proj": CONV1D,
+        "transformer.h.*.mlp.c_fc": CONV1D,
+        "transformer.h.*.mlp.c_proj": CONV1D,
+    },
+}
+
+
+def build(class_name: str, config: dict[str, Any]) -> transformers.PreTrainedModel:
+    cls = getattr(transformers, class_name)
+    return cls(cls.config_class(**config))
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def low_bit(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, bitnet.BitLinear | bitnet.PackedBitLinear)}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model.eval()(**inputs).logits
+
+
+@dataclass
+class Case:
+    """A model after replace_linear, and what it was before. Tests that change it work on a copy."""
+
+    name: str
+    inputs: dict[str, Tensor]
+    model: transformers.PreTrainedModel
+    report: bitnet.Report
+    parameters: dict[str, nn.Parameter]
+    types: dict[str, type]
+    keys: list[str]
+
+
+def swap(name: str) -> Case:
+    class_name, config, inputs = ZOO.get(name, GPT2)
+    torch.manual_seed(0)
+    model = build(class_name, config)
+    before = parameters(model), {path: type(m) for path, m in model.named_modules()}, list(model.state_dict())
+    return Case(name, inputs, model, bitnet.replace_linear(model), *before)
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def case(request: pytest.FixtureRequest) -> Case:
+    return swap(request.param)
+
+
+def test_swap_changes_nothing_but_the_class_of_what_it_reports(case: Case) -> None:
+    after = parameters(case.model)
+    assert after.keys() == case.parameters.keys()
+    assert all(after[name] is parameter for name, parameter in case.parameters.items())
+    assert list(case.model.state_dict()) == case.keys
+    swapped = {row.name for row in case.report.rows if row.action == "ternary"}
+    assert swapped
+    assert swapped == low_bit(case.model).keys()
+    for name, module in case.model.named_modules():
+        expected = bitnet.BitLinear if name in swapped else case.types[name]
+        assert type(module) is expected, name
+        assert name not in swapped or case.types[name] is nn.Linear, name
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_matrix_is_reported_once_and_what_stays_says_why(name: str) -> None:
+    case = swap(name)
+    seen = []
+    for row in case.report.rows:
+        matrix = case.parameters.get(row.name)
+        matrix = case.parameters[f"{row.name}.weight"] if matrix is None else matrix
+        seen.append(id(matrix))
+        assert row.shape == tuple(matrix.shape)
+        assert row.action in ("ternary", "kept")
+        assert (row.action == "kept") == bool(row.reason), row
+    assert sorted(seen) == sorted({id(p) for p in case.parameters.values() if p.ndim > 1})
+    elsewhere = ("a lookup, not a matrix product", "a convolution")
+    kept = [row for row in case.report.rows if row.action == "kept" and row.reason not in elsewhere]
+    assert {re.sub(r"\.\d+(?=\.)", ".*", row.name): row.reason for row in kept} == KEPT[name]
+
+
+def test_training_does_not_reach_the_latent_weights(case: Case) -> None:
+    model = copy.deepcopy(case.model).train()
+    loss = model(**case.inputs).loss
+    assert loss.isfinite()
+    loss.backward()
+    for name, layer in low_bit(model).items():
+        grad = layer.weight.grad
+        assert grad is not None, name
+        assert grad.isfinite().all(), name
+        assert grad.any(), name
+
+
+@pytest.mark.parametrize("case", PLAIN, indirect=True)
+def test_most_of_a_plain_transformer_stays_float(case: Case) -> None:
+    in_blocks = [row for row in case.report.rows if re.search(r"\.\d+\.", row.name)]
+    assert case.report.low_bit_weights > sum(row.weights for row in in_blocks) / 2
+
+
+def test_packing_changes_the_output(case: Case) -> None:
+    model = copy.deepcopy(case.model)
+    trained = logits(model, case.inputs)
+    report = bitnet.pack(model)
+    assert not any(isinstance(m, bitnet.BitLinear) for m in model.modules())
+    assert low_bit(model).keys() == low_bit(case.model).keys()
+    assert report.packed_bytes == case.report.packed_bytes
+    assert torch.equal(logits(model, case.inputs), trained)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
+def test_stock_transformers_would_convert_other_layers(case: Case, packed: bool) -> None:
+    model = copy.deepcopy(case.model)
+    if packed:
+        bitnet.pack(model)
+    config = hf.config_of(model)
+    assert config is not None
+    assert config.linear_class != hf.EXTENDED
+    theirs = BitNetQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    with torch.device("meta"):
+        fresh = build(*ZOO[case.name][:2])
+    patterns = BitNetHfQuantizer.get_modules_to_not_convert(
+        fresh, theirs.modules_to_not_convert, fresh._keep_in_fp32_modules
+    )
+    linears = [name for name, module in fresh.named_modules() if isinstance(module, nn.Linear)]
+    assert {name for name in linears if should_convert_module(name, patterns)} == low_bit(model).keys()
+    BitNetHfQuantizer(theirs)._process_model_before_weight_loading(fresh)
+    converted = {n for n, m in fresh.named_modules() if isinstance(m, stock.BitLinear | stock.AutoBitLinear)}
+    assert converted == low_bit(model).keys()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
+def test_a_saved_model_comes_back_different(case: Case, packed: bool, tmp_path: Path) -> None:
+    model = copy.deepcopy(case.model)
+    if packed:
+        bitnet.pack(model)
+    bitnet.save(model, tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert {n: type(m) for n, m in low_bit(loaded).items()} == {n: type(m) for n, m in low_bit(model).items()}
+    assert torch.equal(logits(loaded, case.inputs), logits(model, case.inputs))
+
+
+def test_a_model_with_nothing_to_swap_is_changed_or_breaks() -> None:
+    case = swap("gpt2")
+    assert not low_bit(case.model)
+    assert case.report.low_bit_weights == case.report.packed_bytes == 0
+    assert all(type(module) is case.types[name] for name, module in case.model.named_modules())
+    assert all(parameters(case.model)[name] is parameter for name, parameter in case.parameters.items())
+    assert hf.config_of(case.model) is None
+    assert not hasattr(case.model.config, "quantization_config")
+    with pytest.raises(ValueError, match="no BitLinear layers"):
+        bitnet.pack(case.model)
