@@ -37,6 +37,11 @@ WHISPER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_s
 WHISPER |= {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
 WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
+MAMBA = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4}
+T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+GPT2 = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+
 # name: class, config, inputs
 ZOO: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
     "llama": ("LlamaForCausalLM", GROUPED, TEXT),
@@ -48,22 +53,14 @@ ZOO: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
     "bert_classifier": ("BertForSequenceClassification", LM, {"input_ids": IDS, **CLASSES}),
     "vit": ("ViTForImageClassification", SIZE | {"image_size": 16, "patch_size": 8}, IMAGES),
     "whisper": ("WhisperForConditionalGeneration", WHISPER, SOUND),
-    "t5": (
-        "T5ForConditionalGeneration",
-        dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
-        TEXT,
-    ),
+    "t5": ("T5ForConditionalGeneration", T5 | {"decoder_start_token_id": 0}, TEXT),
     "mixtral": ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}, TEXT),
     "qwen3_moe": ("Qwen3MoeForCausalLM", GROUPED | MOE, TEXT),
-    "mamba": ("MambaForCausalLM", dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4), TEXT),
-    "falcon_h1": (
-        "FalconH1ForCausalLM",
-        GROUPED | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
-        TEXT,
-    ),
+    "mamba": ("MambaForCausalLM", MAMBA, TEXT),
+    "falcon_h1": ("FalconH1ForCausalLM", GROUPED | FALCON, TEXT),
     "gemma3": ("Gemma3ForCausalLM", GROUPED | {"layer_types": ["sliding_attention", "full_attention"]}, TEXT),
 }
-GPT2 = ("GPT2LMHeadModel", dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0), TEXT)
+NOTHING_TO_SWAP = {"gpt2": ("GPT2LMHeadModel", GPT2, TEXT)}
 PLAIN = ("llama", "qwen3", "gpt_neox", "phi", "opt", "bert", "bert_classifier", "vit", "whisper", "t5", "gemma3")
 
 # All that stays besides lookups and convolutions: name with indices as *, and the reason given for it.
@@ -157,7 +154,7 @@ class Case:
 
 
 def swap(name: str) -> Case:
-    class_name, config, inputs = ZOO.get(name, GPT2)
+    class_name, config, inputs = (ZOO | NOTHING_TO_SWAP)[name]
     torch.manual_seed(0)
     model = build(class_name, config)
     before = parameters(model), {path: type(m) for path, m in model.named_modules()}, list(model.state_dict())
