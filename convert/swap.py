@@ -115,27 +115,30 @@ def replace_linear(
         raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
     spec = QuantSpec(**options)
     skips, includes = _compile(skip), _compile(include)
-    linears = {name: module for name, module in _unique_modules(model) if isinstance(module, nn.Linear)}
+    linears: dict[nn.Linear, list[str]] = {}  # and all names of each
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            linears.setdefault(module, []).append(name)
     for which, patterns in (("skip", skips), ("include", includes)):
         for pattern, matches in patterns:
-            if not any(matches(name, module) for name, module in linears.items()):
+            if not any(matches(name, module) for module, names in linears.items() for name in names):
                 raise ValueError(
                     f"replace_linear: {which}={pattern!r} matches none of the {len(linears)} linear layers; "
-                    f"names look like {', '.join(map(repr, list(linears)[:3]))}"
+                    f"names look like {', '.join(repr(names[0]) for names in list(linears.values())[:3])}"
                 )
     reasons = {}
-    for name, module in linears.items():
+    for module, names in linears.items():
         if type(module) is BitLinear:
             continue
-        reason = _unsafe(model, name, module)
-        if not reason and any(matches(name, module) for _, matches in skips):
+        reason = _unsafe(model, names, module)
+        if not reason and any(matches(name, module) for _, matches in skips for name in names):
             reason = "skipped by request"
         if not reason and includes:
-            reason = "" if any(matches(name, module) for _, matches in includes) else "not included"
+            reason = "" if any(matches(name, module) for _, matches in includes for name in names) else "not included"
         elif not reason:
-            reason = _default_skip(model, name)
+            reason = _default_skip(model, names[0])
         if reason:
-            reasons[name] = reason
+            reasons[names[0]] = reason
         else:
             BitLinear.from_linear(module, spec)
     if isinstance(model, PreTrainedModel):
@@ -231,7 +234,7 @@ def _unique_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return iter(list(model.named_modules()))  # a module under several names comes once
 
 
-def _unsafe(model: nn.Module, name: str, module: nn.Linear) -> str:
+def _unsafe(model: nn.Module, names: list[str], module: nn.Linear) -> str:
     """Why swapping this layer would be wrong whatever the user wants; "" if it is safe."""
     if type(module) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
@@ -246,11 +249,11 @@ def _unsafe(model: nn.Module, name: str, module: nn.Linear) -> str:
     for other_name, other in model.named_modules():
         if isinstance(other, nn.Embedding) and other.weight is module.weight:
             return f"tied to the embedding {other_name}"
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        owner: Any = type(model.get_submodule(".".join(parts[:depth])))
-        if _reads(owner, ".".join(parts[depth:])):
-            return f"{owner.__name__} uses {'.'.join(parts[depth:])}.weight directly"
+    for parts in (name.split(".") for name in names):
+        for depth in range(len(parts)):
+            owner: Any = type(model.get_submodule(".".join(parts[:depth])))
+            if _reads(owner, ".".join(parts[depth:])):
+                return f"{owner.__name__} uses {'.'.join(parts[depth:])}.weight directly"
     return ""
 
 
