@@ -126,11 +126,16 @@ def replace_linear(
                     f"replace_linear: {which}={pattern!r} matches none of the {len(linears)} linear layers; "
                     f"names look like {', '.join(repr(names[0]) for names in list(linears.values())[:3])}"
                 )
+    tied = {}  # what modules other than linear layers hold
+    for name, owner in model.named_modules():
+        if not isinstance(owner, nn.Linear):
+            kind = "the embedding " if isinstance(owner, nn.Embedding) else ""
+            tied |= dict.fromkeys(owner.parameters(recurse=False), f"{kind}{name}")
     reasons = {}
     for module, names in linears.items():
         if type(module) is BitLinear:
             continue
-        reason = _unsafe(model, names, module)
+        reason = _unsafe(model, names, module, tied)
         if not reason and any(matches(name, module) for _, matches in skips for name in names):
             reason = "skipped by request"
         if not reason and includes:
@@ -234,7 +239,7 @@ def _unique_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return iter(list(model.named_modules()))  # a module under several names comes once
 
 
-def _unsafe(model: nn.Module, names: list[str], module: nn.Linear) -> str:
+def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[nn.Parameter, str]) -> str:
     """Why swapping this layer would be wrong whatever the user wants; "" if it is safe."""
     if type(module) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
@@ -246,9 +251,8 @@ def _unsafe(model: nn.Module, names: list[str], module: nn.Linear) -> str:
         return f"its weight is {module.weight.dtype}"
     if 0 in module.weight.shape:
         return "its weight is empty"
-    for other_name, other in model.named_modules():
-        if isinstance(other, nn.Embedding) and other.weight is module.weight:
-            return f"tied to the embedding {other_name}"
+    if module.weight in tied:
+        return f"tied to {tied[module.weight]}"
     for parts in (name.split(".") for name in names):
         for depth in range(len(parts)):
             owner: Any = type(model.get_submodule(".".join(parts[:depth])))
