@@ -245,6 +245,8 @@ def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[nn
         return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         return "its forward is patched on the instance (tensor parallelism?)"
+    if "weight" not in module._parameters:
+        return "its weight is computed before each call (weight or spectral norm, pruning)"
     if type(module.weight.data) is not torch.Tensor:
         return f"its weight is a {type(module.weight.data).__name__} (sharded or quantized already)"
     if not module.weight.is_floating_point():
