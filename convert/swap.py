@@ -138,7 +138,7 @@ def replace_linear(
         reason = _unsafe(model, names, module, tied)
         if not reason and any(matches(name, module) for _, matches in skips for name in names):
             reason = "skipped by request"
-        if not reason and includes:
+        if not reason and include is not None:
             reason = "" if any(matches(name, module) for _, matches in includes for name in names) else "not included"
         elif not reason:
             reason = _default_skip(model, names[0])
