@@ -4,8 +4,10 @@ What is left alone, and why, is decided here in one order: safety first (weights
 which nothing overrides), then the user's `skip`, then `include`, then the defaults for heads and routers.
 """
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -272,10 +274,14 @@ def _reads(owner: Any, path: str) -> bool:
 
 @lru_cache
 def _source(cls: type) -> str:
+    """The source of a class without the methods that only initialise, which may well set weights themselves."""
     try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):  # built without source, or defined in an interactive session
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError, SyntaxError):  # built without source, or defined in an interactive session
         return ""
+    assert isinstance(tree, ast.ClassDef)
+    initialisers = ("__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters")
+    return "\n".join(ast.unparse(node) for node in tree.body if getattr(node, "name", "") not in initialisers)
 
 
 def _default_skip(model: nn.Module, name: str) -> str:
