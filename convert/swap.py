@@ -170,6 +170,8 @@ def pack(model: nn.Module, *, backend: str = "auto") -> Report:
             raise ValueError(
                 f"pack: {name}.weight is sharded ({type(layer.weight.data).__name__}); gather the model first"
             )
+        if layer.weight.is_meta:
+            raise ValueError(f"pack: {name}.weight is on the meta device and has no values; load the weights first")
         try:
             packed[name] = quantize_packed(layer)
         except ValueError as error:
