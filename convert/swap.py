@@ -188,7 +188,7 @@ def pack(model: nn.Module, *, backend: str = "auto") -> Report:
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     """Turn every PackedBitLinear into an nn.Linear, in place, whose weight is exactly codes * scale.
 
-    dtype: of the new weights; default that of the bias, else torch.get_default_dtype(). The result runs anywhere,
+    dtype: of the new weights; default that of the bias, else of the model's first parameter. The result runs anywhere,
     at full size and with float activations, so its outputs differ from the packed model's by the activation
     rounding. Raises ValueError for layers with an RMSNorm inside, which no nn.Linear can express.
     """
@@ -197,9 +197,11 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         raise ValueError("unpack: the model has no PackedBitLinear layers")
     if normed := [name for name, layer in layers.items() if layer.rms_norm is not None]:
         raise ValueError(f"unpack: {normed[0]} has an RMSNorm inside, which an nn.Linear cannot express")
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    default = next(floats, torch.get_default_dtype())
     for layer in layers.values():
         bias, training = layer.bias, layer.training
-        as_dtype = dtype or (bias.dtype if bias is not None else torch.get_default_dtype())
+        as_dtype = dtype or (bias.dtype if bias is not None else default)
         weight = (layer.codes() * layer.weight_scale[:, None]).to(as_dtype)
         del (
             layer.weight,
