@@ -82,7 +82,7 @@ class Report:
     def __str__(self) -> str:
         groups: dict[tuple[Any, ...], int] = {}
         for row in self.rows:
-            name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
+            name = re.sub(r"(?<![^.])\d+(?=\.|$)", "*", row.name)
             key = (name, row.kind, "x".join(map(str, row.shape)), row.action, row.reason)
             groups[key] = groups.get(key, 0) + 1
         lines = [("weight matrix", "kind", "shape", "count", "now", "why")]
@@ -342,7 +342,9 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
                 report.other_bytes += parameter.numel() * parameter.element_size()
                 continue
             kind, reason = _kind(owner, leaf)
-            name = owner_name if leaf == "weight" and kind == type(owner).__name__ else f"{owner_name}.{leaf}"
+            name = (
+                owner_name if leaf == "weight" and kind == type(owner).__name__ else f"{owner_name}.{leaf}".lstrip(".")
+            )
             add(name, kind, parameter, "kept" if reason else "float", reason)
     return report
 
