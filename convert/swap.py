@@ -128,7 +128,7 @@ def replace_linear(
                     f"replace_linear: {which}={pattern!r} matches none of the {len(linears)} linear layers; "
                     f"names look like {', '.join(repr(names[0]) for names in list(linears.values())[:3])}"
                 )
-    tied = {}  # what modules other than linear layers hold
+    tied: dict[torch.Tensor, str] = {}  # what modules other than linear layers hold
     for name, owner in model.named_modules():
         if not isinstance(owner, nn.Linear):
             kind = "the embedding " if isinstance(owner, nn.Embedding) else ""
@@ -245,7 +245,7 @@ def _unique_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return iter(list(model.named_modules()))  # a module under several names comes once
 
 
-def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[nn.Parameter, str]) -> str:
+def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[torch.Tensor, str]) -> str:
     """Why swapping this layer would be wrong whatever the user wants; "" if it is safe."""
     if type(module) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
