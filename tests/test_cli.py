@@ -84,12 +84,6 @@ def test_mistakes_end_in_one_line_and_status_1(
     assert error[-1].startswith(f"bitnet {arguments[0]}: ")
 
 
-def test_importing_the_package_stays_light() -> None:
-    code = "import sys, bitnet; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
-
-
 def test_quickstart_leaves_models_report_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitnet import quickstart
 

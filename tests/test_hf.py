@@ -1,7 +1,6 @@
 """Checkpoints against stock transformers, in both directions, and transformers' own doors into our layers."""
 
 import copy
-import importlib
 import json
 import os
 import subprocess
@@ -17,9 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny import IDS, llama, neox
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
-from transformers.quantizers import auto
-from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
-from transformers.utils.quantization_config import BitNetQuantConfig
 
 import bitnet
 from bitnet.convert import hf
@@ -412,9 +408,14 @@ def test_the_quantizer_of_another_method_is_left_alone(tmp_path: Path) -> None:
     assert model.config.quantization_config is foreign
 
 
-def test_importing_bitnet_first_registers_and_costs_no_transformers_import(written: Written) -> None:
+@pytest.mark.parametrize("first", ["bitnet", "transformers"])
+def test_either_import_order_registers_our_layers(first: str, written: Written) -> None:
+    imports = {
+        "bitnet": "import bitnet; assert not {'torch', 'transformers'} & {*sys.modules}, 'no light import'\n",
+        "transformers": "from transformers import AutoModelForCausalLM; AutoModelForCausalLM; import bitnet\n",
+    }
     script = (
-        "import sys, bitnet; assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
+        f"import sys\n{imports[first]}"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "assert type(model.model.layers[1].mlp.up_proj) is bitnet.PackedBitLinear\n"
@@ -422,14 +423,6 @@ def test_importing_bitnet_first_registers_and_costs_no_transformers_import(writt
     command = [sys.executable, "-c", script, str(written.root / "llama-packed")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_importing_bitnet_after_transformers_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "bitnet", BitNetHfQuantizer)
-    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "bitnet", BitNetQuantConfig)
-    importlib.reload(bitnet)
-    assert auto.AUTO_QUANTIZER_MAPPING["bitnet"] is hf.BitNetQuantizer
-    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] is hf.BitNetConfig
 
 
 def rewrite_config(source: Path, target: Path, **changes: Any) -> Path:
