@@ -418,12 +418,11 @@ def test_a_diverged_layer_leaves_the_model_half_packed(value: float) -> None:
     bitnet.replace_linear(net)
     with torch.no_grad():
         net.blocks[1].xfc1.weight[2, 3] = value
-    state = net.state_dict()
+    state = {key: tensor.data_ptr() for key, tensor in net.state_dict().items()}
     with pytest.raises(ValueError, match=r"blocks\.1\.xfc1: .* 1 NaN or Inf"):
         bitnet.pack(net)
     assert all(type(net.get_submodule(name)) is BitLinear for name in SWAPPED)
-    assert all(net.state_dict()[key] is not None and tensor is not None for key, tensor in state.items())
-    assert net(torch.randn(2, 8)).shape == (2, 6)
+    assert {key: tensor.data_ptr() for key, tensor in net.state_dict().items()} == state
 
 
 @pytest.mark.parametrize("options", [{}, {"per_row": True}, {"weights": "binary"}], ids=str)
