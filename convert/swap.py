@@ -128,11 +128,12 @@ def replace_linear(
                     f"replace_linear: {which}={pattern!r} matches none of the {len(linears)} linear layers; "
                     f"names look like {', '.join(repr(names[0]) for names in list(linears.values())[:3])}"
                 )
-    tied: dict[torch.Tensor, str] = {}  # what modules other than linear layers hold
+    tied: dict[int, str] = {}  # id of each parameter that a module other than a linear layer holds, and that module
     for name, owner in model.named_modules():
         if not isinstance(owner, nn.Linear):
-            kind = "the embedding " if isinstance(owner, nn.Embedding) else ""
-            tied |= dict.fromkeys(owner.parameters(recurse=False), f"{kind}{name}")
+            holder = f"the embedding {name}" if isinstance(owner, nn.Embedding) else name or type(owner).__name__
+            for parameter in owner.parameters(recurse=False):
+                tied.setdefault(id(parameter), holder)
     reasons = {}
     for module, names in linears.items():
         if type(module) is BitLinear:
@@ -245,7 +246,7 @@ def _unique_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return iter(list(model.named_modules()))  # a module under several names comes once
 
 
-def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[torch.Tensor, str]) -> str:
+def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[int, str]) -> str:
     """Why swapping this layer would be wrong whatever the user wants; "" if it is safe."""
     if type(module) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
@@ -259,8 +260,8 @@ def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[to
         return f"its weight is {module.weight.dtype}"
     if 0 in module.weight.shape:
         return "its weight is empty"
-    if module.weight in tied:
-        return f"tied to {tied[module.weight]}"
+    if id(module.weight) in tied:
+        return f"tied to {tied[id(module.weight)]}"
     for parts in (name.split(".") for name in names):
         for depth in range(len(parts)):
             owner: Any = type(model.get_submodule(".".join(parts[:depth])))
