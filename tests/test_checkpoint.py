@@ -381,6 +381,8 @@ def test_a_full_disk_leaves_the_earlier_plain_save(tmp_path: Path, monkeypatch: 
 
 def test_saves_over_saves_leave_no_stale_shard_and_no_foreign_file_is_lost(good: Path, tmp_path: Path) -> None:
     directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "README.md").write_text("mine")
     models: list[tuple[PreTrainedModel, dict[str, Any]]] = [
         (packed(llama()), {"max_shard_size": 3000}),
         (packed(llama()), {}),
@@ -388,7 +390,6 @@ def test_saves_over_saves_leave_no_stale_shard_and_no_foreign_file_is_lost(good:
     ]
     for model, options in models:
         bitnet.save(model, directory, **options)
-        (directory / "README.md").write_text("mine")
         assert torch.equal(logits(bitnet.load(directory)), logits(model))
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), logits(model))
         index = directory / checkpoint.INDEX

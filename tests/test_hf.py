@@ -45,7 +45,7 @@ def compare(theirs: tuple[Tensor, dict[str, str], dict[str, Tensor]], ours: nn.M
     moves the logits by far more than rtol. The common inputs keep such a step out of the comparison.
     """
     logits_there, classes, inputs = theirs
-    ours = ours.eval()
+    ours = copy.deepcopy(ours).eval()
     names = {name for name, module in ours.named_modules() if isinstance(module, LOW_BIT)}
     assert names == {name for name, kind in classes.items() if kind in ("BitLinear", "AutoBitLinear")}
     assert names == inputs.keys()
@@ -86,7 +86,7 @@ OURS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], dict[str, A
     "skip": (llama, {"skip": [r"layers\.1\..*", "o_proj"]}, {}),
 }
 FORMS = ["packed", "training"]
-# What stock transformers cannot express: options of replace_linear, and whether only the latent form is affected
+# What stock transformers cannot express, most of it in both forms: options of replace_linear
 EXTENDED: dict[str, dict[str, Any]] = {
     "per_row": {"per_row": True},
     "bits_4": {"activation_bits": 4},
@@ -97,14 +97,20 @@ EXTENDED: dict[str, dict[str, Any]] = {
 }
 
 
-def build_extended(name: str) -> PreTrainedModel:
+def build(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model in training that OURS or EXTENDED names, and the options to save it with."""
+    if name in OURS:
+        make, options, save_options = OURS[name]
+        model = make()
+        bitnet.replace_linear(model, **options)
+        return model, save_options
     model = llama(intermediate_size=26) if name == "ragged" else llama()
     if name == "mixed":
         bitnet.replace_linear(model, include=[".*_proj"], skip=["down_proj", r"layers\.0\..*"])
         bitnet.replace_linear(model, include="down_proj", activation_bits=4, per_row=True, rms_norm=True)
     else:
         bitnet.replace_linear(model, **EXTENDED[name])
-    return model
+    return model, {}
 
 
 class ByHand(NamedTuple):
@@ -161,9 +167,12 @@ BY_HAND: dict[str, tuple[str, dict[str, Any]]] = {
 
 class Written(NamedTuple):
     root: Path
-    ours: dict[str, Tensor]
+    models: dict[str, PreTrainedModel]  # as they were before the save
     by_hand: dict[str, ByHand]
     stock: dict[str, Any]  # results of stock_transformers.py
+
+    def logits(self, name: str) -> Tensor:
+        return logits(self.models[name])
 
 
 @pytest.fixture(scope="module")
@@ -171,27 +180,19 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """All checkpoints of this file, and what one stock transformers process made of them."""
     root = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
-    ours: dict[str, Tensor] = {}
-    for name, (build, options, save_options) in OURS.items():
-        model = build()
-        bitnet.replace_linear(model, **options)
-        bitnet.save(model, root / f"{name}-training", **save_options)
-        ours[f"{name}-training"] = logits(model)
+    models: dict[str, PreTrainedModel] = {}
+    for name in [*OURS, *EXTENDED]:
+        model, options = build(name)
+        bitnet.save(model, root / f"{name}-training", **options)
+        models[f"{name}-training"] = copy.deepcopy(model)
         bitnet.pack(model)
-        bitnet.save(model, root / f"{name}-packed", **save_options)
-        ours[f"{name}-packed"] = logits(model)
-    for name in EXTENDED:
-        model = build_extended(name)
-        bitnet.save(model, root / f"{name}-training")
-        ours[f"{name}-training"] = logits(model)
-        bitnet.pack(model)
-        bitnet.save(model, root / f"{name}-packed")
-        ours[f"{name}-packed"] = logits(model)
+        bitnet.save(model, root / f"{name}-packed", **options)
+        models[f"{name}-packed"] = model
     by_hand = {name: write_by_hand(root / name, *arguments) for name, arguments in BY_HAND.items()}
     saves = {"online", "bitlinear"}  # stock cannot save the packed offline form
     jobs = {
         name: {"load": str(root / name), "save": str(root / f"{name}-by-stock") if name in saves else None}
-        for name in [*ours, *by_hand]
+        for name in [*models, *by_hand]
     }
     (root / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("stock_transformers.py")
@@ -200,7 +201,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     command = [sys.executable, str(script), str(root / "jobs.json"), str(root / "results.pt")]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return Written(root, ours, by_hand, torch.load(root / "results.pt"))
+    return Written(root, models, by_hand, torch.load(root / "results.pt"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -209,7 +210,7 @@ def test_stock_transformers_computes_what_we_do(written: Written, name: str, for
     result = written.stock[f"{name}-{form}"]
     assert not isinstance(result, str), result
     assert ("BitLinear" if form == "packed" else "AutoBitLinear") in result[1].values()
-    compare(result, bitnet.load(written.root / f"{name}-{form}"), RTOL)
+    compare(result, written.models[f"{name}-{form}"], RTOL)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -217,7 +218,7 @@ def test_stock_transformers_runs_our_bf16(written: Written, form: str) -> None:
     result = written.stock[f"bf16-{form}"]
     assert not isinstance(result, str), result
     assert result[0].dtype == torch.bfloat16
-    compare(result, bitnet.load(written.root / f"bf16-{form}"), RTOL_BF16)
+    compare(result, written.models[f"bf16-{form}"], RTOL_BF16)
 
 
 def test_sharded_saves_have_several_files_and_an_index(written: Written) -> None:
@@ -227,7 +228,7 @@ def test_sharded_saves_have_several_files_and_an_index(written: Written) -> None
         weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
         assert len(files) > 2
         assert sorted(set(weight_map.values())) == files
-        assert torch.equal(logits(bitnet.load(directory)), written.ours[f"sharded-{form}"])
+        assert torch.equal(logits(bitnet.load(directory)), written.logits(f"sharded-{form}"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -239,7 +240,7 @@ def test_from_pretrained_gives_back_the_same_model(written: Written, name: str, 
         kinds = {type(module) for module in model.modules()}
         assert wanted in kinds
         assert other not in kinds
-        assert torch.equal(logits(model), written.ours[f"{name}-{form}"])
+        assert torch.equal(logits(model), written.logits(f"{name}-{form}"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -259,7 +260,7 @@ def test_saving_again_changes_no_bit(written: Written, name: str, form: str, tmp
 def test_stock_transformers_refuses_what_it_would_get_wrong(written: Written, name: str, form: str) -> None:
     if (name, form) in {("binary", "packed"), ("ragged", "training")}:
         # codes -1 and 1 are ternary; latent weights have any number of rows
-        compare(written.stock[f"{name}-{form}"], bitnet.load(written.root / f"{name}-{form}"), RTOL)
+        compare(written.stock[f"{name}-{form}"], written.models[f"{name}-{form}"], RTOL)
         return
     refusal = written.stock[f"{name}-{form}"]
     assert isinstance(refusal, str), "stock transformers loaded it"
@@ -330,7 +331,7 @@ def scales(model: nn.Module) -> Iterator[Tensor]:
 def test_a_device_map_changes_nothing(written: Written, device_map: str) -> None:
     for form in FORMS:
         model = AutoModelForCausalLM.from_pretrained(written.root / f"llama-{form}", device_map=device_map)
-        assert torch.equal(logits(model), written.ours[f"llama-{form}"])
+        assert torch.equal(logits(model), written.logits(f"llama-{form}"))
 
 
 def test_disk_offload_of_packed_layers_is_refused(written: Written, tmp_path: Path) -> None:
@@ -445,7 +446,7 @@ def test_an_extended_config_without_its_section_is_damaged(written: Written, tmp
 
 
 def test_options_travel_with_every_layer(written: Written) -> None:
-    original = build_extended("mixed")
+    original = written.models["mixed-training"]
     for form in FORMS:
         loaded = bitnet.load(written.root / f"mixed-{form}")
         for name, module in original.named_modules():
