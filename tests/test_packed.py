@@ -291,7 +291,7 @@ def test_compiled_layer_equals_eager(backend: str, prepacked: bool) -> None:
 # Corrupt or misfitting
 
 
-@pytest.mark.parametrize("shape", [(M, K + 1), (M, K - 1), (K, M), (1,)], ids=str)
+@pytest.mark.parametrize("shape", [(M, K + 1), (M, K - 1), (K, M), (1,)], ids=lambda s: "x".join(map(str, s)))
 def test_a_wrong_number_of_features_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"input is \[.*, but this layer takes {K} features"):
         make()(torch.randn(shape))
