@@ -41,21 +41,22 @@ class PackedBitLinear(nn.Module):
     ) -> None:
         super().__init__()
         spec = QuantSpec(**options)
-        rows = layout.packed_rows(out_features)
-        zeros = 0b01010101  # four codes of 0
-        packed = torch.full((rows, in_features), zeros, dtype=torch.uint8, device=device)
-        scale = torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
+        packed, scale = _zeros(in_features, out_features, spec, device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
         self._configure(in_features, out_features, spec, packed, scale, b, norm, backend)
 
     @staticmethod
-    def from_bit_linear(layer: BitLinear, packed: Tensor, scale: Tensor, backend: str = "auto") -> "PackedBitLinear":
+    def from_bit_linear(
+        layer: BitLinear, packed: Tensor | None = None, scale: Tensor | None = None, backend: str = "auto"
+    ) -> "PackedBitLinear":
         """Turn a BitLinear into its packed form *in place* and return it; its latent weight is dropped.
 
-        packed, scale: what quantize_packed(layer) returned
+        packed, scale: what quantize_packed(layer) returned; without them the layer holds zeros, to be loaded
         """
         k, n, norm, spec = layer.in_features, layer.out_features, layer.rms_norm, layer.spec
+        if packed is None or scale is None:
+            packed, scale = _zeros(k, n, spec, layer.weight.device)
         bias = None if layer.bias is None else layer.bias.detach()
         del layer.weight, layer.bias, layer.rms_norm, layer.strength
         module = become(layer, PackedBitLinear)
@@ -73,6 +74,7 @@ class PackedBitLinear(nn.Module):
         rms_norm: nn.RMSNorm | None,
         backend: str,
     ) -> None:
+        ops.check_backend(backend)
         self.in_features, self.out_features = in_features, out_features
         self.spec, self.backend = spec, backend
         self.register_buffer("weight", packed)
@@ -127,6 +129,7 @@ class PackedBitLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._prepacked = None
         super()._load_from_state_dict(*args, **kwargs)
+        self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepacked": None}
@@ -134,6 +137,11 @@ class PackedBitLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {describe(self.spec)}, backend={self.backend}"
+
+
+def _zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
+    packed = torch.full((layout.packed_rows(out_features), in_features), layout.ZEROS, dtype=torch.uint8, device=device)
+    return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
 def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:

@@ -46,23 +46,21 @@ class BitNetConfig(BitNetQuantConfig):
     bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys}}
     """
 
-    def __init__(
-        self, linear_class: str = "bitlinear", bitnet_toolkit: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, linear_class: str = "bitlinear", bitnet_toolkit: Any = None, **kwargs: Any) -> None:
         extended = linear_class.startswith("bitnet_toolkit")
-        if extended and not isinstance(bitnet_toolkit, dict):
-            raise ValueError(
-                "quantization_config has our linear_class but no `bitnet_toolkit` section; config.json is damaged"
-            )
         super().__init__(linear_class="bitlinear" if extended else linear_class, **kwargs)
         if extended:
             self.linear_class = EXTENDED
             self.bitnet_toolkit = bitnet_toolkit
+            try:
+                for name in ("", *self.bitnet_toolkit["overrides"]):
+                    self.layer(name)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"config.json: the `bitnet_toolkit` section is missing or damaged ({error})") from None
 
     def layer(self, name: str) -> tuple[bool, QuantSpec]:
         """(is it packed, its options) for the swapped layer `name`."""
         if self.linear_class == EXTENDED:
-            assert self.bitnet_toolkit is not None  # __init__ saw to it
             section = self.bitnet_toolkit["overrides"].get(name, self.bitnet_toolkit)
             return section["packed"], QuantSpec(**section["spec"])
         packed = self.linear_class == "bitlinear" or self.quantization_mode == "offline"
@@ -142,19 +140,14 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         packed, spec = config.layer(name)
         if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
             # the codes as floats, which finish_loading packs
-            BitLinear.from_linear(linear, spec).register_buffer(
-                "weight_scale", torch.ones(1, device=linear.weight.device)
-            )
+            layer = BitLinear.from_linear(linear, spec)
+            layer.register_buffer("weight_scale", torch.ones(1, device=layer.weight.device))
         elif packed:
-            options: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype, **asdict(spec)}
-            layer = PackedBitLinear(linear.in_features, linear.out_features, linear.bias is not None, **options)
-            for other, module in list(model.named_modules(remove_duplicate=False)):
-                if module is linear:  # a layer used under several names stays one layer
-                    model.set_submodule(other, layer)
+            PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
         else:
             BitLinear.from_linear(linear, spec)
         if comparable and headers is not None:
-            _compare(name, model.get_submodule(name), headers)
+            _compare(name, linear, headers)
 
 
 def finish_loading(model: nn.Module, config: BitNetConfig) -> None:

@@ -102,6 +102,8 @@ def replace_linear(
 ) -> Report:
     """Turn the nn.Linear layers of any model into BitLinear, in place, keeping the trained weights.
 
+    model:   all of it, not an inner part such as model.model: a Hugging Face model's config, which the whole model
+             shares, is written for the names inside what is passed
     skip:    what to leave alone besides the defaults (output embeddings, task heads, routers)
     include: swap only what matches; being named here overrides those defaults
     options: those of bitnet.QuantSpec: weights, per_row, activation_bits, rms_norm, rms_norm_eps

@@ -13,6 +13,8 @@ with rows of zeros at the end, and readers cut them off again.
 import torch
 from torch import Tensor
 
+ZEROS = 0b01010101  # the byte that holds four codes of 0
+
 
 def packed_rows(out_features: int) -> int:
     """Rows of the packed tensor that holds `out_features` rows of codes: ceil(N / 4)."""

@@ -77,6 +77,12 @@ def backends(device: str | torch.device = "cpu") -> list[BackendStatus]:
     return rows
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "auto" or the name of a backend, whether or not that one can run here."""
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
+
+
 @torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
 def choose_backend(backend: str, device: torch.device) -> str:
     """The backend to use on `device`: the named one, or for "auto" the first that is ready.
@@ -89,10 +95,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
 @lru_cache
 def _choose(backend: str, device_type: str) -> str:
     device = torch.device(device_type)
+    check_backend(backend)
     if backend == "auto":
         return next(row.name for row in backends(device) if row.ready)
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
     if missing := _BACKENDS[backend].missing(device):
         raise RuntimeError(f"backend {backend!r} cannot run on {device_type}: {missing}")
     return backend
@@ -269,6 +274,7 @@ torch.library.register_autograd("bitnet::ternary_linear", _backward, setup_conte
 __all__ = [
     "BackendStatus",
     "backends",
+    "check_backend",
     "choose_backend",
     "linear_prepacked",
     "packed_rows",

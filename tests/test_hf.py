@@ -441,7 +441,7 @@ def rewrite_config(source: Path, target: Path, **changes: Any) -> Path:
 def test_an_extended_config_without_its_section_is_damaged(written: Written, tmp_path: Path) -> None:
     directory = rewrite_config(written.root / "per_row-packed", tmp_path / "x", bitnet_toolkit=None)
     for load in (bitnet.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=r"no `bitnet_toolkit` section.*config.json is damaged"):
+        with pytest.raises(ValueError, match=r"`bitnet_toolkit` section is missing or damaged"):
             load(directory)
 
 
