@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
     from .trainer import StrengthCallback
-    from .training import set_strength, strength_at
+    from .training import Muon, set_strength, strength_at
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BitLinear": "bitnet.linear",
+    "Muon": "bitnet.training",
     "PackedBitLinear": "bitnet.packed",
     "QuantSpec": "bitnet.quantize",
     "Report": "bitnet.convert.swap",
@@ -46,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "BitLinear",
+    "Muon",
     "PackedBitLinear",
     "QuantSpec",
     "Report",

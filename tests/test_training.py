@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitnet import BitLinear, set_strength, strength_at
+from bitnet import BitLinear, Muon, set_strength, strength_at
+from bitnet.training import orthogonalize
 
 
 def test_set_strength_reaches_nested_layers_and_only_them() -> None:
@@ -82,3 +83,42 @@ def test_a_run_of_no_or_one_step_quantizes_fully(steps: int) -> None:
 def test_a_schedule_that_does_not_rise_within_the_run_is_refused(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="need 0 <= start <= end <= 1, got"):
         strength_at(0, 10, start, end)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (2, 12, 5)], ids=str)
+def test_orthogonalize_brings_all_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e4])[: shape[0], None, None]
+    u, values, vh = torch.linalg.svd(matrices, full_matrices=False)
+    along = u.mT @ orthogonalize(matrices) @ vh.mT  # in the singular directions of the input: diagonal again
+    after = along.diagonal(dim1=1, dim2=2)
+    large = values > values[:, :1] / 20
+    assert ((after > 0.6) & (after < 1.25))[large].all()  # where the polynomial keeps values that were not tiny
+    assert (along - torch.diag_embed(after)).abs().max() < 1e-3
+
+
+def test_muon_matches_the_update_size_of_adamw_and_decays_weights() -> None:
+    weight = nn.Parameter(torch.randn(24, 96))
+    start = weight.detach().clone()
+    optimizer = Muon([weight], lr=0.01, weight_decay=0.5)
+    weight.grad = torch.randn(24, 96)
+    optimizer.step()
+    update = (start * (1 - 0.01 * 0.5) - weight.detach()) / 0.01
+    rms = update.square().mean().sqrt()
+    assert 0.2 * 0.6 < rms < 0.2 * 1.25  # 0.2 times singular values between 0.6 and 1.2
+
+
+def test_muon_batches_matrices_without_mixing_them() -> None:
+    weights = [nn.Parameter(torch.randn(6, 9)) for _ in range(3)]
+    alone = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    for weight, twin in zip(weights, alone, strict=True):
+        weight.grad = torch.randn(6, 9)
+        twin.grad = weight.grad.clone()
+        Muon([twin]).step()
+    Muon(weights).step()
+    for weight, twin in zip(weights, alone, strict=True):
+        assert torch.allclose(weight, twin, rtol=1e-5, atol=1e-6)  # batched products may sum in another order
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    with pytest.raises(ValueError, match="matrices only"):
+        Muon([nn.Parameter(torch.zeros(4))])
