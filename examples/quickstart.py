@@ -46,8 +46,8 @@ print(bitnet.replace_linear(model))
 matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if not any(p is m for m in matrices)]
 optimizers = [
-    torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.95)),
+    bitnet.Muon(matrices, lr=1e-2),
+    torch.optim.AdamW(others, lr=1e-2, betas=(0.8, 0.95)),
 ]
 schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.05, STEPS) for o in optimizers]
 start = time.perf_counter()
