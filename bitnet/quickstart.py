@@ -11,6 +11,8 @@ import statistics
 import sysconfig
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -255,10 +257,11 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
     weights = {name: module.weight.numel() for name, module in ternary.named_modules() if isinstance(module, BitLinear)}
     tokenizer = build_tokenizer()
     pack(ternary)
-    for name, model in (("full", full), ("ternary", ternary)):
-        save(model, out / name)
-        tokenizer.save_pretrained(out / name)
-    served = {"full": load(out / "full"), "ternary": load(out / "ternary")}
+    with _no_progress_bars():  # of transformers: the files take milliseconds
+        for name, model in (("full", full), ("ternary", ternary)):
+            save(model, out / name)
+            tokenizer.save_pretrained(out / name)
+        served = {"full": load(out / "full"), "ternary": load(out / "ternary")}
     with torch.no_grad():
         difference = (served["ternary"](input_ids=probe).logits - trained_logits).abs().max().item()
     if difference != 0:
@@ -296,6 +299,19 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
     _plot(report, served["ternary"], out / "report.png")
     _show(report, out, console)
     return report
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sample(model: Any, tokenizer: Any) -> str:

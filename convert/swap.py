@@ -113,7 +113,8 @@ def replace_linear(
     nn.Linear raises ValueError, since a misspelt name would otherwise quantize what was to be kept.
 
     Layers whose weight is used by other code too (tied to an embedding, read by the parent's forward, patched by
-    tensor parallelism) are never swapped. Everything kept is listed in the report with the reason.
+    tensor parallelism) are never swapped. Everything kept is listed in the report with the reason. Layers that are
+    BitLinear already keep their options.
     """
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
