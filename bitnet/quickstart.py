@@ -43,21 +43,22 @@ class Settings:
     """Everything that decides the result besides the machine; all of it goes to report.json."""
 
     seed: int = 0
-    hidden: int = 256
-    intermediate: int = 768
+    hidden: int = 128
+    intermediate: int = 384
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     context: int = 256
-    batch: int = 8
-    steps: int = 400
-    embedding_std: float = 1.0
+    batch: int = 4
+    steps: int = 1250
+    embedding_std: float = 0.2
     muon_lr: float = 1e-2
-    adamw_lr: float = 2e-3
+    muon_momentum: float = 0.9
+    adamw_lr: float = 1.2e-2
     weight_decay: float = 0.1
     warmup: float = 0.04  # share of the steps
     final_lr: float = 0.05  # share of the peak, reached linearly
-    strength_start: float = 0.5  # of the 1.58-bit run; shares of the steps
-    strength_end: float = 0.9
+    strength_start: float = 0.2  # of the 1.58-bit run; shares of the steps
+    strength_end: float = 0.7
 
 
 def corpus() -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -133,8 +134,8 @@ def train(model: Any, data: Tensor, settings: Settings, progress: Progress, labe
     others = [p for p in model.parameters() if id(p) not in chosen]
     decay = settings.weight_decay
     optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=settings.muon_lr, weight_decay=decay),
-        torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.8, 0.95), weight_decay=decay, fused=True),
+        Muon(matrices, lr=settings.muon_lr, momentum=settings.muon_momentum, weight_decay=decay),
+        torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, settings)) for o in optimizers]
     low_bit = any(isinstance(module, BitLinear) for module in model.modules())

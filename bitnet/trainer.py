@@ -13,7 +13,7 @@ class StrengthCallback(TrainerCallback):
     start, end: shares of the training steps between which layers go from full precision to fully quantized
     """
 
-    def __init__(self, start: float = 0.5, end: float = 0.9) -> None:
+    def __init__(self, start: float = 0.2, end: float = 0.7) -> None:
         strength_at(0, 1, start, end)  # a clear error now rather than at the first step
         self.start, self.end = start, end
 

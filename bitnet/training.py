@@ -23,7 +23,7 @@ def set_strength(model: nn.Module, strength: float) -> None:
         layer.strength = value
 
 
-def strength_at(step: int, steps: int, start: float = 0.5, end: float = 0.9) -> float:
+def strength_at(step: int, steps: int, start: float = 0.2, end: float = 0.7) -> float:
     """The warm-up schedule: 0 before start * steps, then linear, 1 from end * steps on (the last steps included)."""
     if not 0 <= start <= end <= 1:
         raise ValueError(f"need 0 <= start <= end <= 1, got start={start}, end={end}")

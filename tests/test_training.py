@@ -64,8 +64,8 @@ def test_schedule_rises_linearly_from_start_to_end(steps: int, start: float, end
 
 
 def test_defaults_are_those_documented() -> None:
-    assert [strength_at(step, 100) for step in (0, 50, 90, 99)] == [0, 0, 1, 1]
-    assert abs(strength_at(70, 100) - 0.5) <= 2.0**-50
+    assert [strength_at(step, 100) for step in (0, 20, 70, 99)] == [0, 0, 1, 1]
+    assert abs(strength_at(45, 100) - 0.5) <= 2.0**-50
 
 
 def test_every_step_of_the_schedule_is_a_valid_strength() -> None:
