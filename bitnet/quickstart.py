@@ -359,7 +359,8 @@ def _plot(report: dict[str, Any], model: nn.Module, file: Path) -> None:
     per_step = report["training_tokens"] / report["settings"]["steps"] / 1e6
     for name, label, color in (("full", "full precision", "tab:blue"), ("ternary", "1.58 bit", "tab:orange")):
         losses = report["losses"][name]
-        smooth = [statistics.fmean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+        width = max(10, len(losses) // 40)
+        smooth = [statistics.fmean(losses[max(0, i + 1 - width) : i + 1]) for i in range(len(losses))]
         xs = [per_step * (i + 1) for i in range(len(losses))]
         final = report["models"][name]["bits_per_byte"]
         left.plot(xs, losses, color=color, alpha=0.15)
