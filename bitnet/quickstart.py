@@ -344,7 +344,8 @@ def _show(report: dict[str, Any], out: Path, console: Console) -> None:
         f"{report['low_bit_bytes'] / 1e6:.2f} MB on disk, {report['times_smaller_than_bf16']:.2f} times less than in "
         "bf16; embedding, head and norms stay float32. The reloaded model's logits equal the trained model's exactly.\n"
         "At this size a token costs mostly Python, so its speed says little about the kernels.\n"
-        f"Both models, report.json and report.png are in {out}. Next: bitnet generate {out / 'ternary'} 'import '",
+        f"Both models, report.json and report.png are in {out}. Next:\n"
+        f"bitnet generate {out / 'ternary'} 'import ' --temperature 0.7",
         highlight=False,
     )
 
