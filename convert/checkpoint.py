@@ -70,7 +70,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     raise FileNotFoundError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
 
 
-def save(model: nn.Module, directory: str | Path, **kwargs: Any) -> Path:
+def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: Any) -> Path:
     """Write a model's weights and config to `directory`, packed or in training; returns it.
 
     A Hugging Face model becomes a checkpoint that from_pretrained reads, stock transformers' included wherever
@@ -78,12 +78,19 @@ def save(model: nn.Module, directory: str | Path, **kwargs: Any) -> Path:
     load(directory, model). Everything is written beside the target first and then moved into place, so a full
     disk or an interrupt leaves an earlier save as it was; other files in the directory stay.
 
+    bits:   of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
     kwargs: passed to save_pretrained, for instance max_shard_size="2GB"
     """
     from transformers import PreTrainedModel
 
+    from bitnet.packed import PackedBitLinear
+
     from . import hf
 
+    if bits not in (2, 1.6):
+        raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
+    if bits == 1.6 and not any(isinstance(module, PackedBitLinear) for module in model.modules()):
+        raise ValueError("save: bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
@@ -91,14 +98,19 @@ def save(model: nn.Module, directory: str | Path, **kwargs: Any) -> Path:
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-saving-") as scratch:
         new = Path(scratch) / "checkpoint"
         if isinstance(model, PreTrainedModel):
-            hf.attach(model)
-            model.save_pretrained(new, **kwargs)
+            hf.attach(model, bits)
+            try:
+                model.save_pretrained(new, **kwargs)
+            finally:
+                hf.attach(model)
         else:
             new.mkdir()
-            config = hf.config_of(model)
+            config = hf.config_of(model, bits)
             if config is None:
                 raise ValueError("save: the model has no BitLinear or PackedBitLinear layers; nothing here needs us")
-            state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in hf.stored_state(model).items()}
+            state = {
+                key: tensor.detach().cpu().contiguous().clone() for key, tensor in hf.stored_state(model, bits).items()
+            }
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
             (new / CONFIG).write_text(text)

@@ -11,7 +11,8 @@ Three stock forms, all of `quant_method: bitnet`, read and (the first two) writt
 Models that stock transformers cannot express (per-row scales, other activation bits, binary latent weights,
 N % 4 != 0, layers with different options) carry EXTENDED as linear_class: stock transformers refuses it with a
 message that names this package. Their options stand under "bitnet_toolkit". Packed weight_scale is stored as
-1 / scale there too.
+1 / scale there too. `"bits": 1.6` in that section means that packed weights are stored in the base-3 layout
+(kernels/layout.py), uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
 """
 
 import re
@@ -43,7 +44,8 @@ EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` a
 class BitNetConfig(BitNetQuantConfig):
     """transformers' BitNetQuantConfig, and our options where linear_class is EXTENDED.
 
-    bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys}}
+    bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys},
+                     "bits": 2 or 1.6, of packed weights in the files; 2 where it is missing}
     """
 
     def __init__(self, linear_class: str = "bitlinear", bitnet_toolkit: Any = None, **kwargs: Any) -> None:
@@ -55,8 +57,15 @@ class BitNetConfig(BitNetQuantConfig):
             try:
                 for name in ("", *self.bitnet_toolkit["overrides"]):
                     self.layer(name)
+                if self.bits not in (2, 1.6):
+                    raise ValueError(f"bits is {self.bits!r}")
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"config.json: the `bitnet_toolkit` section is missing or damaged ({error})") from None
+
+    @property
+    def bits(self) -> float:
+        """Bits a packed weight takes in the files."""
+        return self.bitnet_toolkit.get("bits", 2) if self.linear_class == EXTENDED else 2
 
     def layer(self, name: str) -> tuple[bool, QuantSpec]:
         """(is it packed, its options) for the swapped layer `name`."""
@@ -67,8 +76,11 @@ class BitNetConfig(BitNetQuantConfig):
         return packed, QuantSpec(rms_norm=self.use_rms_norm, rms_norm_eps=self.rms_norm_eps)
 
 
-def config_of(model: nn.Module) -> BitNetConfig | None:
-    """The config that rebuilds a model's low-bit layers, in a stock form if there is one; None if it has none."""
+def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
+    """The config that rebuilds a model's low-bit layers, in a stock form if there is one; None if it has none.
+
+    bits: what a packed weight takes in the files: 2, or 1.6, which only this package reads
+    """
     layers: dict[str, tuple[bool, QuantSpec]] = {}
     for name, module in model.named_modules():
         if isinstance(module, BitLinear | PackedBitLinear):
@@ -82,7 +94,8 @@ def config_of(model: nn.Module) -> BitNetConfig | None:
         module.out_features % 4 for module in model.modules() if isinstance(module, PackedBitLinear)
     )
     stock = (
-        not overrides
+        bits == 2
+        and not overrides
         and not ragged
         and not spec.per_row
         and spec.activation_bits == 8
@@ -95,14 +108,14 @@ def config_of(model: nn.Module) -> BitNetConfig | None:
         if packed:
             return BitNetConfig("bitlinear", **common)
         return BitNetConfig("autobitlinear", quantization_mode="online", **common)
-    section = {"packed": packed, "spec": asdict(spec)}
+    section: dict[str, Any] = {"packed": packed, "spec": asdict(spec), "bits": bits}
     section["overrides"] = {name: {"packed": p, "spec": asdict(s)} for name, (p, s) in overrides.items()}
     return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)
 
 
-def attach(model: PreTrainedModel) -> None:
+def attach(model: PreTrainedModel, bits: float = 2) -> None:
     """Bring a model's config in line with its layers, so that save_pretrained writes what from_pretrained rebuilds."""
-    config = config_of(model)
+    config = config_of(model, bits)
     packed = any(isinstance(module, PackedBitLinear) for module in model.modules())
     if config is None:
         present = getattr(model.config, "quantization_config", None)
@@ -143,7 +156,10 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
             layer = BitLinear.from_linear(linear, spec)
             layer.register_buffer("weight_scale", torch.ones(1, device=layer.weight.device))
         elif packed:
-            PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
+            served = PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
+            if config.bits == 1.6:  # until finish_loading
+                shape = served.out_features, -(-served.in_features // 5)
+                served.weight = torch.empty(shape, dtype=torch.uint8, device=served.weight.device)
         else:
             BitLinear.from_linear(linear, spec)
         if comparable and headers is not None:
@@ -163,6 +179,8 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
         if module.weight.is_meta:
             continue
         try:
+            if config.bits == 1.6:
+                module.weight = layout.pack_ternary(layout.unpack_base3(module.weight, module.in_features))
             module.prepack()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
@@ -174,13 +192,15 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             )
 
 
-def stored_state(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict() as it goes to disk: packed scales as 1 / scale."""
+def stored_state(model: nn.Module, bits: float = 2) -> dict[str, Tensor]:
+    """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `bits` bits."""
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedBitLinear):
-            key = f"{name}.weight_scale" if name else "weight_scale"
-            state[key] = stored_scale(module.weight_scale)
+            prefix = f"{name}." if name else ""
+            state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
+            if bits == 1.6:
+                state[f"{prefix}weight"] = layout.pack_base3(module.codes())
     return state
 
 
@@ -221,7 +241,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return []  # our layers' buffers have the names and the contents of the stored tensors
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return stored_state(model), {}
+        return stored_state(model, self.quantization_config.bits), {}
 
     @property
     def is_trainable(self) -> bool:

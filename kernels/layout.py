@@ -8,6 +8,9 @@ byte. With R = ceil(N/4) packed rows, byte [r, k] holds
 
 Field value 3 never occurs in a valid tensor. Transformers itself only knows N % 4 == 0; other N are padded
 with rows of zeros at the end, and readers cut them off again.
+
+Base-3 layout (files only, `bitnet.save(..., bits=1.6)`): 1.6 bits a weight, five *features* to a byte. Byte [n, b] is
+the sum of (code of feature 5b + i, + 1) * 3^i over i = 0..4, so 0 to 242; features beyond K count as code 0.
 """
 
 import torch
@@ -28,13 +31,7 @@ def pack_ternary(codes: Tensor) -> Tensor:
     returns: uint8 [ceil(N/4), K]; row i + j*ceil(N/4) is bits 2j..2j+1 of row i, as code + 1.
     Raises ValueError for other dtypes, shapes or codes. unpack_ternary inverts it exactly.
     """
-    if codes.dtype != torch.int8 or codes.ndim != 2:
-        raise ValueError(f"pack_ternary: codes must be int8 [N, K], got {_describe(codes)}")
-    if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) > 1):
-        raise ValueError(
-            f"pack_ternary: codes must be -1, 0 or 1, got values from {int(codes.min())} to {int(codes.max())}; "
-            "quantize the weight first (quantize_weight)"
-        )
+    _check_codes("pack_ternary", codes)
     n, k = codes.shape
     fields = torch.ones(4 * packed_rows(n), k, dtype=torch.uint8, device=codes.device)
     fields[:n] = (codes + 1).to(torch.uint8)
@@ -52,6 +49,38 @@ def unpack_ternary(packed: Tensor, out_features: int | None = None) -> Tensor:
     n = check_packed(packed, out_features)
     fields = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
     return fields[:n].to(torch.int8) - 1
+
+
+def pack_base3(codes: Tensor) -> Tensor:
+    """Pack ternary codes five to a byte, in the base-3 layout.
+
+    codes:   int8 [N, K], values -1, 0, 1. Left unchanged.
+    returns: uint8 [N, ceil(K/5)]
+    Raises ValueError for other dtypes, shapes or codes. unpack_base3 inverts it exactly.
+    """
+    _check_codes("pack_base3", codes)
+    n, k = codes.shape
+    digits = torch.ones(n, -(-k // 5) * 5, dtype=torch.uint8, device=codes.device)
+    digits[:, :k] = (codes + 1).to(torch.uint8)
+    first, second, third, fourth, fifth = digits.view(n, -1, 5).unbind(-1)
+    return first + 3 * second + 9 * third + 27 * fourth + 81 * fifth
+
+
+def unpack_base3(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of pack_base3: uint8 [N, ceil(K/5)] to int8 [N, K].
+
+    Raises ValueError for another dtype or shape, and for bytes above 242, which encode no five codes.
+    """
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != -(-in_features // 5):
+        raise ValueError(f"base-3 weight must be uint8 [N, ceil({in_features}/5)], got {_describe(packed)}")
+    if packed.numel() and int(packed.max()) > 242:
+        row, column = (packed > 242).nonzero()[0].tolist()
+        raise ValueError(
+            f"base-3 weight is corrupt: {int((packed > 242).count_nonzero())} bytes are above 242, the first at "
+            f"[{row}, {column}] ({int(packed[row, column])}). Fetch or convert the checkpoint again."
+        )
+    digits = torch.stack([packed // 3**i % 3 for i in range(5)], dim=-1).view(packed.shape[0], -1)
+    return digits[:, :in_features].to(torch.int8) - 1
 
 
 def check_packed(packed: Tensor, out_features: int | None = None) -> int:
@@ -75,6 +104,16 @@ def validate_packed(packed: Tensor) -> None:
             f"packed weight is corrupt: {int(bad.count_nonzero())} bytes hold the code 3, the first at "
             f"[{row}, {column}] (byte 0x{int(packed[row, column]):02x}); valid fields are 0, 1, 2. "
             "Fetch or convert the checkpoint again."
+        )
+
+
+def _check_codes(function: str, codes: Tensor) -> None:
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        raise ValueError(f"{function}: codes must be int8 [N, K], got {_describe(codes)}")
+    if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) > 1):
+        raise ValueError(
+            f"{function}: codes must be -1, 0 or 1, got values from {int(codes.min())} to {int(codes.max())}; "
+            "quantize the weight first (quantize_weight)"
         )
 
 

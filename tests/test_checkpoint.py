@@ -83,6 +83,70 @@ def test_load_takes_dtype_device_and_backend(backend: str, tmp_path: Path) -> No
     assert torch.equal(loaded(X.bfloat16()), model.to(torch.bfloat16)(X.bfloat16()))
 
 
+@pytest.mark.parametrize("options", [{}, {"weights": "binary", "per_row": True}], ids=["default", "binary_per_row"])
+def test_a_base3_save_gives_the_same_model_from_a_fifth_fewer_bytes(options: dict[str, Any], tmp_path: Path) -> None:
+    model = packed(llama(hidden_size=160, intermediate_size=330), **options)
+    bitnet.save(model, tmp_path / "two_bits")
+    bitnet.save(model, tmp_path / "base3", bits=1.6)
+    sizes = {}
+    for name in ("two_bits", "base3"):
+        headers = checkpoint.read_headers([tmp_path / name / checkpoint.WEIGHTS])
+        shapes = [header.shape for header in headers.values() if header.dtype == "U8"]
+        assert len(shapes) == 14
+        sizes[name] = sum(rows * columns for rows, columns in shapes)
+    assert sizes["base3"] == pytest.approx(0.8 * sizes["two_bits"], rel=0.01)  # 330 rows take 332 in two bits
+    for loaded in (bitnet.load(tmp_path / "base3"), AutoModelForCausalLM.from_pretrained(tmp_path / "base3")):
+        assert torch.equal(logits(loaded), logits(model))
+        bitnet.save(loaded, tmp_path / "again")  # two bits again, unless asked
+        again = load_file(tmp_path / "again" / checkpoint.WEIGHTS)
+        first = load_file(tmp_path / "two_bits" / checkpoint.WEIGHTS)
+        assert all(torch.equal(again[key], first[key]) for key in first)
+    config = json.loads((tmp_path / "base3" / checkpoint.CONFIG).read_text())["quantization_config"]
+    assert "pip install bitnet-toolkit" in config["linear_class"], "stock transformers would take it for its own"
+    assert config_now(model) == json.loads((tmp_path / "two_bits" / checkpoint.CONFIG).read_text())
+
+
+def config_now(model: PreTrainedModel) -> Any:
+    """What save_pretrained would write as config.json now."""
+    return json.loads(model.config.to_json_string())
+
+
+def test_a_plain_module_comes_back_from_base3(tmp_path: Path) -> None:
+    model = packed(Mlp().eval())
+    bitnet.save(model, tmp_path, bits=1.6)
+    assert load_file(tmp_path / checkpoint.WEIGHTS)["down.weight"].shape == (6, 5)
+    assert torch.equal(bitnet.load(tmp_path, Mlp())(X), model(X))
+
+
+def test_a_damaged_base3_byte_is_named(tmp_path: Path) -> None:
+    bitnet.save(packed(Mlp()), tmp_path, bits=1.6)
+    tensors = load_file(tmp_path / checkpoint.WEIGHTS)
+    tensors["down.weight"][2, 1] = 250
+    save_file(tensors, tmp_path / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"down: base-3 weight is corrupt: 1 bytes .* \[2, 1\] \(250\)"):
+        bitnet.load(tmp_path, Mlp())
+
+
+def test_a_config_that_lies_about_the_bits_is_refused(tmp_path: Path) -> None:
+    bitnet.save(packed(Mlp()), tmp_path, bits=1.6)
+    config = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    for bits, message in ((2, r"up\.weight is U8 \[24, 4\]"), (1.5, r"section is missing or damaged \(bits is 1\.5\)")):
+        config["quantization_config"]["bitnet_toolkit"]["bits"] = bits
+        (tmp_path / checkpoint.CONFIG).write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            bitnet.load(tmp_path, Mlp())
+
+
+def test_base3_is_refused_for_latent_weights_and_other_bits_altogether(tmp_path: Path) -> None:
+    model = Mlp()
+    bitnet.replace_linear(model)
+    with pytest.raises(ValueError, match=r"bits=1\.6 is a form of packed weights; call bitnet\.pack"):
+        bitnet.save(model, tmp_path / "out", bits=1.6)
+    with pytest.raises(ValueError, match=r"bits must be 2 or 1\.6, got 1\.58"):
+        bitnet.save(model, tmp_path / "out", bits=1.58)
+    assert not (tmp_path / "out").exists()
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()

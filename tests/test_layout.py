@@ -1,10 +1,20 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from shapes import SHAPES
 from torch import Tensor
 from transformers.integrations.bitnet import pack_weights
 
-from bitnet.kernels.layout import check_packed, pack_ternary, packed_rows, unpack_ternary, validate_packed
+from bitnet.kernels.layout import (
+    check_packed,
+    pack_base3,
+    pack_ternary,
+    packed_rows,
+    unpack_base3,
+    unpack_ternary,
+    validate_packed,
+)
 
 MATRICES = sorted({(n, k) for _, n, k in SHAPES} | {(2, 3), (3, 2), (7, 9)})
 each_matrix = pytest.mark.parametrize(("n", "k"), MATRICES)
@@ -67,22 +77,27 @@ def test_strided_codes_and_bytes_are_read_by_value() -> None:
     assert torch.equal(unpack_ternary(packed), unpack_ternary(packed.contiguous()))
 
 
+each_pack = pytest.mark.parametrize("pack", [pack_ternary, pack_base3])
+
+
+@each_pack
 @pytest.mark.parametrize("bad", [-128, -2, 2, 127])
-def test_a_code_that_is_not_ternary_is_refused(bad: int) -> None:
+def test_a_code_that_is_not_ternary_is_refused(pack: Callable[[Tensor], Tensor], bad: int) -> None:
     codes = ternary(5, 7)
     codes[4, 6] = bad
-    with pytest.raises(ValueError, match=rf"codes must be -1, 0 or 1, got values from .*{bad}.*quantize"):
-        pack_ternary(codes)
+    with pytest.raises(ValueError, match=rf"{pack.__name__}: codes must be .* got values from .*{bad}.*quantize"):
+        pack(codes)
 
 
+@each_pack
 @pytest.mark.parametrize(
     "codes",
     [torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int8)],
     ids=["float", "int32", "vector"],
 )
-def test_codes_of_the_wrong_kind_are_refused(codes: Tensor) -> None:
+def test_codes_of_the_wrong_kind_are_refused(pack: Callable[[Tensor], Tensor], codes: Tensor) -> None:
     with pytest.raises(ValueError, match=r"codes must be int8 \[N, K\], got"):
-        pack_ternary(codes)
+        pack(codes)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +117,41 @@ def test_rows_that_do_not_fit_out_features_are_refused(n: int) -> None:
         unpack_ternary(packed, n)
     assert [check_packed(packed, n) for n in (5, 6, 7, 8)] == [5, 6, 7, 8]
     assert check_packed(packed) == 8
+
+
+@pytest.mark.parametrize(("n", "k"), [*MATRICES, (3, 4), (3, 5), (3, 6), (2, 10)])
+def test_base3_round_trip_returns_the_codes(n: int, k: int) -> None:
+    codes = ternary(n, k)
+    before = codes.clone()
+    packed = pack_base3(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (n, (k + 4) // 5)
+    unpacked = unpack_base3(packed, k)
+    assert unpacked.dtype == torch.int8
+    assert torch.equal(unpacked, codes)
+    assert torch.equal(codes, before), "the input was changed"
+
+
+def test_every_base3_digit_is_where_the_layout_says() -> None:
+    codes = ternary(3, 12)
+    for row, packed in zip(codes.tolist(), pack_base3(codes).tolist(), strict=True):
+        digits = [code + 1 for code in row] + [1, 1, 1]
+        assert packed == [sum(digits[5 * b + i] * 3**i for i in range(5)) for b in range(3)]
+
+
+def test_base3_bytes_that_encode_nothing_are_refused_and_all_others_read() -> None:
+    assert pack_base3(unpack_base3(torch.arange(243, dtype=torch.uint8)[None], 1215)).tolist() == [[*range(243)]]
+    for byte in range(243, 256):
+        with pytest.raises(ValueError, match=rf"1 bytes are above 242, the first at \[0, 1\] \({byte}\)"):
+            unpack_base3(torch.tensor([[0, byte]], dtype=torch.uint8), 10)
+
+
+@pytest.mark.parametrize(
+    ("packed", "k"),
+    [(torch.zeros(4, 2, dtype=torch.int8), 10), (torch.zeros(2, dtype=torch.uint8), 10)]
+    + [(torch.zeros(4, 2, dtype=torch.uint8), k) for k in (5, 11)],
+    ids=["int8", "vector", "too_wide", "too_narrow"],
+)
+def test_base3_tensors_of_the_wrong_kind_are_refused(packed: Tensor, k: int) -> None:
+    with pytest.raises(ValueError, match=rf"must be uint8 \[N, ceil\({k}/5\)\], got"):
+        unpack_base3(packed, k)
