@@ -81,7 +81,12 @@ class PackedBitLinear(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
         self.rms_norm = rms_norm
+        self._drop_derived()
+
+    def _drop_derived(self) -> None:
+        """Forget what was made from the buffers; the next call makes it again."""
         self._prepacked: tuple[Tensor, str] | None = None
+        self._bound: tuple[Tensor, Tensor | None, ops.Linear] | None = None  # with the scale and bias it is bound to
 
     def prepack(self) -> tuple[Tensor, str]:
         """Derive the backend's own layout now instead of at the first call; returns it with the backend's name.
@@ -93,7 +98,7 @@ class PackedBitLinear(nn.Module):
             unseen = torch.compiler.is_compiling() or scale.is_meta
             if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
                 raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
-            backend = ops.choose_backend(self.backend, self.weight.device)
+            backend = ops.choose_backend(self.backend, self.weight.device, self.spec.activation_bits)
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
                 self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
         return self._prepacked
@@ -114,25 +119,38 @@ class PackedBitLinear(nn.Module):
         x = cast_for_autocast(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input is {list(x.shape)}, but this layer takes {self.in_features} features")
+        buffers = self._buffers  # a third of the cost of looking a buffer up as an attribute
+        scale, bias = buffers["weight_scale"], buffers["bias"]
+        assert scale is not None
+        if ops.needs_operator(x, scale, bias):
+            weight, backend = self._prepacked or self.prepack()
+            bits = self.spec.activation_bits
+            return ops.linear_prepacked(x, weight, scale, bias, self.out_features, bits, backend)
+        bound = self._bound
+        if bound is None or bound[0] is not scale or bound[1] is not bias:
+            bound = self._bound = scale, bias, self._bind(scale, bias)
+        return bound[2](x)
+
+    def _bind(self, scale: Tensor, bias: Tensor | None) -> ops.Linear:
         weight, backend = self._prepacked or self.prepack()
         bits = self.spec.activation_bits
-        return ops.linear_prepacked(x, weight, self.weight_scale, self.bias, self.out_features, bits, backend)
+        return ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedBitLinear":
         scale = self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:  # .to(bfloat16), .half(): the scale is exact or it is wrong
             self.weight_scale = scale.to(self.weight_scale.device)
-        self._prepacked = None
+        self._drop_derived()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepacked = None
+        self._drop_derived()
         super()._load_from_state_dict(*args, **kwargs)
         self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_prepacked": None}
+        return {**vars(self), "_prepacked": None, "_bound": None}
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

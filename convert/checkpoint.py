@@ -169,7 +169,8 @@ def load(
     assert model is not None
     for module in model.modules():
         if isinstance(module, PackedBitLinear) and module.backend != backend:
-            module.backend, module._prepacked = backend, None
+            module.backend = backend
+            module._drop_derived()
     return model.eval()
 
 

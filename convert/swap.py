@@ -215,6 +215,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
             layer.spec,
             layer.backend,
             layer._prepacked,
+            layer._bound,
         )
         linear = become(layer, nn.Linear)
         linear.weight = nn.Parameter(weight)

@@ -1,10 +1,10 @@
 """The public operations: argument checks, backend choice, and registration with torch.
 
 Every backend keeps a layer's weight in a layout of its own, made once from the Hub bytes by `prepack` and never
-saved, and implements one function: `linear(x, weight, scale, bias, activation_bits)`. The plain-torch
-definitions in reference.py say what that function must return.
+saved, and implements one function: `bind`, which takes all that a layer consists of and returns the function of x.
+The plain-torch definitions in reference.py say what that function must return.
 
-In eager inference the backend is called directly. Under autograd, torch.compile and torch.export the same
+In eager inference a layer calls its bound function directly. Under autograd, torch.compile and torch.export the same
 function runs as the registered operator `torch.ops.bitnet.ternary_linear`.
 """
 
@@ -15,46 +15,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import int8, reference
+from . import cpu, int8, reference
 from .layout import check_packed, packed_rows, unpack_ternary, validate_packed
+
+Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
 
 class Backend(NamedTuple):
-    """How one backend does the job. `missing` returns None where it can run, else why not and what to do."""
+    """How one backend does the job."""
 
-    description: str
-    missing: Callable[[torch.device], str | None]
+    description: Callable[[], str]
+    missing: Callable[[torch.device, int | None], str | None]
+    # (device, activation_bits) -> None where it can run, else why not and what to do
     prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own layout, one tensor
-    unprepack: Callable[[Tensor, int], Tensor]  # (own layout, N) -> int8 codes [N, K]
-    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int | None], Tensor]
-    # linear(x [M, K], own layout, scale, bias, N, activation_bits) -> [M, N]
+    unprepack: Callable[[Tensor, int, int], Tensor]  # (own layout, N, K) -> int8 codes [N, K]
+    bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
+    # bind(own layout, scale, bias, N, K, activation_bits)
 
 
-def _torch_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None) -> Tensor:
-    return int8.linear(x, codes, scale, bias, bits)
+def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
+    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, bits).reshape(*x.shape[:-1], n)
 
 
-def _reference_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None
-) -> Tensor:
-    return reference.ternary_linear(x, unpack_ternary(packed, n), scale, bias, bits)
+def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
+    return lambda x: reference.ternary_linear(x, unpack_ternary(packed, n), scale, bias, bits)
 
 
 # In the order in which "auto" prefers them.
 _BACKENDS = {
+    "cpu": Backend(
+        cpu.description,
+        missing=cpu.missing,
+        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n),
+        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k),
+        bind=cpu.bind,
+    ),
     "torch": Backend(
-        "int8 codes kept in memory, torch's int8 matmul",
-        missing=lambda device: None,
+        lambda: "int8 codes kept in memory, torch's int8 matmul",
+        missing=lambda device, bits: None,
         prepack=unpack_ternary,
-        unprepack=lambda codes, n: codes,
-        linear=_torch_linear,
+        unprepack=lambda codes, n, k: codes,
+        bind=_bind_torch,
     ),
     "reference": Backend(
-        "the plain-torch definition; unpacks on every call",
-        missing=lambda device: None,
+        lambda: "the plain-torch definition; unpacks on every call",
+        missing=lambda device, bits: None,
         prepack=lambda packed, n: packed,
-        unprepack=unpack_ternary,
-        linear=_reference_linear,
+        unprepack=lambda packed, n, k: unpack_ternary(packed, n),
+        bind=_bind_reference,
     ),
 }
 
@@ -67,13 +75,13 @@ class BackendStatus(NamedTuple):
     detail: str  # what it is, or why it is not ready and what to do
 
 
-def backends(device: str | torch.device = "cpu") -> list[BackendStatus]:
+def backends(device: str | torch.device = "cpu", activation_bits: int | None = 8) -> list[BackendStatus]:
     """Which backends can run on `device`, best first, and for the others why not and what to do."""
     device = torch.device(device)
     rows = []
     for name, backend in _BACKENDS.items():
-        missing = backend.missing(device)
-        rows.append(BackendStatus(name, missing is None, missing or backend.description))
+        missing = backend.missing(device, activation_bits)
+        rows.append(BackendStatus(name, missing is None, missing or backend.description()))
     return rows
 
 
@@ -84,21 +92,21 @@ def check_backend(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend to use on `device`: the named one, or for "auto" the first that is ready.
+def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8) -> str:
+    """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
-    return _choose(backend, device.type)
+    return _choose(backend, device.type, activation_bits)
 
 
 @lru_cache
-def _choose(backend: str, device_type: str) -> str:
+def _choose(backend: str, device_type: str, activation_bits: int | None) -> str:
     device = torch.device(device_type)
     check_backend(backend)
     if backend == "auto":
-        return next(row.name for row in backends(device) if row.ready)
-    if missing := _BACKENDS[backend].missing(device):
+        return next(name for name, one in _BACKENDS.items() if one.missing(device, activation_bits) is None)
+    if missing := _BACKENDS[backend].missing(device, activation_bits):
         raise RuntimeError(f"backend {backend!r} cannot run on {device_type}: {missing}")
     return backend
 
@@ -156,6 +164,9 @@ def ternary_linear(
     Prepacks the weight on every call. Layers (bitnet.PackedBitLinear) call prepack once and then linear_prepacked.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
+    if activation_bits not in (8, 4, None):
+        raise ValueError(f"ternary_linear: activation_bits must be 8, 4 or None, got {activation_bits!r}")
+    backend = choose_backend(backend, packed.device, activation_bits)
     weight = prepack(packed, out_features, backend=backend)
     n = 4 * packed.shape[0] if out_features is None else out_features
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
@@ -164,12 +175,10 @@ def ternary_linear(
         raise ValueError(f"ternary_linear: scale must be float32 [1] or [{n}], got {scale.dtype} {list(scale.shape)}")
     if bias is not None and (not bias.is_floating_point() or bias.shape != (n,)):
         raise ValueError(f"ternary_linear: bias must be floating [{n}], got {bias.dtype} {list(bias.shape)}")
-    if activation_bits not in (8, 4, None):
-        raise ValueError(f"ternary_linear: activation_bits must be 8, 4 or None, got {activation_bits!r}")
     for name, tensor in (("packed", packed), ("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"ternary_linear: x is on {x.device}, but {name} is on {tensor.device}")
-    return linear_prepacked(x, weight, scale, bias, n, activation_bits, choose_backend(backend, x.device))
+    return linear_prepacked(x, weight, scale, bias, n, activation_bits, backend)
 
 
 def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "auto") -> Tensor:
@@ -194,13 +203,46 @@ def linear_prepacked(
     activation_bits: int | None,
     backend: str,
 ) -> Tensor:
-    """ternary_linear for a weight from prepack(..., backend=backend); the shapes are the caller's to check."""
+    """ternary_linear for a weight from prepack(..., backend=backend); the shapes are the caller's to check.
+
+    Called again and again with the same weight, bind is faster.
+    """
     if not x.is_floating_point():
         raise TypeError(f"ternary_linear: x must be floating point, got {x.dtype}")
-    wants_grad = x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wants_grad):
-        return torch.ops.bitnet.ternary_linear(x, weight, scale, bias, out_features, activation_bits, backend)
-    return _ternary_linear(x, weight, scale, bias, out_features, activation_bits, backend)
+    run = torch.ops.bitnet.ternary_linear if needs_operator(x, scale, bias) else _ternary_linear
+    return run(x, weight, scale, bias, out_features, activation_bits, backend)
+
+
+def needs_operator(x: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call must run as the registered operator: a graph is wanted, or x is no plain float tensor."""
+    return (
+        type(x) is not Tensor
+        or not x.is_floating_point()
+        or x.is_meta
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or (
+            torch.is_grad_enabled()
+            and (x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad))
+        )
+    )
+
+
+def bind(
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    activation_bits: int | None,
+    backend: str,
+) -> Linear:
+    """linear_prepacked as a function of x alone, for calls that pass not needs_operator(x, scale, bias).
+
+    It keeps the tensors and sees what is written into them; for other tensors bind again.
+    """
+    detached = None if bias is None else bias.detach()
+    return _BACKENDS[backend].bind(weight, scale.detach(), detached, out_features, in_features, activation_bits)
 
 
 # Registration with torch: schemas, kernels, fakes (shapes without data) and the gradient.
@@ -212,13 +254,14 @@ _LIBRARY.define(
     "ternary_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt out_features, int? activation_bits,"
     " str backend) -> Tensor"
 )
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features) -> Tensor")
+_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features) -> Tensor")
 
 
 def _ternary_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None, backend: str
 ) -> Tensor:
-    y = _BACKENDS[backend].linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, n, bits)
-    return y.reshape(*x.shape[:-1], n)
+    return bind(weight, scale, bias, n, x.shape[-1], bits, backend)(x)
 
 
 def _contiguous(quantize: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -234,6 +277,8 @@ def _contiguous(quantize: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 _LIBRARY.impl("quantize_weight", _contiguous(reference.quantize_weight), "CompositeExplicitAutograd")
 _LIBRARY.impl("quantize_activation", _contiguous(reference.quantize_activation), "CompositeExplicitAutograd")
 _LIBRARY.impl("ternary_linear", _ternary_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
+_LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
 
 
 @torch.library.register_fake("bitnet::quantize_weight", lib=_LIBRARY)
@@ -252,8 +297,19 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bit
     return x.new_empty(*x.shape[:-1], n)
 
 
+@torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
+def _(packed: Tensor, n: int) -> Tensor:
+    return packed.new_empty(cpu.layout_shape(n, packed.shape[1]))
+
+
+@torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
+def _(weight: Tensor, n: int, k: int) -> Tensor:
+    return weight.new_empty(n, k, dtype=torch.int8)
+
+
 def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, weight, scale, _, ctx.n, _, ctx.backend = inputs  # type: ignore[attr-defined]
+    x, weight, scale, _, ctx.n, _, ctx.backend = inputs  # type: ignore[attr-defined]
+    ctx.k = x.shape[-1]  # type: ignore[attr-defined]
     ctx.save_for_backward(weight, scale)
 
 
@@ -264,7 +320,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor) -> tuple
             "or attach adapters (LoRA) beside the packed layers"
         )
     weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    codes = _BACKENDS[ctx.backend].unprepack(weight, ctx.n)  # type: ignore[attr-defined]
+    codes = _BACKENDS[ctx.backend].unprepack(weight, ctx.n, ctx.k)  # type: ignore[attr-defined]
     grad_x = reference.grad_input(grad_y.reshape(-1, codes.shape[0]), codes, scale)
     return grad_x.reshape(*grad_y.shape[:-1], codes.shape[1]), None, None, None, None, None, None
 
@@ -274,9 +330,11 @@ torch.library.register_autograd("bitnet::ternary_linear", _backward, setup_conte
 __all__ = [
     "BackendStatus",
     "backends",
+    "bind",
     "check_backend",
     "choose_backend",
     "linear_prepacked",
+    "needs_operator",
     "packed_rows",
     "prepack",
     "quantize_activation",

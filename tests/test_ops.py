@@ -19,6 +19,11 @@ each_shape = pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 each_matmul = pytest.mark.parametrize("matmul", [reference.int_matmul, int8.int_matmul], ids=["reference", "int8"])
 
 
+def skip_if_refused(backend: str, bits: int | None) -> None:
+    if why := ops._BACKENDS[backend].missing(torch.device("cpu"), bits):
+        pytest.skip(why)
+
+
 def ternary(n: int, k: int) -> Tensor:
     return torch.randint(-1, 2, (n, k), dtype=torch.int8)
 
@@ -29,6 +34,7 @@ def tokens(*shape: int, bits: int | None = 8) -> Tensor:
 
 def check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int | None, backend: str) -> None:
     """ternary_linear gives the oracle's very bits."""
+    skip_if_refused(backend, bits)
     packed = layout.pack_ternary(codes)
     y = ops.ternary_linear(x, packed, scale, bias, out_features=codes.shape[0], activation_bits=bits, backend=backend)
     expected = oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, bits)
@@ -120,6 +126,7 @@ def test_zero_and_tiny_tokens_are_finite(backend: str, bits: int | None) -> None
 @each_bits
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_or_inf_stays_in_its_token(backend: str, bits: int | None, bad: float) -> None:
+    skip_if_refused(backend, bits)
     x, codes, scale = tokens(5, 12, bits=bits), ternary(6, 12), torch.ones(1)
     codes[:, 7] = 1  # with float activations Inf times 0 is NaN, but Inf times 1 is Inf
     x[2, 7] = bad
@@ -213,6 +220,7 @@ def test_quantize_ops_agree_with_their_fakes(strides: str) -> None:
 @pytest.mark.parametrize("bits", [8, None], ids=["a8", "float"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_ternary_linear_agrees_with_its_fake(backend: str, bits: int | None, grad: bool) -> None:
+    skip_if_refused(backend, bits)
     x = STRIDED["three_dims_permuted"]().bfloat16().requires_grad_(grad)
     weight = ops.prepack(layout.pack_ternary(ternary(5, 12)), 5, backend=backend)
     args = (x, weight, torch.rand(5), torch.rand(5), 5, bits, backend)
@@ -224,7 +232,7 @@ def test_every_layout_can_be_undone(backend: str) -> None:
     for _, n, k in AWKWARD:
         codes = ternary(n, k)
         weight = ops.prepack(layout.pack_ternary(codes), n, backend=backend)
-        assert torch.equal(ops._BACKENDS[backend].unprepack(weight, n), codes)
+        assert torch.equal(ops._BACKENDS[backend].unprepack(weight, n, k), codes)
 
 
 @each_backend
@@ -249,7 +257,7 @@ def test_backends_lists_every_backend_with_a_reason() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend, first in line, that cannot run."""
-    missing = ops._BACKENDS["torch"]._replace(missing=lambda device: f"not for {device}; buy another")
+    missing = ops._BACKENDS["torch"]._replace(missing=lambda device, bits: f"not for {device}; buy another")
     monkeypatch.setattr(ops, "_BACKENDS", {"broken": missing, **ops._BACKENDS})
     ops._choose.cache_clear()
     return "broken"

@@ -24,6 +24,8 @@ each_bits = pytest.mark.parametrize("bits", [8, 4, None], ids=["a8", "a4", "floa
 
 
 def pack(layer: BitLinear, backend: str = "auto") -> PackedBitLinear:
+    if backend in BACKENDS and (why := ops._BACKENDS[backend].missing(torch.device("cpu"), layer.spec.activation_bits)):
+        pytest.skip(why)
     return PackedBitLinear.from_bit_linear(layer, *quantize_packed(layer), backend=backend)
 
 

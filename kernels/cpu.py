@@ -1,0 +1,261 @@
+"""The `cpu` backend: launcher of the native library that kernels/csrc builds.
+
+The library knows pointers only. This file finds it, describes layers to it, owns the memory of prepacked weights, and
+says what to do where it is missing. The layout is described in csrc/bitnet_cpu.h.
+
+ctypes releases the interpreter's lock during a call: other Python threads (a server's event loop) run meanwhile.
+"""
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_ABI = 1  # bitnet_abi() of a library built from these sources
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+_ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
+_MAX_FEATURES = 1 << 23
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("per_row", ctypes.c_int32),
+        ("bias_type", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
+# Finding and loading
+
+
+def missing(device: torch.device, activation_bits: int | None = 8) -> str | None:
+    """None if this backend can run layers with these activations there, else why not and what to do."""
+    if device.type not in ("cpu", "meta"):
+        return f"it runs on CPU tensors; on {device.type} choose 'auto'"
+    if activation_bits is None:
+        return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def description() -> str:
+    """What runs here, in words."""
+    return f"native kernels, 2 bits a weight ({isas()[0]}, {torch.get_num_threads()} threads)"
+
+
+def isas() -> list[str]:
+    """The instruction sets the library was compiled for and this CPU can run, best first."""
+    library = _library()
+    names: list[str] = []
+    while name := library.bitnet_isa(len(names)):
+        names.append(name.decode())
+    return names
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"the native CPU library is missing: {library}")
+    return library
+
+
+@lru_cache(1)
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none and what to do. Loaded after torch, it shares torch's OpenMP threads."""
+    import bitnet
+
+    here = Path(bitnet.__file__).parent.parent
+    folders = [Path(folder) / "_native" for folder in bitnet.__path__]
+    found = [file for folder in folders for file in sorted(folder.glob("*bitnet_cpu.*"))]
+    if not found:
+        return _why_missing(here, folders)
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        abi = library.bitnet_abi()
+    except (OSError, AttributeError) as error:
+        return f"{found[0]} does not load ({error}); build it for this machine: pip install -e {here}"
+    if abi != _ABI:
+        return f"{found[0]} was built from other sources; build it again: pip install -e {here}"
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.bitnet_isa.restype = ctypes.c_char_p
+    library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
+    library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32)
+    library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32)
+    return library
+
+
+def _why_missing(here: Path, folders: list[Path]) -> str:
+    for folder in folders:
+        if (folder / "why.txt").exists():
+            return f"{(folder / 'why.txt').read_text().strip()}, then: pip install -e {here}"
+    try:
+        installed = metadata.distribution("bitnet-toolkit").locate_file("bitnet")
+    except metadata.PackageNotFoundError:
+        installed = None
+    if installed is not None and list(Path(str(installed)).glob("_native/*bitnet_cpu.*")):
+        return (
+            f"this is the checkout in {here}, but the library was installed beside another copy, {installed}; "
+            f"run from another folder, or: pip install -e {here}"
+        )
+    return f"it was never built for {here}; build it: pip install -e {here}"
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"native CPU kernel: {_ERRORS.get(status, status)}")
+
+
+# Memory of prepacked weights
+
+
+class _Arena:
+    """Bump allocation from large chunks backed by 2 MB pages, which make M = 1 about a quarter faster.
+
+    Every tensor keeps its chunk's mapping alive, and the arena itself holds only a weak reference: a chunk is
+    unmapped when the last tensor in it dies.
+    """
+
+    CHUNK, PAGE, ALIGN = 64 << 20, 2 << 20, 256
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._chunk: Callable[[], mmap.mmap | None] = lambda: None
+        self._next = 0
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialized uint8 tensor."""
+        size = torch.Size(shape).numel()
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=torch.uint8)
+        with self._lock:
+            chunk = self._chunk()
+            if chunk is None or self._next + size > len(chunk):
+                # room to start on a page boundary: only aligned 2 MB become a large page
+                chunk = mmap.mmap(-1, max(self.CHUNK, size) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                chunk.madvise(mmap.MADV_HUGEPAGE)
+                self._next = -torch.frombuffer(chunk, dtype=torch.uint8, count=1).data_ptr() % self.PAGE
+                self._chunk = weakref.ref(chunk)
+            tensor = torch.frombuffer(chunk, dtype=torch.uint8, count=size, offset=self._next).view(shape)
+            self._next += -(-size // self.ALIGN) * self.ALIGN
+        return tensor
+
+
+_arena = _Arena()
+
+
+def layout_shape(n: int, k: int) -> tuple[int, int, int]:
+    """Shape of the uint8 tensor that holds n x k prepacked codes: 32 rows x 16 features in 128 bytes."""
+    return -(-n // 32), -(-k // 16), 128
+
+
+def prepack(packed: Tensor, n: int) -> Tensor:
+    """Hub bytes uint8 [ceil(N/4), K] to uint8 layout_shape(N, K); exact for any N and K."""
+    packed = packed.contiguous()
+    weight = _arena.empty(*layout_shape(n, packed.shape[1]))
+    args = (packed.data_ptr(), n, packed.shape[1], weight.data_ptr(), torch.get_num_threads())
+    _check(_library().bitnet_prepack(*args))
+    return weight
+
+
+def unprepack(weight: Tensor, n: int, k: int) -> Tensor:
+    """The inverse, as codes int8 [N, K]."""
+    codes = torch.empty(n, k, dtype=torch.int8)
+    _check(_library().bitnet_unprepack(weight.data_ptr(), n, k, codes.data_ptr(), torch.get_num_threads()))
+    return codes
+
+
+# Multiplying
+
+
+def _layer(
+    weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int, isa: str | None = None
+) -> ctypes.Structure:
+    """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy."""
+    index = -1 if isa is None else isas().index(isa)
+    if bias is not None:
+        bias = (bias if bias.dtype in (torch.float32, torch.bfloat16, torch.float16) else bias.float()).contiguous()
+    scale = None if scale is None else scale.contiguous()
+    layer = _Layer(
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        n,
+        k,
+        scale is not None and scale.numel() > 1,
+        0 if bias is None else _TYPES[bias.dtype],
+        index,
+    )
+    layer.alive = (weight, scale, bias)
+    return layer
+
+
+def _multiply(layer: ctypes.Structure, q: Tensor, s: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Codes q int8 [M, K] with scales s float32 [M, 1] times a layer, as dtype [M, N]."""
+    q = q.contiguous()
+    s = None if s is None else s.contiguous()
+    y = torch.empty(len(q), layer.n, dtype=dtype)
+    pointer = None if s is None else s.data_ptr()
+    args = (q.data_ptr(), _TYPES[q.dtype], layer.k, pointer, len(q), y.data_ptr(), _TYPES[dtype])
+    _check(_library().bitnet_linear(ctypes.byref(layer), *args, torch.get_num_threads()))
+    return y
+
+
+def int_matmul(q: Tensor, weight: Tensor, n: int, isa: str | None = None) -> Tensor:
+    """reference.int_matmul of codes q int8 [M, K] and prepacked ones: int32 [M, N]. isa: a name from isas()."""
+    return _multiply(_layer(weight, None, None, n, q.shape[1], isa), q, None, torch.int32)
+
+
+def bind(
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    bits: int | None,
+    isa: str | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """A function x [..., K] -> [..., N] with everything about the layer looked up beforehand.
+
+    weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None; isa: a name from isas(), by default the
+    best. The function keeps the tensors alive and sees what is later written into them.
+    """
+    layer = _layer(weight, scale, bias, n, k, isa)
+    run, pointer, types, threads = _library().bitnet_linear, ctypes.byref(layer), _TYPES, torch.get_num_threads
+
+    def linear(x: Tensor) -> Tensor:
+        kind = types.get(x.dtype)
+        if kind is None:  # float64 and exotic ones: the definition computes in float32, too
+            return linear(x.float()).to(x.dtype)
+        y = x.new_empty((*x.shape[:-1], n))
+        stride = k
+        if not x.is_contiguous():
+            if x.ndim == 2 and x.stride(1) == 1:
+                stride = x.stride(0)
+            else:
+                x = x.contiguous()
+        status = run(pointer, x.data_ptr(), kind, stride, None, x.numel() // k, y.data_ptr(), kind, threads())
+        if status:
+            _check(status)
+        return y
+
+    def linear_4_bits(x: Tensor) -> Tensor:
+        # the mean of |x| depends on the order of summation: only torch's own gives the definition's very bits
+        q, s = reference.quantize_activation(x.reshape(-1, k), 4)
+        y = _multiply(layer, q, s, x.dtype if x.dtype in types else torch.float32)
+        return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+    return linear if bits == 8 else linear_4_bits

@@ -1,0 +1,251 @@
+// The kernels, written once over a small set of primitives that each instruction set's file defines as struct I:
+//
+//   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
+//   load, splat, load32, store32, add32      splat repeats 4 bytes
+//   field<j>(w)               the codes (0..2) in bits 2j..2j+1 of every byte of w
+//   Sum, kSumGroups           a partial accumulator, and how many groups it holds before it could overflow
+//   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
+//   Planes, kPlaneGroups      the same for one token: add(w, s[4]) takes a whole packed vector at once, total()
+//   kTileVecs, kMaxTokens     shape of the register tile
+//
+// Everything is in an unnamed namespace and no standard library template is used: an inline function that is compiled
+// with several sets of flags is merged by the linker into one of them, which older CPUs may not be able to run.
+#pragma once
+#include <string.h>
+
+#include "isa.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class To, class From>
+INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Number formats. magnitude() orders |x| as integers, NaN above Inf above all else; value() is exact where x is finite.
+
+struct F32 {
+  using Bits = uint32_t;
+  static constexpr Bits kAbs = 0x7fffffff, kInf = 0x7f800000;
+  static INLINE float value(Bits x) { return bits<float>(x); }
+  static INLINE Bits round(float y) { return bits<Bits>(y); }
+};
+
+struct BF16 {
+  using Bits = uint16_t;
+  static constexpr Bits kAbs = 0x7fff, kInf = 0x7f80;
+  static INLINE float value(Bits x) { return bits<float>(uint32_t(x) << 16); }
+  static INLINE Bits round(float y) {
+    const uint32_t u = bits<uint32_t>(y);
+    const uint32_t even = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return Bits((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : even);
+  }
+};
+
+struct F16 {
+  using Bits = uint16_t;
+  static constexpr Bits kAbs = 0x7fff, kInf = 0x7c00;
+  static INLINE float value(Bits x) {  // the exponents' biases differ by 112; Inf and NaN come out finite
+    const float magnitude = bits<float>(uint32_t(x & 0x7fff) << 13) * 0x1p112f;
+    return bits<float>(bits<uint32_t>(magnitude) | uint32_t(x & 0x8000) << 16);
+  }
+  static INLINE Bits round(float y) {
+    const uint32_t u = bits<uint32_t>(y), a = u & 0x7fffffff;
+    // Below the smallest normal number (2^-14) float32 addition rounds at 2^-24, the spacing there, all by itself.
+    const uint32_t tiny = bits<uint32_t>(bits<float>(a) + 0.5f) - bits<uint32_t>(0.5f);
+    const uint32_t normal = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;
+    uint32_t h = a < (113u << 23) ? tiny : normal;
+    h = a >= 0x477ff000 ? 0x7c00 : h;  // 65520 and above round to Inf
+    h = a > 0x7f800000 ? 0x7e00 : h;
+    return Bits(h | (u >> 16 & 0x8000));
+  }
+};
+
+// Quantization: reference.quantize_activation for 8 bits, operation by operation.
+
+template <class F>
+Token quantize_float(const void* x_, int64_t k, int8_t* codes) {
+  const auto* x = static_cast<const typename F::Bits*>(x_);
+  typename F::Bits top = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const typename F::Bits a = x[i] & F::kAbs;
+    top = a > top ? a : top;
+  }
+  if (top >= F::kInf) {  // codes 0; s = 127 / Inf or NaN makes every output NaN
+    memset(codes, 0, k);
+    return {top == F::kInf ? 0.0f : __builtin_nanf(""), 0};
+  }
+  const float amax = F::value(top);
+  const float s = 127.0f * (1.0f / (amax < 1e-5f ? 1e-5f : amax));
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    // |x s| < 127.5, and 1.5 * 2^23 has a spacing of 1: the addition rounds half to even, the low byte is the code
+    const int8_t code = int8_t(bits<uint32_t>(F::value(x[i]) * s + 0x1.8p23f));
+    codes[i] = code;
+    sum += code;
+  }
+  return {s, sum};
+}
+
+Token quantize(const void* x, int32_t x_type, int64_t k, int8_t* codes) {
+  memset(codes + k, 0, -k & (kGroup - 1));
+  switch (x_type) {
+    case kFloat32: return quantize_float<F32>(x, k, codes);
+    case kBFloat16: return quantize_float<BF16>(x, k, codes);
+    case kFloat16: return quantize_float<F16>(x, k, codes);
+  }
+  memcpy(codes, x, k);
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += codes[i];
+  return {0, sum};
+}
+
+// Epilogue: reference.rescale for `rows` accumulators, which start at row n0 of the output.
+
+template <class F>
+void add_bias(const void* bias, int64_t n0, int64_t rows, float* y) {
+  const auto* b = static_cast<const typename F::Bits*>(bias) + n0;
+  for (int64_t i = 0; i < rows; ++i) y[i] += F::value(b[i]);
+}
+
+INLINE void rescale(const Layer& layer, const int32_t* acc, Token token, int64_t n0, int64_t rows, float* y) {
+  if (layer.per_row) {
+    for (int64_t i = 0; i < rows; ++i) y[i] = float(acc[i] - token.sum) * (layer.scale[n0 + i] / token.s);
+  } else {
+    const float factor = layer.scale[0] / token.s;
+    for (int64_t i = 0; i < rows; ++i) y[i] = float(acc[i] - token.sum) * factor;
+  }
+  if (!layer.bias) return;
+  switch (layer.bias_type) {
+    case kFloat32: return add_bias<F32>(layer.bias, n0, rows, y);
+    case kBFloat16: return add_bias<BF16>(layer.bias, n0, rows, y);
+    case kFloat16: return add_bias<F16>(layer.bias, n0, rows, y);
+  }
+}
+
+template <class F>
+INLINE void round_to(const float* y, int64_t rows, void* out, int64_t at) {
+  auto* o = static_cast<typename F::Bits*>(out) + at;
+  for (int64_t i = 0; i < rows; ++i) o[i] = F::round(y[i]);
+}
+
+template <int kRows>
+void finish(const Layer& layer, const int32_t* acc, Token token, int64_t n0, void* out, int64_t at, int32_t y_type) {
+  const int64_t rows = smaller(kRows, layer.n - n0);
+  if (y_type == kInt32) {
+    for (int64_t i = 0; i < rows; ++i) static_cast<int32_t*>(out)[at + i] = acc[i] - token.sum;
+    return;
+  }
+  float y[kRows];
+  rescale(layer, acc, token, n0, rows, y);
+  switch (y_type) {
+    case kFloat32: return round_to<F32>(y, rows, out, at);
+    case kBFloat16: return round_to<BF16>(y, rows, out, at);
+    case kFloat16: return round_to<F16>(y, rows, out, at);
+  }
+}
+
+// One token. Weights are read once, linearly; all that matters is that the loads never wait.
+
+template <class I>
+void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y, int32_t y_type) {
+  constexpr int kVecs = kGroupBytes / I::kBytes;
+  const int64_t groups = (layer.k + kGroup - 1) / kGroup;
+  const uint8_t* w = layer.weight + first * groups * kGroupBytes;
+  for (int64_t block = first; block < last; ++block) {
+    alignas(64) int32_t acc[kBlockRows] = {};
+    const int8_t* q = codes;
+    for (int64_t left = groups; left > 0; left -= I::kPlaneGroups) {
+      typename I::Planes planes[kVecs] = {};
+      for (int64_t g = smaller(left, I::kPlaneGroups); g > 0; --g, w += kGroupBytes, q += kGroup) {
+        __builtin_prefetch(w + 4096);  // the hardware's prefetcher stops at every 4 KB page
+        __builtin_prefetch(w + 4096 + 64);
+        typename I::Vec s[4];
+        UNROLL for (int j = 0; j < 4; ++j) s[j] = I::splat(q + 4 * j);
+        UNROLL for (int v = 0; v < kVecs; ++v) planes[v].add(I::load(w + v * I::kBytes), s);
+      }
+      UNROLL for (int v = 0; v < kVecs; ++v) {
+        int32_t* a = acc + v * I::kBytes / 4;
+        I::store32(a, I::add32(I::load32(a), planes[v].total()));
+      }
+    }
+    finish<kBlockRows>(layer, acc, token, block * kBlockRows, y, block * kBlockRows, y_type);
+  }
+}
+
+// T tokens times R vectors of rows, all of K: weights are unpacked in registers and used T times.
+
+template <class I, int R, int T, int J>
+INLINE void multiply(const uint8_t* const (&w)[R], const int8_t* q, typename I::Sum (&sum)[R][T]) {
+  typename I::Vec u[R];
+  UNROLL for (int r = 0; r < R; ++r) u[r] = I::template field<J>(I::load(w[r]));
+  UNROLL for (int t = 0; t < T; ++t) {
+    const typename I::Vec s = I::splat(q + 4 * (J * T + t));
+    UNROLL for (int r = 0; r < R; ++r) I::dot(sum[r][t], u[r], s);
+  }
+}
+
+template <class I, int R, int T>
+void tile(const Layer& layer, int64_t n0, const int8_t* q, const Token* token, void* y, int32_t y_type) {
+  constexpr int kRows = R * I::kBytes / 4;
+  const int64_t groups = (layer.k + kGroup - 1) / kGroup;
+  const uint8_t* w[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = n0 + r * I::kBytes / 4;
+    w[r] = layer.weight + row / kBlockRows * groups * kGroupBytes + row % kBlockRows * 4;
+  }
+  alignas(64) int32_t acc[T][kRows] = {};
+  for (int64_t left = groups; left > 0; left -= I::kSumGroups) {
+    typename I::Sum sum[R][T] = {};
+    for (int64_t g = smaller(left, I::kSumGroups); g > 0; --g, q += kGroup * T) {
+      multiply<I, R, T, 0>(w, q, sum);
+      multiply<I, R, T, 1>(w, q, sum);
+      multiply<I, R, T, 2>(w, q, sum);
+      multiply<I, R, T, 3>(w, q, sum);
+      UNROLL for (int r = 0; r < R; ++r) w[r] += kGroupBytes;
+    }
+    UNROLL for (int t = 0; t < T; ++t) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        int32_t* a = acc[t] + r * I::kBytes / 4;
+        I::store32(a, I::add32(I::load32(a), I::total(sum[r][t])));
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) finish<kRows>(layer, acc[t], token[t], n0, y, t * layer.n + n0, y_type);
+}
+
+template <class I, int R, int T>
+void tiles(const Layer& layer, int64_t n0, int64_t n1, const int8_t* panel, const Token* token, int tokens, void* y,
+           int32_t y_type) {
+  if (tokens < T) {
+    if constexpr (T > 1) tiles<I, R, T - 1>(layer, n0, n1, panel, token, tokens, y, y_type);
+    return;
+  }
+  for (; n0 < n1; n0 += R * I::kBytes / 4) tile<I, R, T>(layer, n0, panel, token, y, y_type);
+}
+
+template <class I>
+void gemm(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, const Token* token, int tokens, void* y,
+          int32_t y_type) {
+  constexpr int R = I::kTileVecs, kBlockVecs = kGroupBytes / I::kBytes;
+  const int64_t n0 = first * kBlockRows, n1 = last * kBlockRows;
+  int64_t whole = n1;
+  if constexpr (R > kBlockVecs) whole = n0 + (n1 - n0) / (R * I::kBytes / 4) * (R * I::kBytes / 4);
+  tiles<I, R, I::kMaxTokens>(layer, n0, whole, panel, token, tokens, y, y_type);
+  if constexpr (R > kBlockVecs) tiles<I, kBlockVecs, I::kMaxTokens>(layer, whole, n1, panel, token, tokens, y, y_type);
+}
+
+template <class I>
+constexpr Isa make_isa(const char* name, bool (*supported)()) {
+  return {name, supported, I::kMaxTokens, quantize, gemv<I>, gemm<I>};
+}
+
+}  // namespace

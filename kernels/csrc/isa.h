@@ -1,0 +1,36 @@
+// What each instruction set's translation unit offers to library.cpp.
+#pragma once
+#include <stddef.h>
+
+#include "bitnet_cpu.h"
+
+constexpr int64_t kBlockRows = 32;     // rows of a block of layout A
+constexpr int64_t kGroup = 16;         // features of a group
+constexpr int64_t kGroupBytes = 128;   // bytes of one block and group
+constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
+
+struct Token {
+  float s;      // activation scale; divides
+  int32_t sum;  // sum of the codes: what coding weights as code + 1 adds to every accumulator
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  int max_tokens;  // tokens a panel may hold
+
+  // Codes of one token of k features, zero-padded to whole groups. x_type may be int8: then x is copied, s is not set.
+  Token (*quantize)(const void* x, int32_t x_type, int64_t k, int8_t* codes);
+
+  // Rows of blocks [first, last) for one token: y points at its row of the output.
+  void (*gemv)(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
+               int32_t y_type);
+
+  // The same for a panel of `tokens` tokens, whose codes are interleaved in 4-byte words: word [k/4][token].
+  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, const Token* token, int tokens,
+               void* y, int32_t y_type);
+};
+
+extern const Isa kScalar;
+extern const Isa kAvx2, kAvxVnni, kAvx512Vnni;
+extern const Isa kNeon, kNeonDot;

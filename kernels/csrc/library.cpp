@@ -1,0 +1,220 @@
+// The C ABI: argument checks, choice of instruction set, threads, scratch memory, and the layout's converters.
+#include <stdlib.h>
+#include <string.h>
+
+#include "isa.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __unix__
+#include <pthread.h>
+#endif
+
+namespace {
+
+constexpr int64_t kSlab = 256;  // tokens whose codes are held at once: bounds the scratch memory
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t share(int64_t total, int64_t part, int64_t parts) { return total * part / parts; }
+
+// Grow-only memory of one thread, for what is too large for its stack.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(memory); }
+  void* reserve(size_t wanted) {
+    if (wanted > size) {
+      free(memory);
+      size = (wanted + 4095) / 4096 * 4096;
+      memory = aligned_alloc(64, size);
+      if (!memory) size = 0;
+    }
+    return memory;
+  }
+};
+thread_local Scratch row_scratch;    // codes of the token this thread is quantizing
+thread_local Scratch panel_scratch;  // codes of a slab, shared with the threads this one leads
+
+const Isa* const compiled[] = {
+#define BITNET_ISA(name) &name,
+#include "isa_list.inc"
+};
+
+// The instruction sets of `compiled`, best first, that this CPU can run.
+struct IsaList {
+  const Isa* isa[sizeof(compiled) / sizeof(*compiled)] = {};
+  int count = 0;
+  IsaList() {
+    for (const Isa* candidate : compiled)
+      if (candidate->supported()) isa[count++] = candidate;
+  }
+};
+const IsaList isas;
+
+bool forked = false;  // a forked child has none of the pool's threads, and OpenMP would wait for them for ever
+#ifdef __unix__
+[[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+// body(thread, threads) in every thread of a team; on one thread without any of OpenMP's cost.
+template <class Body>
+void parallel(int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && !forked) {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}
+
+void barrier(int threads) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp barrier
+  }
+#endif
+}
+
+int64_t element_size(int32_t type) { return type == kInt8 ? 1 : type == kBFloat16 || type == kFloat16 ? 2 : 4; }
+bool is_float(int32_t type) { return type == kFloat32 || type == kBFloat16 || type == kFloat16; }
+
+struct Call {
+  const Layer& layer;
+  const Isa& isa;
+  const char* x;
+  int32_t x_type;
+  int64_t x_stride;  // bytes
+  const float* s;
+  char* y;
+  int32_t y_type;
+  int64_t y_stride;  // bytes
+
+  Token quantize(int64_t m, int8_t* codes) const {
+    Token token = isa.quantize(x + m * x_stride, x_type, layer.k, codes);
+    if (x_type == kInt8) token.s = s ? s[m] : 1;
+    return token;
+  }
+};
+
+// One token: every thread quantizes it for itself, which takes less time than waiting for another.
+Status decode(const Call& call, int threads) {
+  const int64_t padded = ceil_div(call.layer.k, kGroup) * kGroup, blocks = ceil_div(call.layer.n, kBlockRows);
+  Status status = kOk;
+  parallel(threads, [&](int thread, int count) {
+    auto* codes = static_cast<int8_t*>(row_scratch.reserve(padded));
+    if (!codes) {
+      __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
+      return;
+    }
+    const Token token = call.quantize(0, codes);
+    call.isa.gemv(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), codes, token, call.y,
+                  call.y_type);
+  });
+  return status;
+}
+
+// Many tokens: the threads share the quantizing, then each multiplies all tokens by its own rows of the weight.
+Status prefill(const Call& call, int64_t m, int threads) {
+  const int64_t padded = ceil_div(call.layer.k, kGroup) * kGroup, blocks = ceil_div(call.layer.n, kBlockRows);
+  const int64_t slabs = ceil_div(m, kSlab), largest = ceil_div(m, slabs);
+  char* memory = static_cast<char*>(panel_scratch.reserve(largest * (padded + sizeof(Token))));
+  if (!memory) return kNoMemory;
+  auto* codes = reinterpret_cast<int8_t*>(memory);
+  auto* token = reinterpret_cast<Token*>(memory + largest * padded);
+  constexpr int64_t kPair = 2;  // blocks a thread keeps in its cache while all panels pass
+  Status status = kOk;
+  parallel(threads, [&](int thread, int count) {
+    auto* row = static_cast<int8_t*>(row_scratch.reserve(padded));
+    if (!row) __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      const int64_t m0 = share(m, slab, slabs), tokens = share(m, slab + 1, slabs) - m0;
+      const int64_t panels = ceil_div(tokens, call.isa.max_tokens);
+      for (int64_t p = share(panels, thread, count); row && p < share(panels, thread + 1, count); ++p) {
+        const int64_t first = share(tokens, p, panels), width = share(tokens, p + 1, panels) - first;
+        for (int64_t t = 0; t < width; ++t) {
+          token[first + t] = call.quantize(m0 + first + t, row);
+          int8_t* word = codes + first * padded + 4 * t;
+          for (int64_t i = 0; i < padded; i += 4, word += 4 * width) memcpy(word, row + i, 4);
+        }
+      }
+      barrier(count);
+      const int64_t last = share(blocks, thread + 1, count);
+      for (int64_t b = share(blocks, thread, count); b < last; b += kPair)
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t first = share(tokens, p, panels), width = share(tokens, p + 1, panels) - first;
+          call.isa.gemm(call.layer, b, b + kPair < last ? b + kPair : last, codes + first * padded, token + first,
+                        int(width), call.y + (m0 + first) * call.y_stride, call.y_type);
+        }
+      if (slab + 1 < slabs) barrier(count);
+    }
+  });
+  return status;
+}
+
+}  // namespace
+
+BITNET_EXPORT int32_t bitnet_abi() { return 1; }
+
+BITNET_EXPORT const char* bitnet_isa(int32_t i) { return i >= 0 && i < isas.count ? isas.isa[i]->name : nullptr; }
+
+BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x_type, int64_t x_stride,
+                                    const float* s, int64_t m, void* y, int32_t y_type, int32_t threads) {
+  const int64_t n = layer->n, k = layer->k;
+  if (n < 1 || k < 1 || k > kMaxFeatures || m < 0) return kBadShape;
+  if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
+  if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
+  if (layer->bias && !is_float(layer->bias_type)) return kBadType;
+  if (layer->isa >= isas.count) return kBadIsa;
+  if (m == 0) return kOk;
+  if (m * n * k < int64_t(1) << 20) threads = 1;  // a few microseconds of work: waking a thread takes as long
+  const Isa& isa = *isas.isa[layer->isa < 0 ? 0 : layer->isa];
+  const Call call{*layer, isa,
+                  static_cast<const char*>(x), x_type, x_stride * element_size(x_type), s,
+                  static_cast<char*>(y), y_type, n * element_size(y_type)};
+  return m == 1 ? decode(call, threads) : prefill(call, m, threads);
+}
+
+BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t threads) {
+  if (n < 1 || k < 1 || k > kMaxFeatures) return kBadShape;
+  const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows), groups = ceil_div(k, kGroup);
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
+      for (int64_t r = 0; r < kBlockRows; ++r) {
+        const int64_t row = b * kBlockRows + r;
+        const uint8_t* from = hub + row % hub_rows * k;
+        const int shift = row < n ? int(2 * (row / hub_rows)) : 0;
+        uint8_t* to = weight + b * groups * kGroupBytes + 4 * r;
+        for (int64_t g = 0; g < groups; ++g, to += kGroupBytes) {
+          uint32_t word[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
+          if (row < n) {
+            const int64_t left = k - g * kGroup;
+            memcpy(word, from + g * kGroup, left < kGroup ? left : kGroup);
+            for (uint32_t& w : word) w = w >> shift & 0x03030303;
+            if (left < kGroup) memset(reinterpret_cast<char*>(word) + left, 1, kGroup - left);
+          }
+          const uint32_t lane = word[0] | word[1] << 2 | word[2] << 4 | word[3] << 6;
+          memcpy(to, &lane, 4);
+        }
+      }
+  });
+  return kOk;
+}
+
+BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t threads) {
+  if (n < 1 || k < 1 || k > kMaxFeatures) return kBadShape;
+  const int64_t groups = ceil_div(k, kGroup);
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row) {
+      const uint8_t* from = weight + row / kBlockRows * groups * kGroupBytes + row % kBlockRows * 4;
+      int8_t* to = codes + row * k;
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t plane = i % kGroup / 4;
+        to[i] = int8_t(from[i / kGroup * kGroupBytes + i % 4] >> 2 * plane & 3) - 1;
+      }
+    }
+  });
+  return kOk;
+}

@@ -1,0 +1,94 @@
+// NEON, and with -DBITNET_DOTPROD the dot product instructions of ARMv8.2: two instruction sets from one file.
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#include "body.h"
+
+namespace {
+
+struct Neon {
+  using Vec = int8x16_t;
+  static constexpr int kBytes = 16, kTileVecs = 4;
+
+  static INLINE Vec load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
+  static INLINE Vec splat(const int8_t* p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(word));
+  }
+  static INLINE int32x4_t load32(const int32_t* p) { return vld1q_s32(p); }
+  static INLINE void store32(int32_t* p, int32x4_t v) { vst1q_s32(p, v); }
+  static INLINE int32x4_t add32(int32x4_t a, int32x4_t b) { return vaddq_s32(a, b); }
+  template <int J>
+  static INLINE Vec field(Vec w) {
+    if constexpr (J == 0) return vandq_s8(w, vdupq_n_s8(3));
+    else if constexpr (J == 3) return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 6));
+    else return vandq_s8(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 2 * J)), vdupq_n_s8(3));
+  }
+
+#ifdef BITNET_DOTPROD
+  using Sum = int32x4_t;
+  static constexpr int kMaxTokens = 5;
+  static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = int64_t(1) << 14;
+  static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = vdotq_s32(sum, u, s); }
+  static INLINE int32x4_t total(Sum sum) { return sum; }
+
+  // Even planes as they are, odd ones times 4: one shift serves all four (see avx2.cpp).
+  struct Planes {
+    Sum even, odd;
+    INLINE void add(Vec w, const Vec (&s)[4]) {
+      const Vec low = vdupq_n_s8(3), high = vdupq_n_s8(12);
+      const Vec v = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4));
+      dot(even, vandq_s8(w, low), s[0]);
+      dot(odd, vandq_s8(w, high), s[1]);
+      dot(even, vandq_s8(v, low), s[2]);
+      dot(odd, vandq_s8(v, high), s[3]);
+    }
+    INLINE int32x4_t total() const { return vaddq_s32(even, vshrq_n_s32(odd, 2)); }
+  };
+#else
+  struct Sum {
+    int16x8_t low, high;  // one product a lane: the bytes of rows 0, 1 and of rows 2, 3
+  };
+  static constexpr int kMaxTokens = 2;
+  // A group adds at most 4 planes * 2 * 128 = 2^10; 32 of them reach -2^15, and 127 stays below 2^15.
+  static constexpr int64_t kSumGroups = 32, kPlaneGroups = 32;
+  static INLINE void dot(Sum& sum, Vec u, Vec s) {
+    sum.low = vmlal_s8(sum.low, vget_low_s8(u), vget_low_s8(s));
+    sum.high = vmlal_high_s8(sum.high, u, s);
+  }
+  static INLINE int32x4_t total(Sum sum) { return vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high)); }
+
+  struct Planes {
+    Sum sum;
+    INLINE void add(Vec w, const Vec (&s)[4]) {
+      dot(sum, field<0>(w), s[0]);
+      dot(sum, field<1>(w), s[1]);
+      dot(sum, field<2>(w), s[2]);
+      dot(sum, field<3>(w), s[3]);
+    }
+    INLINE int32x4_t total() const { return Neon::total(sum); }
+  };
+#endif
+};
+
+}  // namespace
+
+#ifdef BITNET_DOTPROD
+static bool supported() {
+#if defined(__APPLE__)
+  return true;  // every Apple CPU that runs macOS has it
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return false;
+#endif
+}
+const Isa kNeonDot = make_isa<Neon>("neon-dotprod", supported);
+#else
+static bool supported() { return true; }
+const Isa kNeon = make_isa<Neon>("neon", supported);
+#endif

@@ -1,0 +1,46 @@
+// Plain C++: one row a "vector". Runs everywhere, and is the easiest of the instruction sets to check by eye.
+#include "body.h"
+
+namespace {
+
+struct Scalar {
+  using Vec = uint32_t;
+  using Sum = int32_t;
+  static constexpr int kBytes = 4, kTileVecs = 4, kMaxTokens = 4;
+  static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = kMaxFeatures;
+
+  static INLINE Vec load(const void* p) {
+    Vec v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static INLINE Vec splat(const int8_t* p) { return load(p); }
+  static INLINE int32_t load32(const int32_t* p) { return *p; }
+  static INLINE void store32(int32_t* p, int32_t v) { *p = v; }
+  static INLINE int32_t add32(int32_t a, int32_t b) { return a + b; }
+  template <int J>
+  static INLINE Vec field(Vec w) {
+    return w >> 2 * J & 0x03030303;
+  }
+  static INLINE void dot(Sum& sum, Vec u, Vec s) {
+    UNROLL for (int b = 0; b < 32; b += 8) sum += int32_t(u >> b & 255) * int8_t(s >> b);
+  }
+  static INLINE int32_t total(Sum sum) { return sum; }
+
+  struct Planes {
+    Sum sum;
+    INLINE void add(Vec w, const Vec (&s)[4]) {
+      dot(sum, field<0>(w), s[0]);
+      dot(sum, field<1>(w), s[1]);
+      dot(sum, field<2>(w), s[2]);
+      dot(sum, field<3>(w), s[3]);
+    }
+    INLINE int32_t total() const { return sum; }
+  };
+};
+
+bool supported() { return true; }
+
+}  // namespace
+
+const Isa kScalar = make_isa<Scalar>("scalar", supported);

@@ -1,0 +1,364 @@
+"""The native CPU kernels: every instruction set this CPU can run, threads, forks, memory. test_ops.py and
+test_packed.py run on this backend as well."""
+
+import ctypes
+import gc
+import os
+import random
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import DTYPES, grid
+from torch import Tensor
+
+from bitnet import PackedBitLinear
+from bitnet.kernels import cpu, layout, ops
+
+MISSING = cpu.missing(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+ISAS = [] if MISSING else cpu.isas()
+each_isa = pytest.mark.parametrize("isa", ISAS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+
+
+def ternary(n: int, k: int) -> Tensor:
+    return torch.randint(-1, 2, (n, k), dtype=torch.int8)
+
+
+def prepack(codes: Tensor) -> Tensor:
+    return ops.prepack(layout.pack_ternary(codes), len(codes), backend="cpu")
+
+
+def product(q: Tensor, codes: Tensor) -> Tensor:
+    return (q.double() @ codes.double().T).int()  # exact: sums stay far below 2^53
+
+
+def shapes(count: int) -> list[tuple[int, int, int]]:
+    """Random (M, N, K), small and awkward for the most part."""
+    draw = random.Random(0)
+    near = [1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 129, 200, 257]
+    return [
+        (draw.choice([0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17, 37]), draw.choice(near), draw.choice(near))
+        for _ in range(count)
+    ]
+
+
+@each_isa
+def test_accumulators_are_exact(isa: str) -> None:
+    """Fails for a wrong tail, tile, panel or field at any shape."""
+    for m, n, k in [*shapes(400), (300, 70, 40), (1, 3, 5000), (5, 2, 5000), (257, 33, 17), (600, 1, 1)]:
+        q, codes = torch.randint(-128, 128, (m, k), dtype=torch.int8), ternary(n, k)
+        assert torch.equal(cpu.int_matmul(q, prepack(codes), n, isa), product(q, codes)), (m, n, k)
+
+
+@each_isa
+@pytest.mark.parametrize("m", [1, 2, 9])
+@pytest.mark.parametrize("k", [16384, 300_001])
+def test_accumulators_are_exact_at_the_extremes(isa: str, m: int, k: int) -> None:
+    """Fails if 16 bits overflow or saturate, or 32 bits do because the partial sums of large K are never reduced."""
+    codes = torch.ones(3, k, dtype=torch.int8)
+    codes[1] = -1
+    codes[2, ::2] = 0
+    for value in (-128, 127):
+        q = torch.full((m, k), value, dtype=torch.int8)
+        assert torch.equal(cpu.int_matmul(q, prepack(codes), 3, isa), product(q, codes))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES, torch.float64], ids=["no_bias", "fp32", "bf16", "fp16", "fp64"])
+def test_output_has_the_oracles_bits(
+    isa: str, dtype: torch.dtype, per_row: bool, bias_dtype: torch.dtype | None
+) -> None:
+    """Fails for a fused multiply-add, a second rounding, an approximate division, or ties rounded away from zero."""
+    for m, n, k in shapes(40):
+        x, codes, scale = torch.randn(m, k).to(dtype), ternary(n, k), torch.rand(n if per_row else 1) + 0.1
+        bias = None if bias_dtype is None else torch.randn(n, dtype=torch.float64).to(bias_dtype)
+        y = cpu.bind(prepack(codes), scale, bias, n, k, 8, isa)(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, 8)), (m, n, k)
+
+
+@each_isa
+@each_dtype
+def test_outputs_of_every_size_round_like_torch(isa: str, dtype: torch.dtype) -> None:
+    """Fails for wrong subnormals, overflow to Inf or ties of float16 and bfloat16."""
+    n, x = 4096, torch.ones(1, 1).to(dtype)
+    scale = torch.cat([torch.logspace(-46, 38, n // 2, base=10), torch.logspace(-9, 5, n // 2, base=10)])
+    scale[:64] = (torch.arange(64) + 0.5) * 2.0**-24  # ties among float16's subnormals
+    scale[64:70] = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 2.0**-14, 2.0**-14 - 2.0**-25])
+    codes = ternary(n, 1)
+    y = cpu.bind(prepack(codes), scale, None, n, 1, 8, isa)(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), None, 8)
+    assert torch.equal(y, expected)
+
+
+@each_isa
+@each_dtype
+def test_every_bit_pattern_of_an_activation_is_quantized_like_the_reference(isa: str, dtype: torch.dtype) -> None:
+    """Fails for subnormals, NaN, Inf, or values where the order of operations of the scale shows."""
+    size = torch.finfo(dtype).bits
+    if size == 16:
+        patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    else:
+        patterns = torch.randint(-(2**31), 2**31 - 1, (1 << 16,)).to(torch.int32).view(dtype)
+    x = torch.stack([patterns, patterns.roll(1), torch.zeros_like(patterns)], 1)  # tokens of 3
+    codes, scale = torch.eye(3, dtype=torch.int8), torch.ones(1)
+    y = cpu.bind(prepack(codes), scale, None, 3, 3, 8, isa)(x)
+    expected = ops.ternary_linear(x, layout.pack_ternary(codes), scale, out_features=3, backend="reference")
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
+
+
+@each_isa
+@pytest.mark.parametrize("m", [1, 7])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, 3:43],
+        lambda t: t[::2, :40][: len(t) // 2],
+        lambda t: t[:1, :40].expand(5, 40),
+        lambda t: t.T[:40].T,
+    ],
+    ids=["columns", "every_other_row", "expanded", "transposed"],
+)
+def test_strided_x_is_read_where_it_is(isa: str, m: int, view: Callable[[Tensor], Tensor]) -> None:
+    """Fails if a row stride is ignored or taken in the wrong unit."""
+    for dtype in DTYPES:
+        x, codes = view(grid(2 * m, 50).to(dtype)), ternary(5, 40)
+        y = cpu.bind(prepack(codes), torch.ones(1), None, 5, 40, 8, isa)(x)
+        assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), np.ones(1, np.float32), None, 8))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("m", [1, 2, 40, 513])
+def test_any_number_of_threads_gives_the_same(threads: int, m: int) -> None:
+    """Fails if threads overlap, leave rows or tokens out, or read codes before they are written."""
+    before = torch.get_num_threads()
+    codes, q = ternary(1000, 1100), torch.randint(-128, 128, (m, 1100), dtype=torch.int8)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            assert torch.equal(cpu.int_matmul(q, prepack(codes), 1000), product(q, codes))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_python_threads_do_not_share_scratch() -> None:
+    """Fails if two calls at once write their codes into the same memory."""
+    codes = ternary(640, 2000)
+    weight = prepack(codes)
+    inputs = [torch.randint(-128, 128, (m, 2000), dtype=torch.int8) for m in (1, 2, 7, 30)]
+    expected = [product(q, codes) for q in inputs]
+
+    def work(seed: int) -> bool:
+        draw = random.Random(seed)
+        picks = [draw.randrange(len(inputs)) for _ in range(50)]
+        return all(torch.equal(cpu.int_matmul(inputs[i], weight, 640), expected[i]) for i in picks)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_models_may_die_while_others_run() -> None:
+    """Fails if the memory of a dropped layer is unmapped although another layer lives in it."""
+    codes = ternary(256, 512)
+    q = torch.randint(-128, 128, (3, 512), dtype=torch.int8)
+    weight, expected, stop = prepack(codes), product(q, codes), threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            prepack(codes)
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        assert all(torch.equal(cpu.int_matmul(q, weight, 256), expected) for _ in range(300))
+    finally:
+        stop.set()
+        other.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_forked_child_computes_and_does_not_wait_for_lost_threads(m: int) -> None:
+    codes, q = ternary(1024, 1100), torch.randint(-128, 128, (m, 1100), dtype=torch.int8)
+    weight, expected = prepack(codes), product(q, codes)
+    assert torch.equal(cpu.int_matmul(q, weight, 1024), expected)  # the pool exists now
+    child = os.fork()
+    if child == 0:
+        signal_after = threading.Timer(20, lambda: os._exit(2))
+        signal_after.start()
+        y = cpu.int_matmul(q, weight, 1024)
+        os._exit(0 if y.flatten().tolist() == expected.flatten().tolist() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Memory
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc/self/statm")
+def test_loading_and_dropping_a_model_leaves_no_memory_behind() -> None:
+    def load_and_drop() -> None:
+        layers = [PackedBitLinear(2048, 4096, backend="cpu") for _ in range(3)]
+        for layer in layers:
+            layer(torch.randn(1, 2048))
+
+    for _ in range(3):
+        load_and_drop()
+    gc.collect()
+    before = resident()
+    for _ in range(50):
+        load_and_drop()
+    gc.collect()
+    assert resident() - before < 250e6  # fifty models are 630 MB; malloc's own heap comes and goes by 100
+
+
+def test_prepacked_weights_do_not_overlap_and_outlive_their_neighbours() -> None:
+    tensors = [cpu._arena.empty(size) for size in (1, 100, 5 << 20, 3, 70 << 20, 9)]
+    for i, t in enumerate(tensors):
+        t.fill_(i)
+    assert all(bool((t == i).all()) for i, t in enumerate(tensors))
+    del tensors[:5]
+    gc.collect()
+    assert tensors[0].tolist() == [5] * 9
+
+
+def test_a_bound_layer_follows_its_buffers() -> None:
+    """Fails if cached pointers survive a new bias, a new scale, a move or a state_dict, or miss a write."""
+    layer, x = PackedBitLinear(40, 6, backend="cpu"), grid(2, 40)
+    assert torch.equal(layer(x), torch.zeros(2, 6))
+    assert layer.bias is not None
+    layer.bias.fill_(3)
+    assert torch.equal(layer(x), torch.full((2, 6), 3.0))
+    layer.bias = torch.full((6,), 4.0)
+    assert torch.equal(layer(x), torch.full((2, 6), 4.0))
+    layer.bias = None
+    layer.weight.fill_(0b10101010)
+    layer.to(torch.bfloat16).float()
+    ones = layer(x)
+    layer.weight_scale = torch.full((1,), 2.0)
+    assert torch.equal(layer(x), 2 * ones)
+    layer.weight_scale.fill_(4)
+    assert torch.equal(layer(x), 4 * ones)
+
+
+def test_layers_without_a_plain_tensor_go_through_the_operator() -> None:
+    """Fails if a traced or fake call reaches the C function, whose result no graph would see."""
+    layer, x = PackedBitLinear(40, 6, backend="cpu"), grid(2, 40)
+    layer.weight.fill_(0b10101010)
+    expected = layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of every shape that Python looks at
+        traced = torch.jit.trace(layer, (torch.zeros(2, 40),), check_trace=False)
+    assert torch.equal(traced(x), expected)
+    exported = torch.export.export(layer, (torch.zeros(2, 40),))
+    assert torch.equal(exported.module()(x), expected)
+
+
+def test_unpacking_inverts_prepacking_at_any_shape() -> None:
+    for _, n, k in shapes(100):
+        codes = ternary(n, k)
+        assert torch.equal(cpu.unprepack(prepack(codes), n, k), codes)
+
+
+# Refusals
+
+
+def test_float_activations_are_refused_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float; choose 'auto' or 'torch'"):
+        PackedBitLinear(8, 4, backend="cpu", activation_bits=None)(torch.ones(1, 8))
+    layer = PackedBitLinear(8, 4, activation_bits=None)
+    assert layer.prepack()[1] == "torch"
+
+
+def test_a_cuda_device_is_refused_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match="'cpu' cannot run on cuda: it runs on CPU tensors; on cuda choose 'auto'"):
+        ops.choose_backend("cpu", torch.device("cuda"))
+
+
+def test_bad_arguments_come_back_as_errors_not_crashes() -> None:
+    weight, x, y = prepack(ternary(4, 8)), torch.zeros(1, 8), torch.zeros(1, 4)
+    layer = cpu._layer(weight, torch.ones(1), None, 4, 8)
+
+    def status(m: int = 1, x_type: int = 0, y_type: int = 0) -> int:
+        args = (ctypes.byref(layer), x.data_ptr(), x_type, 8, None, m, y.data_ptr(), y_type, 1)
+        return cpu._library().bitnet_linear(*args)
+
+    assert (status(), status(m=0), status(m=-1), status(x_type=9), status(y_type=1)) == (0, 0, 2, 1, 1)
+    assert status(x_type=3) == 1, "codes without scales"
+    layer.isa = 99
+    assert status() == 3
+    layer.isa, layer.k = -1, 1 << 24
+    assert status() == 2
+    with pytest.raises(RuntimeError, match="native CPU kernel: unsupported shape"):
+        cpu._check(2)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package folder without a library, and no installation."""
+
+    def none(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("bitnet.__path__", [str(tmp_path)])
+    monkeypatch.setattr(metadata, "distribution", none)
+    cpu._load.cache_clear()
+    ops._choose.cache_clear()
+    yield tmp_path
+    cpu._load.cache_clear()
+    ops._choose.cache_clear()
+
+
+def reason() -> str:
+    cpu._load.cache_clear()
+    row = ops.backends()[0]
+    assert (row.name, row.ready) == ("cpu", False)
+    return row.detail
+
+
+def test_a_missing_library_says_why_and_what_to_do(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "it was never built" in reason()
+    assert "pip install -e" in reason()
+    with pytest.raises(RuntimeError, match="'cpu' cannot run on cpu: it was never built"):
+        PackedBitLinear(8, 4, backend="cpu")(torch.ones(1, 8))
+    assert PackedBitLinear(8, 4).prepack()[1] == "torch"
+
+    class Installed:
+        def locate_file(self, name: str) -> Path:
+            return elsewhere / "site-packages" / name
+
+    monkeypatch.setattr(metadata, "distribution", lambda name: Installed())
+    assert "it was never built" in reason()
+    native = elsewhere / "site-packages" / "bitnet" / "_native"
+    native.mkdir(parents=True)
+    (native / "libbitnet_cpu.so").touch()
+    assert "was installed beside another copy" in reason()
+
+    (elsewhere / "_native").mkdir()
+    (elsewhere / "_native" / "why.txt").write_text("no C++ compiler; install g++\n")
+    assert reason().startswith("no C++ compiler; install g++, then: pip install -e ")
+    (elsewhere / "_native" / "libbitnet_cpu.so").write_bytes(b"not a library")
+    assert "does not load" in reason()
+
+
+def test_a_library_from_other_sources_is_refused(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "_ABI", -1)
+    assert "was built from other sources; build it again: pip install -e" in reason()
