@@ -80,6 +80,8 @@ class BitLinear(nn.Linear):
 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """x in the dtype autocast asks for, where it is on; custom functions are not on its lists."""
+    if not torch._C._is_any_autocast_enabled():  # the rest costs a microsecond
+        return x
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" has no autocast
         return x.to(torch.get_autocast_dtype(device))

@@ -233,6 +233,8 @@ def bind(
     weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None; isa: a name from isas(), by default the
     best. The function keeps the tensors alive and sees what is later written into them.
     """
+    if weight.is_meta:
+        return lambda x: x.new_empty(*x.shape[:-1], n)
     layer = _layer(weight, scale, bias, n, k, isa)
     run, pointer, types, threads = _library().bitnet_linear, ctypes.byref(layer), _TYPES, torch.get_num_threads
 
@@ -240,7 +242,9 @@ def bind(
         kind = types.get(x.dtype)
         if kind is None:  # float64 and exotic ones: the definition computes in float32, too
             return linear(x.float()).to(x.dtype)
-        y = x.new_empty((*x.shape[:-1], n))
+        if not x.is_cpu:
+            raise ValueError(f"x is on {x.device}, but this layer is on cpu; move one of them")
+        y = x.new_empty(*x.shape[:-1], n)
         stride = k
         if not x.is_contiguous():
             if x.ndim == 2 and x.stride(1) == 1:

@@ -218,7 +218,6 @@ def needs_operator(x: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
     return (
         type(x) is not Tensor
         or not x.is_floating_point()
-        or x.is_meta
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or (
