@@ -79,17 +79,18 @@ def _load() -> ctypes.CDLL | str:
     import bitnet
 
     here = Path(bitnet.__file__).parent.parent
+    build = f"pip install -e {here}" if (here / "pyproject.toml").exists() else "install the package again"
     folders = [Path(folder) / "_native" for folder in bitnet.__path__]
     found = [file for folder in folders for file in sorted(folder.glob("*bitnet_cpu.*"))]
     if not found:
-        return _why_missing(here, folders)
+        return _why_missing(here, folders, build)
     try:
         library = ctypes.CDLL(str(found[0]))
         abi = library.bitnet_abi()
     except (OSError, AttributeError) as error:
-        return f"{found[0]} does not load ({error}); build it for this machine: pip install -e {here}"
+        return f"{found[0]} does not load ({error}); build it for this machine: {build}"
     if abi != _ABI:
-        return f"{found[0]} was built from other sources; build it again: pip install -e {here}"
+        return f"{found[0]} was built from other sources; build it again: {build}"
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.bitnet_isa.restype = ctypes.c_char_p
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
@@ -98,10 +99,10 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
-def _why_missing(here: Path, folders: list[Path]) -> str:
+def _why_missing(here: Path, folders: list[Path], build: str) -> str:
     for folder in folders:
         if (folder / "why.txt").exists():
-            return f"{(folder / 'why.txt').read_text().strip()}, then: pip install -e {here}"
+            return f"{(folder / 'why.txt').read_text().strip()}, then: {build}"
     try:
         installed = metadata.distribution("bitnet-toolkit").locate_file("bitnet")
     except metadata.PackageNotFoundError:
@@ -109,9 +110,9 @@ def _why_missing(here: Path, folders: list[Path]) -> str:
     if installed is not None and list(Path(str(installed)).glob("_native/*bitnet_cpu.*")):
         return (
             f"this is the checkout in {here}, but the library was installed beside another copy, {installed}; "
-            f"run from another folder, or: pip install -e {here}"
+            f"run from another folder, or: {build}"
         )
-    return f"it was never built for {here}; build it: pip install -e {here}"
+    return f"it was never built for {here}; build it: {build}"
 
 
 def _check(status: int) -> None:

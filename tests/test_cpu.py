@@ -4,7 +4,10 @@ test_packed.py run on this backend as well."""
 import ctypes
 import gc
 import os
+import platform
 import random
+import shutil
+import subprocess
 import threading
 import warnings
 from collections.abc import Callable
@@ -362,3 +365,50 @@ def test_a_library_from_other_sources_is_refused(elsewhere: Path, monkeypatch: p
     monkeypatch.undo()
     monkeypatch.setattr(cpu, "_ABI", -1)
     assert "was built from other sources; build it again: pip install -e" in reason()
+
+
+# The library built for other CPUs and with a sanitizer: csrc/selfcheck.cpp compares every instruction set
+
+SOURCES = Path(__file__).parent.parent / "kernels" / "csrc"
+
+
+def build_selfcheck(folder: Path, *options: str) -> Path:
+    subprocess.run(["cmake", "-S", SOURCES, "-B", folder, "-DBITNET_SELFCHECK=ON", *options], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)
+    return folder / "selfcheck"
+
+
+def needs(*tools: str) -> pytest.MarkDecorator:
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
+
+
+@pytest.mark.slow
+@needs("cmake", "c++")
+def test_no_access_outside_of_any_buffer(tmp_path: Path) -> None:
+    """Fails if any kernel reads or writes beyond its operands, or relies on undefined behaviour."""
+    program = build_selfcheck(tmp_path, "-DCMAKE_CXX_FLAGS=-g -fsanitize=address,undefined -fno-sanitize-recover")
+    output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    assert output.split() == [*ISAS, "agree"]
+
+
+@pytest.mark.slow
+@needs("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64-static")
+def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
+    compiler = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
+    program = build_selfcheck(tmp_path, *compiler, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")
+    emulator = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"]
+    output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["neon-dotprod", "neon", "scalar", "agree"]
+
+
+@pytest.mark.slow
+@needs("cmake", "c++", "qemu-x86_64-static")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for x86-64")
+@pytest.mark.parametrize(("model", "expected"), [("Nehalem", ["scalar"]), ("max", ["avx2", "scalar"])])
+def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list[str]) -> None:
+    """Fails with an illegal instruction if code meant for all CPUs was compiled for a newer one."""
+    program = build_selfcheck(tmp_path)
+    emulator = ["qemu-x86_64-static", "-cpu", model]
+    output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
+    assert output.split() == [*expected, "agree"]

@@ -1,0 +1,96 @@
+// A program that checks every instruction set against plain loops, on buffers of exactly the documented sizes: run
+// under an emulator for other CPUs, and built with an address sanitizer (tests/test_cpu.py does both). Built only with
+// -DBITNET_SELFCHECK=ON.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "bitnet_cpu.h"
+
+namespace {
+
+uint32_t state = 1;
+uint32_t draw(uint32_t below) {
+  state = state * 1664525u + 1013904223u;
+  return uint64_t(state >> 8) * below >> 24;
+}
+
+void require(bool ok, const char* what, const char* isa, int64_t m, int64_t n, int64_t k) {
+  if (ok) return;
+  printf("%s: %s differs at m=%d n=%d k=%d\n", isa, what, int(m), int(n), int(k));
+  exit(1);
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+void check(int64_t m, int64_t n, int64_t k, int extreme) {
+  std::vector<int8_t> codes(n * k), back(n * k);
+  for (auto& c : codes) c = extreme ? int8_t(extreme > 0 ? 1 : -1) : int8_t(draw(3)) - 1;
+  const int64_t hub_rows = (n + 3) / 4;
+  std::vector<uint8_t> hub(hub_rows * k, 0x55), weight((n + 31) / 32 * ((k + 15) / 16) * 128);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t c = 0; c < k; ++c) {
+      uint8_t& byte = hub[r % hub_rows * k + c];
+      const int shift = int(r / hub_rows * 2);
+      byte = uint8_t((byte & ~(3 << shift)) | (codes[r * k + c] + 1) << shift);
+    }
+  require(!bitnet_prepack(hub.data(), n, k, weight.data(), 2), "prepack", "all", m, n, k);
+  require(!bitnet_unprepack(weight.data(), n, k, back.data(), 2) && codes == back, "unprepack", "all", m, n, k);
+
+  const int64_t stride = k + draw(3), rows = m ? (m - 1) * stride + k : 0;
+  std::vector<int8_t> q(rows);
+  for (auto& v : q) v = extreme ? -128 : int8_t(draw(256));
+  std::vector<int32_t> acc(m * n), expected(m * n);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < k; ++c) expected[i * n + r] += q[i * stride + c] * codes[r * k + c];
+
+  std::vector<float> scale(n), bias(n), x(rows);
+  for (int64_t r = 0; r < n; ++r) scale[r] = float(1 + draw(1000)) / 777, bias[r] = float(draw(1000)) / 333 - 1;
+  for (auto& v : x) v = float(int(draw(2001)) - 1000) / 123;
+  std::vector<uint16_t> half(rows);
+  for (auto& v : half) v = uint16_t(draw(2) << 15 | draw(0x4200));  // finite as float16 and as bfloat16
+
+  std::vector<float> y(m * n), first_y;
+  std::vector<uint16_t> y16(m * n), first_y16[3];
+  int count = 0;
+  while (bitnet_isa(count)) ++count;
+  for (int i = count - 1; i >= 0; --i)  // the plain one comes first: the others must have its outputs
+    for (int threads = 1; threads <= 2; ++threads) {
+      const char* isa = bitnet_isa(i);
+      Layer layer{weight.data(), scale.data(), bias.data(), n, k, n > 1, kFloat32, i};
+      auto run = [&](const void* in, Type in_type, void* out, Type out_type) {
+        return bitnet_linear(&layer, in, in_type, stride, nullptr, m, out, out_type, threads) == kOk;
+      };
+      require(run(q.data(), kInt8, acc.data(), kInt32) && same(acc, expected), "accumulator", isa, m, n, k);
+      require(run(x.data(), kFloat32, y.data(), kFloat32), "float32", isa, m, n, k);
+      if (first_y.empty()) first_y = y;
+      require(same(y, first_y), "float32", isa, m, n, k);
+      for (Type type : {kBFloat16, kFloat16}) {
+        require(run(half.data(), type, y16.data(), type), "16 bits", isa, m, n, k);
+        if (first_y16[type].empty()) first_y16[type] = y16;
+        require(same(y16, first_y16[type]), "16 bits", isa, m, n, k);
+      }
+    }
+}
+
+}  // namespace
+
+int main() {
+  const int near[] = {1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 129, 200, 257};
+  const int tokens[] = {0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17};
+  for (int i = 0; i < 150; ++i) check(tokens[draw(14)], near[draw(19)], near[draw(19)], 0);
+  check(300, 40, 20, 0);
+  check(1, 1000, 1100, 0);
+  check(9, 500, 600, 0);
+  for (int64_t m : {1, 7})
+    for (int extreme : {-1, 1}) check(m, 3, 16384, extreme);
+  check(1, 2, 300001, 1);
+  for (int i = 0; bitnet_isa(i); ++i) printf("%s ", bitnet_isa(i));
+  printf("agree\n");
+}
