@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 1  # bitnet_abi() of a library built from these sources
+_ABI = 2  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
 _MAX_FEATURES = 1 << 23
@@ -96,6 +96,7 @@ def _load() -> ctypes.CDLL | str:
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
     library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32)
     library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32)
+    library.bitnet_read.argtypes, library.bitnet_read.restype = (pointer, int64, int32), int64
     return library
 
 
@@ -177,6 +178,11 @@ def unprepack(weight: Tensor, n: int, k: int) -> Tensor:
     codes = torch.empty(n, k, dtype=torch.int8)
     _check(_library().bitnet_unprepack(weight.data_ptr(), n, k, codes.data_ptr(), torch.get_num_threads()))
     return codes
+
+
+def read(weight: Tensor) -> None:
+    """Read a tensor's memory once, with all threads: the yardstick of benchmarks."""
+    _library().bitnet_read(weight.data_ptr(), weight.nbytes, torch.get_num_threads())
 
 
 # Multiplying

@@ -38,3 +38,6 @@ BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x
 // Hub bytes [ceil(n/4), k] to layout A, and layout A to codes int8 [n, k].
 BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t threads);
+
+// Reads bytes once and returns a checksum: the yardstick that benchmarks hold kernels against. Used for nothing else.
+BITNET_EXPORT int64_t bitnet_read(const void* data, int64_t bytes, int32_t threads);

@@ -156,7 +156,7 @@ Status prefill(const Call& call, int64_t m, int threads) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 1; }
+BITNET_EXPORT int32_t bitnet_abi() { return 2; }
 
 BITNET_EXPORT const char* bitnet_isa(int32_t i) { return i >= 0 && i < isas.count ? isas.isa[i]->name : nullptr; }
 
@@ -217,4 +217,21 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
     }
   });
   return kOk;
+}
+
+BITNET_EXPORT int64_t bitnet_read(const void* data, int64_t bytes, int32_t threads) {
+  constexpr int64_t kStep = 32;  // words: 256 bytes
+  const auto* words = static_cast<const int64_t*>(data);
+  const int64_t steps = bytes / 8 / kStep;
+  int64_t result = 0;
+  parallel(threads, [&](int thread, int count) {
+    int64_t sum[kStep] = {};
+    for (int64_t i = share(steps, thread, count); i < share(steps, thread + 1, count); ++i) {
+      for (int64_t j = 0; j < kStep; j += 8) __builtin_prefetch(words + i * kStep + j + 512);
+      for (int64_t j = 0; j < kStep; ++j) sum[j] ^= words[i * kStep + j];
+    }
+    for (int64_t j = 1; j < kStep; ++j) sum[0] ^= sum[j];
+    __atomic_xor_fetch(&result, sum[0], __ATOMIC_RELAXED);
+  });
+  return result;
 }

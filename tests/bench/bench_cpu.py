@@ -1,0 +1,165 @@
+"""How fast the packed linear layer is on this CPU, against reading its bytes and against torch's own kernels.
+
+    python tests/bench/bench_cpu.py [--quick] [--threads 1 2] [--csv tests/bench/results.csv]
+
+Every call goes through the public layer. Weights rotate through more than 200 MB, so none is in a cache when its turn
+comes; candidates take turns within each round, so noise of the machine hits all of them; medians are compared. One row
+a figure is appended to the CSV.
+"""
+
+import argparse
+import csv
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet import PackedBitLinear, info
+from bitnet.kernels import cpu
+
+SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096)]  # (N, K)
+TOKENS = [1, 4, 16, 64, 256, 1024]
+ROTATE = 220e6  # bytes of weights
+HERE = Path(__file__).parent
+
+Run = Callable[[Tensor], object]
+
+
+def ours(n: int, k: int) -> Iterator[tuple[Run, int]]:
+    layer = PackedBitLinear(k, n, bias=False, backend="cpu")
+    layer.weight.copy_(torch.randint(0, 256, layer.weight.shape) & 0xAA)  # fields of 0 or 2: valid codes
+    layer.prepack()
+    while True:
+        twin = PackedBitLinear(k, n, bias=False, backend="cpu", device="meta")
+        weight = cpu._arena.empty(*cpu.layout_shape(n, k))
+        twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
+        twin._prepacked = weight.copy_(layer.prepack()[0]), "cpu"
+        yield twin, weight.nbytes
+
+
+def raw_read(n: int, k: int) -> Iterator[tuple[Run, int]]:
+    while True:
+        weight = cpu._arena.empty(*cpu.layout_shape(n, k)).fill_(1)
+        yield (lambda x, w=weight: cpu.read(w)), weight.nbytes
+
+
+def torch_linear(dtype: torch.dtype) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+    def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
+        while True:
+            w = torch.ones(n, k, dtype=dtype)
+            yield (lambda x, w=w: F.linear(x.to(dtype), w)), w.nbytes
+
+    return make
+
+
+def torch_int8(n: int, k: int) -> Iterator[tuple[Run, int]]:
+    """The product alone: quantizing and rescaling are not counted."""
+    while True:
+        w = torch.ones(n, k, dtype=torch.int8)
+        yield (lambda x, w=w: torch._int_mm(x.to(torch.int8), w.t())), w.nbytes
+
+
+def torch_int4(n: int, k: int) -> Iterator[tuple[Run, int]]:
+    while True:
+        w = torch._convert_weight_to_int4pack_for_cpu(torch.ones(n, k, dtype=torch.int32), 1)
+        scales = torch.ones(k // 128, n, 2, dtype=torch.bfloat16)
+        yield (lambda x, w=w, s=scales: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), w, 128, s)), w.nbytes
+
+
+CANDIDATES: dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], str]] = {
+    "read": (raw_read, "2 bit"),
+    "cpu": (ours, "2 bit"),
+    "torch int4": (torch_int4, "4 bit"),
+    "torch int8": (torch_int8, "int8"),
+    "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
+    "torch fp32": (torch_linear(torch.float32), "fp32"),
+}
+
+
+def rotation(make: Callable[[int, int], Iterator[tuple[Run, int]]], n: int, k: int) -> list[Run]:
+    """Enough layers of their own memory to fill ROTATE bytes."""
+    runs: list[Run] = []
+    total = 0
+    for run, nbytes in make(n, k):
+        runs.append(run)
+        total += nbytes
+        if total > ROTATE:
+            return runs
+    raise AssertionError("candidates do not end")
+
+
+def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict[str, Tensor]:
+    """Seconds a call, one figure a round: float64 [rounds] for each candidate."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    calls = {}
+    for name, runs in candidates.items():  # warm up, and fit each candidate's share of a round to 5 ms
+        runs[0](x)
+        start = time.perf_counter()
+        runs[-1](x)
+        calls[name] = max(1, min(len(runs), int(5e-3 / (time.perf_counter() - start))))
+    turn, end = 0, time.perf_counter() + seconds
+    while turn < 5 or time.perf_counter() < end:
+        for name, runs in candidates.items():
+            batch = [runs[(turn * calls[name] + i) % len(runs)] for i in range(calls[name])]
+            start = time.perf_counter()
+            for run in batch:
+                run(x)
+            times[name].append((time.perf_counter() - start) / len(batch))
+        turn += 1
+    return {name: torch.tensor(t, dtype=torch.float64) for name, t in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens, under 50 seconds")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
+    args = parser.parse_args()
+    shapes, tokens, seconds = (SHAPES[:2], [1, 16, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
+
+    hardware, versions = info.hardware(), info.versions()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
+    common = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "hardware": f"{hardware['cpu']}, {cpu.isas()[0]}",
+        "versions": f"torch {versions['torch']}, python {versions['python']}",
+    }
+    print(f"{common['hardware']}; {common['versions']}; µs a call, and how many times as long as ours the others take")
+    rows = []
+    for n, k in shapes:
+        candidates = {name: rotation(make, n, k) for name, (make, _) in CANDIDATES.items()}
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for m in tokens:
+                with torch.no_grad():
+                    times = measure(candidates, torch.randn(m, k), seconds)
+                mine = times["cpu"].median()
+                words = [f"N {n:>5} K {k:>4} M {m:>4} threads {threads}: {1e6 * mine:9.0f} µs"]
+                words += [f"{name} {t.median() / mine:.2f}" for name, t in times.items() if name != "cpu"]
+                print(", ".join([*words, f"{2e-9 * m * n * k / mine:.0f} GOP/s"]), flush=True)
+                for name, t in times.items():
+                    low, middle, high = (1e6 * t.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype))).tolist()
+                    rate = n * k / 4 / middle / 1e3 if name in ("read", "cpu") else None
+                    rows.append(
+                        {"op": "ternary_linear", "m": m, "n": n, "k": k, "dtype": CANDIDATES[name][1]}
+                        | {"backend": name, "threads": threads}
+                        | {"p20_us": f"{low:.1f}", "p50_us": f"{middle:.1f}", "p80_us": f"{high:.1f}"}
+                        | {"weight_GB_per_s": rate and f"{rate:.1f}"}
+                        | common
+                    )
+    new = not args.csv.exists()
+    with args.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
