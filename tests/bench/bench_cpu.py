@@ -2,6 +2,7 @@
 
     python tests/bench/bench_cpu.py [--quick] [--threads 1 2] [--csv tests/bench/results.csv]
 
+llama.cpp takes part where llama-cpp-python is installed (pip install llama-cpp-python, which compiles for 10 minutes).
 Every call goes through the public layer. Weights rotate through more than 200 MB, so none is in a cache when its turn
 comes; candidates take turns within each round, so noise of the machine hits all of them; medians are compared. One row
 a figure is appended to the CSV.
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import ggml
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,6 +73,15 @@ def torch_int4(n: int, k: int) -> Iterator[tuple[Run, int]]:
         yield (lambda x, w=w, s=scales: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), w, 128, s)), w.nbytes
 
 
+def llama_cpp(kind: str) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+    def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
+        data = ggml.quantize(torch.randint(-1, 2, (n, k)).float(), kind)
+        while True:
+            yield ggml.linear(data, n, k, kind), data.nbytes
+
+    return make
+
+
 CANDIDATES: dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], str]] = {
     "read": (raw_read, "2 bit"),
     "cpu": (ours, "2 bit"),
@@ -79,6 +90,8 @@ CANDIDATES: dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], str
     "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
     "torch fp32": (torch_linear(torch.float32), "fp32"),
 }
+if ggml.version():
+    CANDIDATES |= {f"llama.cpp {kind}": (llama_cpp(kind), kind) for kind in ggml.TYPES}
 
 
 def rotation(make: Callable[[int, int], Iterator[tuple[Run, int]]], n: int, k: int) -> list[Run]:
@@ -128,7 +141,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip(),
         "hardware": f"{hardware['cpu']}, {cpu.isas()[0]}",
-        "versions": f"torch {versions['torch']}, python {versions['python']}",
+        "versions": f"torch {versions['torch']}, python {versions['python']}, llama-cpp-python {ggml.version()}",
     }
     print(f"{common['hardware']}; {common['versions']}; µs a call, and how many times as long as ours the others take")
     rows = []
