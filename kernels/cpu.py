@@ -1,7 +1,8 @@
 """The `cpu` backend: launcher of the native library that kernels/csrc builds.
 
 The library knows pointers only. This file finds it, describes layers to it, owns the memory of prepacked weights, and
-says what to do where it is missing. The layout is described in csrc/bitnet_cpu.h.
+says what to do where it is missing. The two layouts, of 2 and of 1.6 bits a weight ("base3"), are described in
+csrc/bitnet_cpu.h.
 
 ctypes releases the interpreter's lock during a call: other Python threads (a server's event loop) run meanwhile.
 """
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 2  # bitnet_abi() of a library built from these sources
+_ABI = 3  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
-_MAX_FEATURES = 1 << 23
+TWO_BITS, BASE3 = 0, 1  # layouts
 
 
 class _Layer(ctypes.Structure):
@@ -35,6 +36,7 @@ class _Layer(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("per_row", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
         ("isa", ctypes.c_int32),
     )
 
@@ -42,26 +44,29 @@ class _Layer(ctypes.Structure):
 # Finding and loading
 
 
-def missing(device: torch.device, activation_bits: int | None = 8) -> str | None:
+def missing(device: torch.device, activation_bits: int | None = 8, layout: int = TWO_BITS) -> str | None:
     """None if this backend can run layers with these activations there, else why not and what to do."""
     if device.type not in ("cpu", "meta"):
         return f"it runs on CPU tensors; on {device.type} choose 'auto'"
     if activation_bits is None:
         return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
     library = _load()
-    return library if isinstance(library, str) else None
+    if isinstance(library, str):
+        return library
+    return None if isas(layout) else "this CPU has no AVX512-VBMI; choose 'auto' or 'cpu'"
 
 
-def description() -> str:
+def description(layout: int = TWO_BITS) -> str:
     """What runs here, in words."""
-    return f"native kernels, 2 bits a weight ({isas()[0]}, {torch.get_num_threads()} threads)"
+    bits = "1.6 bits" if layout == BASE3 else "2 bits"
+    return f"native kernels, {bits} a weight ({isas(layout)[0]}, {torch.get_num_threads()} threads)"
 
 
-def isas() -> list[str]:
-    """The instruction sets the library was compiled for and this CPU can run, best first."""
+def isas(layout: int = TWO_BITS) -> list[str]:
+    """The instruction sets that multiply a layout and this CPU can run, best first."""
     library = _library()
     names: list[str] = []
-    while name := library.bitnet_isa(len(names)):
+    while name := library.bitnet_isa(layout, len(names)):
         names.append(name.decode())
     return names
 
@@ -92,10 +97,10 @@ def _load() -> ctypes.CDLL | str:
     if abi != _ABI:
         return f"{found[0]} was built from other sources; build it again: {build}"
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    library.bitnet_isa.restype = ctypes.c_char_p
+    library.bitnet_isa.argtypes, library.bitnet_isa.restype = (int32, int32), ctypes.c_char_p
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
-    library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32)
-    library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32)
+    library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
+    library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
     library.bitnet_read.argtypes, library.bitnet_read.restype = (pointer, int64, int32), int64
     return library
 
@@ -159,24 +164,24 @@ class _Arena:
 _arena = _Arena()
 
 
-def layout_shape(n: int, k: int) -> tuple[int, int, int]:
-    """Shape of the uint8 tensor that holds n x k prepacked codes: 32 rows x 16 features in 128 bytes."""
-    return -(-n // 32), -(-k // 16), 128
+def layout_shape(n: int, k: int, layout: int = TWO_BITS) -> tuple[int, int, int]:
+    """Shape of the uint8 tensor that holds n x k prepacked codes: 32 rows x 16 (base3: 20) features in 128 bytes."""
+    return -(-n // 32), -(-k // (20 if layout == BASE3 else 16)), 128
 
 
-def prepack(packed: Tensor, n: int) -> Tensor:
+def prepack(packed: Tensor, n: int, layout: int = TWO_BITS) -> Tensor:
     """Hub bytes uint8 [ceil(N/4), K] to uint8 layout_shape(N, K); exact for any N and K."""
     packed = packed.contiguous()
-    weight = _arena.empty(*layout_shape(n, packed.shape[1]))
-    args = (packed.data_ptr(), n, packed.shape[1], weight.data_ptr(), torch.get_num_threads())
-    _check(_library().bitnet_prepack(*args))
+    k, threads = packed.shape[1], torch.get_num_threads()
+    weight = _arena.empty(*layout_shape(n, k, layout))
+    _check(_library().bitnet_prepack(packed.data_ptr(), n, k, weight.data_ptr(), layout, threads))
     return weight
 
 
-def unprepack(weight: Tensor, n: int, k: int) -> Tensor:
+def unprepack(weight: Tensor, n: int, k: int, layout: int = TWO_BITS) -> Tensor:
     """The inverse, as codes int8 [N, K]."""
     codes = torch.empty(n, k, dtype=torch.int8)
-    _check(_library().bitnet_unprepack(weight.data_ptr(), n, k, codes.data_ptr(), torch.get_num_threads()))
+    _check(_library().bitnet_unprepack(weight.data_ptr(), n, k, codes.data_ptr(), layout, torch.get_num_threads()))
     return codes
 
 
@@ -189,10 +194,16 @@ def read(weight: Tensor) -> None:
 
 
 def _layer(
-    weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int, isa: str | None = None
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    layout: int = TWO_BITS,
+    isa: str | None = None,
 ) -> ctypes.Structure:
     """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy."""
-    index = -1 if isa is None else isas().index(isa)
+    index = -1 if isa is None else isas(layout).index(isa)
     if bias is not None:
         bias = (bias if bias.dtype in (torch.float32, torch.bfloat16, torch.float16) else bias.float()).contiguous()
     scale = None if scale is None else scale.contiguous()
@@ -204,6 +215,7 @@ def _layer(
         k,
         scale is not None and scale.numel() > 1,
         0 if bias is None else _TYPES[bias.dtype],
+        layout,
         index,
     )
     layer.alive = (weight, scale, bias)
@@ -221,9 +233,9 @@ def _multiply(layer: ctypes.Structure, q: Tensor, s: Tensor | None, dtype: torch
     return y
 
 
-def int_matmul(q: Tensor, weight: Tensor, n: int, isa: str | None = None) -> Tensor:
-    """reference.int_matmul of codes q int8 [M, K] and prepacked ones: int32 [M, N]. isa: a name from isas()."""
-    return _multiply(_layer(weight, None, None, n, q.shape[1], isa), q, None, torch.int32)
+def int_matmul(q: Tensor, weight: Tensor, n: int, layout: int = TWO_BITS, isa: str | None = None) -> Tensor:
+    """reference.int_matmul of codes q int8 [M, K] and prepacked ones: int32 [M, N]. isa: a name from isas(layout)."""
+    return _multiply(_layer(weight, None, None, n, q.shape[1], layout, isa), q, None, torch.int32)
 
 
 def bind(
@@ -233,16 +245,17 @@ def bind(
     n: int,
     k: int,
     bits: int | None,
+    layout: int = TWO_BITS,
     isa: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """A function x [..., K] -> [..., N] with everything about the layer looked up beforehand.
 
-    weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None; isa: a name from isas(), by default the
-    best. The function keeps the tensors alive and sees what is later written into them.
+    weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None; isa: a name from isas(layout), by
+    default the best. The function keeps the tensors alive and sees what is later written into them.
     """
     if weight.is_meta:
         return lambda x: x.new_empty(*x.shape[:-1], n)
-    layer = _layer(weight, scale, bias, n, k, isa)
+    layer = _layer(weight, scale, bias, n, k, layout, isa)
     run, pointer, types, threads = _library().bitnet_linear, ctypes.byref(layer), _TYPES, torch.get_num_threads
 
     def linear(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ function runs as the registered operator `torch.ops.bitnet.ternary_linear`.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -41,15 +41,20 @@ def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, 
     return lambda x: reference.ternary_linear(x, unpack_ternary(packed, n), scale, bias, bits)
 
 
+def _cpu(layout: int) -> Backend:
+    return Backend(
+        partial(cpu.description, layout),
+        missing=partial(cpu.missing, layout=layout),
+        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, layout),
+        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, layout),
+        bind=partial(cpu.bind, layout=layout),
+    )
+
+
 # In the order in which "auto" prefers them.
 _BACKENDS = {
-    "cpu": Backend(
-        cpu.description,
-        missing=cpu.missing,
-        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n),
-        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k),
-        bind=cpu.bind,
-    ),
+    "cpu": _cpu(cpu.TWO_BITS),
+    "cpu-base3": _cpu(cpu.BASE3),  # never chosen by "auto": where it runs, "cpu" does
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's int8 matmul",
         missing=lambda device, bits: None,
@@ -253,8 +258,8 @@ _LIBRARY.define(
     "ternary_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt out_features, int? activation_bits,"
     " str backend) -> Tensor"
 )
-_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features) -> Tensor")
-_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features) -> Tensor")
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
+_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int layout) -> Tensor")
 
 
 def _ternary_linear(
@@ -297,12 +302,12 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bit
 
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
-def _(packed: Tensor, n: int) -> Tensor:
-    return packed.new_empty(cpu.layout_shape(n, packed.shape[1]))
+def _(packed: Tensor, n: int, layout: int) -> Tensor:
+    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], layout))
 
 
 @torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
-def _(weight: Tensor, n: int, k: int) -> Tensor:
+def _(weight: Tensor, n: int, k: int, layout: int) -> Tensor:
     return weight.new_empty(n, k, dtype=torch.int8)
 
 

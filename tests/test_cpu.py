@@ -23,13 +23,16 @@ from oracle import DTYPES, grid
 from torch import Tensor
 
 from bitnet import PackedBitLinear
-from bitnet.kernels import cpu, layout, ops
+from bitnet.kernels import cpu, ops
+from bitnet.kernels.layout import pack_ternary
 
 MISSING = cpu.missing(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-ISAS = [] if MISSING else cpu.isas()
-each_isa = pytest.mark.parametrize("isa", ISAS)
+TARGETS = [] if MISSING else [(layout, isa) for layout in (cpu.TWO_BITS, cpu.BASE3) for isa in cpu.isas(layout)]
+each_isa = pytest.mark.parametrize(("layout", "isa"), TARGETS, ids=[isa for _, isa in TARGETS])
+LAYOUTS = sorted({layout for layout, _ in TARGETS})
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 
 
@@ -37,8 +40,8 @@ def ternary(n: int, k: int) -> Tensor:
     return torch.randint(-1, 2, (n, k), dtype=torch.int8)
 
 
-def prepack(codes: Tensor) -> Tensor:
-    return ops.prepack(layout.pack_ternary(codes), len(codes), backend="cpu")
+def prepack(codes: Tensor, layout: int = cpu.TWO_BITS) -> Tensor:
+    return cpu.prepack(pack_ternary(codes), len(codes), layout)
 
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
@@ -56,24 +59,24 @@ def shapes(count: int) -> list[tuple[int, int, int]]:
 
 
 @each_isa
-def test_accumulators_are_exact(isa: str) -> None:
+def test_accumulators_are_exact(layout: int, isa: str) -> None:
     """Fails for a wrong tail, tile, panel or field at any shape."""
     for m, n, k in [*shapes(400), (300, 70, 40), (1, 3, 5000), (5, 2, 5000), (257, 33, 17), (600, 1, 1)]:
         q, codes = torch.randint(-128, 128, (m, k), dtype=torch.int8), ternary(n, k)
-        assert torch.equal(cpu.int_matmul(q, prepack(codes), n, isa), product(q, codes)), (m, n, k)
+        assert torch.equal(cpu.int_matmul(q, prepack(codes, layout), n, layout, isa), product(q, codes)), (m, n, k)
 
 
 @each_isa
 @pytest.mark.parametrize("m", [1, 2, 9])
-@pytest.mark.parametrize("k", [16384, 300_001])
-def test_accumulators_are_exact_at_the_extremes(isa: str, m: int, k: int) -> None:
+@pytest.mark.parametrize("k", [16384, 600_001])
+def test_accumulators_are_exact_at_the_extremes(layout: int, isa: str, m: int, k: int) -> None:
     """Fails if 16 bits overflow or saturate, or 32 bits do because the partial sums of large K are never reduced."""
     codes = torch.ones(3, k, dtype=torch.int8)
     codes[1] = -1
     codes[2, ::2] = 0
     for value in (-128, 127):
         q = torch.full((m, k), value, dtype=torch.int8)
-        assert torch.equal(cpu.int_matmul(q, prepack(codes), 3, isa), product(q, codes))
+        assert torch.equal(cpu.int_matmul(q, prepack(codes, layout), 3, layout, isa), product(q, codes))
 
 
 @each_isa
@@ -81,27 +84,27 @@ def test_accumulators_are_exact_at_the_extremes(isa: str, m: int, k: int) -> Non
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
 @pytest.mark.parametrize("bias_dtype", [None, *DTYPES, torch.float64], ids=["no_bias", "fp32", "bf16", "fp16", "fp64"])
 def test_output_has_the_oracles_bits(
-    isa: str, dtype: torch.dtype, per_row: bool, bias_dtype: torch.dtype | None
+    layout: int, isa: str, dtype: torch.dtype, per_row: bool, bias_dtype: torch.dtype | None
 ) -> None:
     """Fails for a fused multiply-add, a second rounding, an approximate division, or ties rounded away from zero."""
     for m, n, k in shapes(40):
         x, codes, scale = torch.randn(m, k).to(dtype), ternary(n, k), torch.rand(n if per_row else 1) + 0.1
         bias = None if bias_dtype is None else torch.randn(n, dtype=torch.float64).to(bias_dtype)
-        y = cpu.bind(prepack(codes), scale, bias, n, k, 8, isa)(x)
+        y = cpu.bind(prepack(codes, layout), scale, bias, n, k, 8, layout, isa)(x)
         assert y.dtype == dtype
         assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, 8)), (m, n, k)
 
 
 @each_isa
 @each_dtype
-def test_outputs_of_every_size_round_like_torch(isa: str, dtype: torch.dtype) -> None:
+def test_outputs_of_every_size_round_like_torch(layout: int, isa: str, dtype: torch.dtype) -> None:
     """Fails for wrong subnormals, overflow to Inf or ties of float16 and bfloat16."""
     n, x = 4096, torch.ones(1, 1).to(dtype)
     scale = torch.cat([torch.logspace(-46, 38, n // 2, base=10), torch.logspace(-9, 5, n // 2, base=10)])
     scale[:64] = (torch.arange(64) + 0.5) * 2.0**-24  # ties among float16's subnormals
     scale[64:70] = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 2.0**-14, 2.0**-14 - 2.0**-25])
     codes = ternary(n, 1)
-    y = cpu.bind(prepack(codes), scale, None, n, 1, 8, isa)(x)
+    y = cpu.bind(prepack(codes, layout), scale, None, n, 1, 8, layout, isa)(x)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), None, 8)
     assert torch.equal(y, expected)
@@ -109,7 +112,7 @@ def test_outputs_of_every_size_round_like_torch(isa: str, dtype: torch.dtype) ->
 
 @each_isa
 @each_dtype
-def test_every_bit_pattern_of_an_activation_is_quantized_like_the_reference(isa: str, dtype: torch.dtype) -> None:
+def test_every_bit_pattern_of_an_activation_has_the_references_code(layout: int, isa: str, dtype: torch.dtype) -> None:
     """Fails for subnormals, NaN, Inf, or values where the order of operations of the scale shows."""
     size = torch.finfo(dtype).bits
     if size == 16:
@@ -118,8 +121,8 @@ def test_every_bit_pattern_of_an_activation_is_quantized_like_the_reference(isa:
         patterns = torch.randint(-(2**31), 2**31 - 1, (1 << 16,)).to(torch.int32).view(dtype)
     x = torch.stack([patterns, patterns.roll(1), torch.zeros_like(patterns)], 1)  # tokens of 3
     codes, scale = torch.eye(3, dtype=torch.int8), torch.ones(1)
-    y = cpu.bind(prepack(codes), scale, None, 3, 3, 8, isa)(x)
-    expected = ops.ternary_linear(x, layout.pack_ternary(codes), scale, out_features=3, backend="reference")
+    y = cpu.bind(prepack(codes, layout), scale, None, 3, 3, 8, layout, isa)(x)
+    expected = ops.ternary_linear(x, pack_ternary(codes), scale, out_features=3, backend="reference")
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
 
@@ -136,11 +139,11 @@ def test_every_bit_pattern_of_an_activation_is_quantized_like_the_reference(isa:
     ],
     ids=["columns", "every_other_row", "expanded", "transposed"],
 )
-def test_strided_x_is_read_where_it_is(isa: str, m: int, view: Callable[[Tensor], Tensor]) -> None:
+def test_strided_x_is_read_where_it_is(layout: int, isa: str, m: int, view: Callable[[Tensor], Tensor]) -> None:
     """Fails if a row stride is ignored or taken in the wrong unit."""
     for dtype in DTYPES:
         x, codes = view(grid(2 * m, 50).to(dtype)), ternary(5, 40)
-        y = cpu.bind(prepack(codes), torch.ones(1), None, 5, 40, 8, isa)(x)
+        y = cpu.bind(prepack(codes, layout), torch.ones(1), None, 5, 40, 8, layout, isa)(x)
         assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), np.ones(1, np.float32), None, 8))
 
 
@@ -274,10 +277,11 @@ def test_layers_without_a_plain_tensor_go_through_the_operator() -> None:
     assert torch.equal(exported.module()(x), expected)
 
 
-def test_unpacking_inverts_prepacking_at_any_shape() -> None:
+@each_layout
+def test_unpacking_inverts_prepacking_at_any_shape(layout: int) -> None:
     for _, n, k in shapes(100):
         codes = ternary(n, k)
-        assert torch.equal(cpu.unprepack(prepack(codes), n, k), codes)
+        assert torch.equal(cpu.unprepack(prepack(codes, layout), n, k, layout), codes)
 
 
 # Refusals
@@ -389,7 +393,7 @@ def test_no_access_outside_of_any_buffer(tmp_path: Path) -> None:
     """Fails if any kernel reads or writes beyond its operands, or relies on undefined behaviour."""
     program = build_selfcheck(tmp_path, "-DCMAKE_CXX_FLAGS=-g -fsanitize=address,undefined -fno-sanitize-recover")
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*ISAS, "agree"]
+    assert output.split() == [*(isa for _, isa in TARGETS), "agree"]
 
 
 @pytest.mark.slow

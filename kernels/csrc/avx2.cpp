@@ -8,6 +8,8 @@ namespace {
 struct Avx2 {
   using Vec = __m256i;
   using Sum = __m256i;  // 16 x int16
+  struct Packed {};
+  static constexpr int kLayout = kTwoBits, kFields = 4;
   static constexpr int kBytes = 32, kTileVecs = 2, kMaxTokens = 4;
   // A group adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
   static constexpr int64_t kSumGroups = 16;
@@ -21,8 +23,10 @@ struct Avx2 {
   static INLINE Vec load32(const int32_t* p) { return load(p); }
   static INLINE void store32(int32_t* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static INLINE Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
-  static INLINE Vec field(Vec w) {
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    const Vec w = load(p);
     return _mm256_and_si256(_mm256_srli_epi16(w, 2 * J), _mm256_set1_epi8(3));
   }
   static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s)); }
@@ -32,7 +36,7 @@ struct Avx2 {
   // grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a group.
   struct Planes {
     Sum even, odd;
-    INLINE void add(Vec w, const Vec (&s)[4]) {
+    INLINE void add(Vec w, const Vec (&s)[kFields]) {
       const Vec low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(12), v = _mm256_srli_epi16(w, 4);
       dot(even, _mm256_and_si256(w, low), s[0]);
       dot(odd, _mm256_and_si256(w, high), s[1]);

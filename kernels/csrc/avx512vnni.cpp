@@ -1,44 +1,18 @@
-// AVX512-VNNI: vpdpbusd adds four products u8 * s8 to each of 16 int32.
-#include <immintrin.h>
-
-#include "body.h"
+// AVX512-VNNI on 2-bit weights.
+#include "avx512.h"
 
 namespace {
 
-struct Avx512Vnni {
-  using Vec = __m512i;
-  using Sum = __m512i;  // 16 x int32
-  static constexpr int kBytes = 64, kTileVecs = 4, kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
-  static constexpr int64_t kSumGroups = kMaxFeatures;
+struct Avx512Vnni : Avx512 {
+  struct Packed {};
+  static constexpr int kLayout = kTwoBits, kFields = 4;
+  using Planes = FourPlanes;
 
-  static INLINE Vec load(const void* p) { return _mm512_loadu_si512(p); }
-  static INLINE Vec splat(const int8_t* p) {
-    int32_t word;
-    memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-  }
-  static INLINE Vec load32(const int32_t* p) { return load(p); }
-  static INLINE void store32(int32_t* p, Vec v) { _mm512_storeu_si512(p, v); }
-  static INLINE Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
-  static INLINE Vec field(Vec w) {
-    return _mm512_and_si512(_mm512_srli_epi16(w, 2 * J), _mm512_set1_epi8(3));
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    return plane<J>(load(p));
   }
-  static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = _mm512_dpbusd_epi32(sum, u, s); }
-  static INLINE Vec total(Sum sum) { return sum; }
-
-  // One sum a plane and no shift at all: plane j comes out times 4^j.
-  struct Planes {
-    Sum sum[4];
-    INLINE void add(Vec w, const Vec (&s)[4]) {
-      UNROLL for (int j = 0; j < 4; ++j) dot(sum[j], _mm512_and_si512(w, _mm512_set1_epi8(char(3 << 2 * j))), s[j]);
-    }
-    INLINE Vec total() const {
-      const Vec low = add32(sum[0], _mm512_srai_epi32(sum[1], 2));
-      return add32(low, add32(_mm512_srai_epi32(sum[2], 4), _mm512_srai_epi32(sum[3], 6)));
-    }
-  };
-  static constexpr int64_t kPlaneGroups = int64_t(1) << 14;  // 4 products * 128 * 128 = 2^16 a group in the top plane
 };
 
 bool supported() {

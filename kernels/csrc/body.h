@@ -2,10 +2,11 @@
 //
 //   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
 //   load, splat, load32, store32, add32      splat repeats 4 bytes
-//   field<j>(w)               the codes (0..2) in bits 2j..2j+1 of every byte of w
+//   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
+//   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j, codes 0..2
 //   Sum, kSumGroups           a partial accumulator, and how many groups it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
-//   Planes, kPlaneGroups      the same for one token: add(w, s[4]) takes a whole packed vector at once, total()
+//   Planes, kPlaneGroups      the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
 //   kTileVecs, kMaxTokens     shape of the register tile
 //
 // Everything is in an unnamed namespace and no standard library template is used: an inline function that is compiled
@@ -96,7 +97,6 @@ Token quantize_float(const void* x_, int64_t k, int8_t* codes) {
 }
 
 Token quantize(const void* x, int32_t x_type, int64_t k, int8_t* codes) {
-  memset(codes + k, 0, -k & (kGroup - 1));
   switch (x_type) {
     case kFloat32: return quantize_float<F32>(x, k, codes);
     case kBFloat16: return quantize_float<BF16>(x, k, codes);
@@ -158,6 +158,7 @@ void finish(const Layer& layer, const int32_t* acc, Token token, int64_t n0, voi
 template <class I>
 void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y, int32_t y_type) {
   constexpr int kVecs = kGroupBytes / I::kBytes;
+  constexpr int kGroup = 4 * I::kFields;
   const int64_t groups = (layer.k + kGroup - 1) / kGroup;
   const uint8_t* w = layer.weight + first * groups * kGroupBytes;
   for (int64_t block = first; block < last; ++block) {
@@ -168,8 +169,8 @@ void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, 
       for (int64_t g = smaller(left, I::kPlaneGroups); g > 0; --g, w += kGroupBytes, q += kGroup) {
         __builtin_prefetch(w + 4096);  // the hardware's prefetcher stops at every 4 KB page
         __builtin_prefetch(w + 4096 + 64);
-        typename I::Vec s[4];
-        UNROLL for (int j = 0; j < 4; ++j) s[j] = I::splat(q + 4 * j);
+        typename I::Vec s[I::kFields];
+        UNROLL for (int j = 0; j < I::kFields; ++j) s[j] = I::splat(q + 4 * j);
         UNROLL for (int v = 0; v < kVecs; ++v) planes[v].add(I::load(w + v * I::kBytes), s);
       }
       UNROLL for (int v = 0; v < kVecs; ++v) {
@@ -183,10 +184,12 @@ void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, 
 
 // T tokens times R vectors of rows, all of K: weights are unpacked in registers and used T times.
 
-template <class I, int R, int T, int J>
-INLINE void multiply(const uint8_t* const (&w)[R], const int8_t* q, typename I::Sum (&sum)[R][T]) {
+template <class I, int J, int R, int T>
+INLINE void multiply(const uint8_t* const (&w)[R], const typename I::Packed (&packed)[R], const int8_t* q,
+                     typename I::Sum (&sum)[R][T]) {
+  if constexpr (J + 1 < I::kFields) multiply<I, J + 1>(w, packed, q, sum);
   typename I::Vec u[R];
-  UNROLL for (int r = 0; r < R; ++r) u[r] = I::template field<J>(I::load(w[r]));
+  UNROLL for (int r = 0; r < R; ++r) u[r] = I::template field<J>(w[r], packed[r]);
   UNROLL for (int t = 0; t < T; ++t) {
     const typename I::Vec s = I::splat(q + 4 * (J * T + t));
     UNROLL for (int r = 0; r < R; ++r) I::dot(sum[r][t], u[r], s);
@@ -196,6 +199,7 @@ INLINE void multiply(const uint8_t* const (&w)[R], const int8_t* q, typename I::
 template <class I, int R, int T>
 void tile(const Layer& layer, int64_t n0, const int8_t* q, const Token* token, void* y, int32_t y_type) {
   constexpr int kRows = R * I::kBytes / 4;
+  constexpr int kGroup = 4 * I::kFields;
   const int64_t groups = (layer.k + kGroup - 1) / kGroup;
   const uint8_t* w[R];
   for (int r = 0; r < R; ++r) {
@@ -206,10 +210,9 @@ void tile(const Layer& layer, int64_t n0, const int8_t* q, const Token* token, v
   for (int64_t left = groups; left > 0; left -= I::kSumGroups) {
     typename I::Sum sum[R][T] = {};
     for (int64_t g = smaller(left, I::kSumGroups); g > 0; --g, q += kGroup * T) {
-      multiply<I, R, T, 0>(w, q, sum);
-      multiply<I, R, T, 1>(w, q, sum);
-      multiply<I, R, T, 2>(w, q, sum);
-      multiply<I, R, T, 3>(w, q, sum);
+      typename I::Packed packed[R];
+      UNROLL for (int r = 0; r < R; ++r) packed[r] = I::unpack(w[r]);
+      multiply<I, 0>(w, packed, q, sum);
       UNROLL for (int r = 0; r < R; ++r) w[r] += kGroupBytes;
     }
     UNROLL for (int t = 0; t < T; ++t) {
@@ -245,7 +248,7 @@ void gemm(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, 
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kMaxTokens, quantize, gemv<I>, gemm<I>};
+  return {name, supported, I::kLayout, I::kMaxTokens, quantize, gemv<I>, gemm<I>};
 }
 
 }  // namespace

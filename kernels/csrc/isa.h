@@ -4,9 +4,9 @@
 
 #include "bitnet_cpu.h"
 
-constexpr int64_t kBlockRows = 32;     // rows of a block of layout A
-constexpr int64_t kGroup = 16;         // features of a group
-constexpr int64_t kGroupBytes = 128;   // bytes of one block and group
+constexpr int64_t kBlockRows = 32;    // rows of a block
+constexpr int64_t kGroupBytes = 128;  // bytes of one block and group: a 32-bit lane for each row
+constexpr int group_features(int layout) { return layout == kBase3 ? 20 : 16; }
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
 
 struct Token {
@@ -17,9 +17,10 @@ struct Token {
 struct Isa {
   const char* name;
   bool (*supported)();
+  int layout;
   int max_tokens;  // tokens a panel may hold
 
-  // Codes of one token of k features, zero-padded to whole groups. x_type may be int8: then x is copied, s is not set.
+  // Codes of one token of k features. x_type may be int8: then x is copied, s is not set.
   Token (*quantize)(const void* x, int32_t x_type, int64_t k, int8_t* codes);
 
   // Rows of blocks [first, last) for one token: y points at its row of the output.
@@ -32,5 +33,5 @@ struct Isa {
 };
 
 extern const Isa kScalar;
-extern const Isa kAvx2, kAvxVnni, kAvx512Vnni;
+extern const Isa kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi;
 extern const Isa kNeon, kNeonDot;

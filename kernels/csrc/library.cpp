@@ -41,16 +41,12 @@ const Isa* const compiled[] = {
 #include "isa_list.inc"
 };
 
-// The instruction sets of `compiled`, best first, that this CPU can run.
-struct IsaList {
-  const Isa* isa[sizeof(compiled) / sizeof(*compiled)] = {};
-  int count = 0;
-  IsaList() {
-    for (const Isa* candidate : compiled)
-      if (candidate->supported()) isa[count++] = candidate;
-  }
-};
-const IsaList isas;
+// The i-th instruction set of a layout that this CPU can run, best first; null past the last.
+const Isa* find_isa(int32_t layout, int32_t i) {
+  for (const Isa* isa : compiled)
+    if (isa->layout == layout && isa->supported() && i-- == 0) return isa;
+  return nullptr;
+}
 
 bool forked = false;  // a forked child has none of the pool's threads, and OpenMP would wait for them for ever
 #ifdef __unix__
@@ -92,8 +88,14 @@ struct Call {
   int32_t y_type;
   int64_t y_stride;  // bytes
 
+  int64_t padded() const {
+    const int group = group_features(layer.layout);
+    return ceil_div(layer.k, group) * group;
+  }
+
   Token quantize(int64_t m, int8_t* codes) const {
     Token token = isa.quantize(x + m * x_stride, x_type, layer.k, codes);
+    memset(codes + layer.k, 0, padded() - layer.k);
     if (x_type == kInt8) token.s = s ? s[m] : 1;
     return token;
   }
@@ -101,7 +103,7 @@ struct Call {
 
 // One token: every thread quantizes it for itself, which takes less time than waiting for another.
 Status decode(const Call& call, int threads) {
-  const int64_t padded = ceil_div(call.layer.k, kGroup) * kGroup, blocks = ceil_div(call.layer.n, kBlockRows);
+  const int64_t padded = call.padded(), blocks = ceil_div(call.layer.n, kBlockRows);
   Status status = kOk;
   parallel(threads, [&](int thread, int count) {
     auto* codes = static_cast<int8_t*>(row_scratch.reserve(padded));
@@ -118,7 +120,7 @@ Status decode(const Call& call, int threads) {
 
 // Many tokens: the threads share the quantizing, then each multiplies all tokens by its own rows of the weight.
 Status prefill(const Call& call, int64_t m, int threads) {
-  const int64_t padded = ceil_div(call.layer.k, kGroup) * kGroup, blocks = ceil_div(call.layer.n, kBlockRows);
+  const int64_t padded = call.padded(), blocks = ceil_div(call.layer.n, kBlockRows);
   const int64_t slabs = ceil_div(m, kSlab), largest = ceil_div(m, slabs);
   char* memory = static_cast<char*>(panel_scratch.reserve(largest * (padded + sizeof(Token))));
   if (!memory) return kNoMemory;
@@ -156,9 +158,12 @@ Status prefill(const Call& call, int64_t m, int threads) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 2; }
+BITNET_EXPORT int32_t bitnet_abi() { return 3; }
 
-BITNET_EXPORT const char* bitnet_isa(int32_t i) { return i >= 0 && i < isas.count ? isas.isa[i]->name : nullptr; }
+BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
+  const Isa* isa = i < 0 ? nullptr : find_isa(layout, i);
+  return isa ? isa->name : nullptr;
+}
 
 BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads) {
@@ -167,35 +172,38 @@ BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x
   if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
   if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;
-  if (layer->isa >= isas.count) return kBadIsa;
+  const Isa* isa = find_isa(layer->layout, layer->isa < 0 ? 0 : layer->isa);
+  if (!isa) return kBadIsa;
   if (m == 0) return kOk;
   if (m * n * k < int64_t(1) << 20) threads = 1;  // a few microseconds of work: waking a thread takes as long
-  const Isa& isa = *isas.isa[layer->isa < 0 ? 0 : layer->isa];
-  const Call call{*layer, isa,
+  const Call call{*layer, *isa,
                   static_cast<const char*>(x), x_type, x_stride * element_size(x_type), s,
                   static_cast<char*>(y), y_type, n * element_size(y_type)};
   return m == 1 ? decode(call, threads) : prefill(call, m, threads);
 }
 
-BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t threads) {
+BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t layout,
+                                     int32_t threads) {
   if (n < 1 || k < 1 || k > kMaxFeatures) return kBadShape;
-  const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows), groups = ceil_div(k, kGroup);
+  const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
+  const int64_t group = group_features(layout), groups = ceil_div(k, group);
   parallel(threads, [&](int thread, int count) {
     for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
       for (int64_t r = 0; r < kBlockRows; ++r) {
         const int64_t row = b * kBlockRows + r;
         const uint8_t* from = hub + row % hub_rows * k;
-        const int shift = row < n ? int(2 * (row / hub_rows)) : 0;
         uint8_t* to = weight + b * groups * kGroupBytes + 4 * r;
         for (int64_t g = 0; g < groups; ++g, to += kGroupBytes) {
-          uint32_t word[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
+          uint32_t t[5];  // 4 codes + 1 each, a byte a code
+          memset(t, 1, sizeof(t));
           if (row < n) {
-            const int64_t left = k - g * kGroup;
-            memcpy(word, from + g * kGroup, left < kGroup ? left : kGroup);
-            for (uint32_t& w : word) w = w >> shift & 0x03030303;
-            if (left < kGroup) memset(reinterpret_cast<char*>(word) + left, 1, kGroup - left);
+            const int64_t here = k - g * group < group ? k - g * group : group;
+            memcpy(t, from + g * group, here);
+            for (uint32_t& word : t) word = word >> 2 * (row / hub_rows) & 0x03030303;
+            memset(reinterpret_cast<char*>(t) + here, 1, group - here);
           }
-          const uint32_t lane = word[0] | word[1] << 2 | word[2] << 4 | word[3] << 6;
+          const uint32_t lane = layout == kBase3 ? t[0] + 3 * t[1] + 9 * t[2] + 27 * t[3] + 84 * t[4]
+                                                 : t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6;
           memcpy(to, &lane, 4);
         }
       }
@@ -203,16 +211,20 @@ BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, u
   return kOk;
 }
 
-BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t threads) {
+BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t layout,
+                                       int32_t threads) {
   if (n < 1 || k < 1 || k > kMaxFeatures) return kBadShape;
-  const int64_t groups = ceil_div(k, kGroup);
+  static constexpr int kPower[] = {1, 3, 9, 27, 84};
+  const int64_t group = group_features(layout), groups = ceil_div(k, group);
   parallel(threads, [&](int thread, int count) {
     for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row) {
       const uint8_t* from = weight + row / kBlockRows * groups * kGroupBytes + row % kBlockRows * 4;
       int8_t* to = codes + row * k;
       for (int64_t i = 0; i < k; ++i) {
-        const int64_t plane = i % kGroup / 4;
-        to[i] = int8_t(from[i / kGroup * kGroupBytes + i % 4] >> 2 * plane & 3) - 1;
+        const int64_t field = i % group / 4;
+        const int byte = from[i / group * kGroupBytes + i % 4];
+        const int code = layout == kTwoBits ? byte >> 2 * field & 3 : (field < 4 ? byte % 84 : byte) / kPower[field] % 3;
+        to[i] = int8_t(code - 1);
       }
     }
   });

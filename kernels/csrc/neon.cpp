@@ -11,6 +11,8 @@ namespace {
 
 struct Neon {
   using Vec = int8x16_t;
+  struct Packed {};
+  static constexpr int kLayout = kTwoBits, kFields = 4;
   static constexpr int kBytes = 16, kTileVecs = 4;
 
   static INLINE Vec load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
@@ -22,8 +24,13 @@ struct Neon {
   static INLINE int32x4_t load32(const int32_t* p) { return vld1q_s32(p); }
   static INLINE void store32(int32_t* p, int32x4_t v) { vst1q_s32(p, v); }
   static INLINE int32x4_t add32(int32x4_t a, int32x4_t b) { return vaddq_s32(a, b); }
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
-  static INLINE Vec field(Vec w) {
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    return plane<J>(load(p));
+  }
+  template <int J>
+  static INLINE Vec plane(Vec w) {
     if constexpr (J == 0) return vandq_s8(w, vdupq_n_s8(3));
     else if constexpr (J == 3) return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 6));
     else return vandq_s8(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 2 * J)), vdupq_n_s8(3));
@@ -39,7 +46,7 @@ struct Neon {
   // Even planes as they are, odd ones times 4: one shift serves all four (see avx2.cpp).
   struct Planes {
     Sum even, odd;
-    INLINE void add(Vec w, const Vec (&s)[4]) {
+    INLINE void add(Vec w, const Vec (&s)[kFields]) {
       const Vec low = vdupq_n_s8(3), high = vdupq_n_s8(12);
       const Vec v = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4));
       dot(even, vandq_s8(w, low), s[0]);
@@ -64,11 +71,11 @@ struct Neon {
 
   struct Planes {
     Sum sum;
-    INLINE void add(Vec w, const Vec (&s)[4]) {
-      dot(sum, field<0>(w), s[0]);
-      dot(sum, field<1>(w), s[1]);
-      dot(sum, field<2>(w), s[2]);
-      dot(sum, field<3>(w), s[3]);
+    INLINE void add(Vec w, const Vec (&s)[kFields]) {
+      dot(sum, plane<0>(w), s[0]);
+      dot(sum, plane<1>(w), s[1]);
+      dot(sum, plane<2>(w), s[2]);
+      dot(sum, plane<3>(w), s[3]);
     }
     INLINE int32x4_t total() const { return Neon::total(sum); }
   };

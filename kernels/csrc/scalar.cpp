@@ -6,6 +6,8 @@ namespace {
 struct Scalar {
   using Vec = uint32_t;
   using Sum = int32_t;
+  struct Packed {};
+  static constexpr int kLayout = kTwoBits, kFields = 4;
   static constexpr int kBytes = 4, kTileVecs = 4, kMaxTokens = 4;
   static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = kMaxFeatures;
 
@@ -19,8 +21,13 @@ struct Scalar {
   static INLINE void store32(int32_t* p, int32_t v) { *p = v; }
   static INLINE int32_t add32(int32_t a, int32_t b) { return a + b; }
   template <int J>
-  static INLINE Vec field(Vec w) {
+  static INLINE Vec plane(Vec w) {
     return w >> 2 * J & 0x03030303;
+  }
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
+  template <int J>
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    return plane<J>(load(p));
   }
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
     UNROLL for (int b = 0; b < 32; b += 8) sum += int32_t(u >> b & 255) * int8_t(s >> b);
@@ -29,11 +36,11 @@ struct Scalar {
 
   struct Planes {
     Sum sum;
-    INLINE void add(Vec w, const Vec (&s)[4]) {
-      dot(sum, field<0>(w), s[0]);
-      dot(sum, field<1>(w), s[1]);
-      dot(sum, field<2>(w), s[2]);
-      dot(sum, field<3>(w), s[3]);
+    INLINE void add(Vec w, const Vec (&s)[kFields]) {
+      dot(sum, plane<0>(w), s[0]);
+      dot(sum, plane<1>(w), s[1]);
+      dot(sum, plane<2>(w), s[2]);
+      dot(sum, plane<3>(w), s[3]);
     }
     INLINE int32_t total() const { return sum; }
   };
