@@ -1,8 +1,9 @@
-"""PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight."""
+"""PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight (or eight, for heads)."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import layout, ops
@@ -16,7 +17,7 @@ class PackedBitLinear(nn.Module):
     Takes nn.Linear's arguments, then the options of QuantSpec, and `backend` ("auto" or a name that
     bitnet.backends() lists). Freshly built it holds zeros. Buffers:
 
-    weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py)
+    weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"
     weight_scale: float32 [1], or [N] with per_row; multiplies. Stays float32 under .to(dtype)
     bias:         [N] or None
 
@@ -109,8 +110,8 @@ class PackedBitLinear(nn.Module):
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def codes(self) -> Tensor:
-        """The ternary weight, int8 [N, K]."""
-        return layout.unpack_ternary(self.weight, self.out_features)
+        """The weight as integers, int8 [N, K]."""
+        return layout.codes_of(self.weight, self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
@@ -158,15 +159,57 @@ class PackedBitLinear(nn.Module):
 
 
 def _zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
-    packed = torch.full((layout.packed_rows(out_features), in_features), layout.ZEROS, dtype=torch.uint8, device=device)
+    if spec.weights == "int8":
+        packed = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+    else:
+        rows = layout.packed_rows(out_features)
+        packed = torch.full((rows, in_features), layout.ZEROS, dtype=torch.uint8, device=device)
     return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
 def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:
-    """A layer's latent weight in the Hub layout: uint8 [ceil(N/4), K] and float32 scale, as its forward uses it.
+    """A layer's latent weight as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale.
 
     Raises ValueError for NaN or Inf weights.
     """
     spec = layer.spec
     codes, scale = ops.quantize_weight(layer.weight.detach(), kind=spec.weights, per_row=spec.per_row)
-    return layout.pack_ternary(codes), scale
+    return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
+
+
+class PackedEmbedding(nn.Module):
+    """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
+
+    weight: int8 [V, D]; weight_scale: float32 [V]. The output has the dtype of the embedding it was made from, which
+    .to(dtype) changes as usual.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    dtype_of: Tensor  # empty: follows .to(dtype)
+
+    @staticmethod
+    def from_embedding(
+        embedding: nn.Embedding, weight: Tensor | None = None, scale: Tensor | None = None
+    ) -> "PackedEmbedding":
+        """Turn an nn.Embedding into its int8 form *in place* and return it; without a weight it holds zeros."""
+        like = embedding.weight.detach()
+        if weight is None or scale is None:
+            weight, scale = torch.zeros_like(like, dtype=torch.int8), torch.ones_like(like[:, 0], dtype=torch.float32)
+        del embedding.weight
+        module = become(embedding, PackedEmbedding)
+        module.register_buffer("weight", weight)
+        module.register_buffer("weight_scale", scale.clone())
+        module.register_buffer("dtype_of", like.new_empty(0), persistent=False)
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.embedding(input, self.weight).float() * F.embedding(input, self.weight_scale[:, None])
+        return rows.to(self.dtype_of.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedEmbedding":
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self

@@ -21,22 +21,23 @@ from .kernels import int8, reference
 class QuantSpec:
     """The options of a BitLinear layer; they decide what is computed, so they travel with checkpoints.
 
-    weights:         "ternary" (b1.58: absmean, -1/0/1) or "binary" (b1: sign around the mean, -1/1)
+    weights:         "ternary" (b1.58: absmean, -1/0/1), "binary" (b1: sign around the mean, -1/1), or "int8"
+                     (absmax; with per_row it is what output heads bear)
     per_row:         one scale per output row instead of one per tensor
     activation_bits: 8, 4, or None for float activations
     rms_norm:        an RMSNorm with learnable weight inside the layer, before the activation quantizer
     rms_norm_eps:    its epsilon
     """
 
-    weights: Literal["ternary", "binary"] = "ternary"
+    weights: Literal["ternary", "binary", "int8"] = "ternary"
     per_row: bool = False
     activation_bits: int | None = 8
     rms_norm: bool = False
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ternary", "binary"):
-            raise ValueError(f"weights must be 'ternary' or 'binary', got {self.weights!r}")
+        if self.weights not in ("ternary", "binary", "int8"):
+            raise ValueError(f"weights must be 'ternary', 'binary' or 'int8', got {self.weights!r}")
         if self.activation_bits not in (8, 4, None):
             raise ValueError(f"activation_bits must be 8, 4 or None, got {self.activation_bits!r}")
         if not self.rms_norm_eps > 0:

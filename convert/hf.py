@@ -9,10 +9,10 @@ Three stock forms, all of `quant_method: bitnet`, read and (the first two) writt
                                         codes as floats
 
 Models that stock transformers cannot express (per-row scales, other activation bits, binary latent weights,
-N % 4 != 0, layers with different options) carry EXTENDED as linear_class: stock transformers refuses it with a
-message that names this package. Their options stand under "bitnet_toolkit". Packed weight_scale is stored as
-1 / scale there too. `"bits": 1.6` in that section means that packed weights are stored in the base-3 layout
-(kernels/layout.py), uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
+N % 4 != 0, int8 heads, layers with different options) carry EXTENDED as linear_class: stock transformers refuses it
+with a message that names this package. Their options stand under "bitnet_toolkit". weight_scale is stored as 1 / scale
+there too. `"bits": 1.6` in that section means that packed weights are stored in the base-3 layout (kernels/layout.py),
+uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
 """
 
 import re
@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 from bitnet.kernels import layout
 from bitnet.linear import BitLinear
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .checkpoint import TensorHeader, read_headers
@@ -45,7 +45,8 @@ class BitNetConfig(BitNetQuantConfig):
     """transformers' BitNetQuantConfig, and our options where linear_class is EXTENDED.
 
     bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys},
-                     "bits": 2 or 1.6, of packed weights in the files; 2 where it is missing}
+                     "bits": 2 or 1.6, of packed weights in the files; 2 where it is missing,
+                     "embedding": name of the int8 embedding tied to the head, or null}
     """
 
     def __init__(self, linear_class: str = "bitlinear", bitnet_toolkit: Any = None, **kwargs: Any) -> None:
@@ -66,6 +67,11 @@ class BitNetConfig(BitNetQuantConfig):
     def bits(self) -> float:
         """Bits a packed weight takes in the files."""
         return self.bitnet_toolkit.get("bits", 2) if self.linear_class == EXTENDED else 2
+
+    @property
+    def embedding(self) -> str | None:
+        """The int8 embedding tied to the head."""
+        return self.bitnet_toolkit.get("embedding") if self.linear_class == EXTENDED else None
 
     def layer(self, name: str) -> tuple[bool, QuantSpec]:
         """(is it packed, its options) for the swapped layer `name`."""
@@ -99,7 +105,7 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
         and not ragged
         and not spec.per_row
         and spec.activation_bits == 8
-        and (packed or spec.weights == "ternary")
+        and (spec.weights == "ternary" or (packed and spec.weights == "binary"))
         and all(should_convert_module(name, _with_fp32(model, skips)) for name in layers)
     )
     common: dict[str, Any] = {"modules_to_not_convert": skips}
@@ -109,6 +115,7 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
             return BitNetConfig("bitlinear", **common)
         return BitNetConfig("autobitlinear", quantization_mode="online", **common)
     section: dict[str, Any] = {"packed": packed, "spec": asdict(spec), "bits": bits}
+    section["embedding"] = next((name for name, m in model.named_modules() if isinstance(m, PackedEmbedding)), None)
     section["overrides"] = {name: {"packed": p, "spec": asdict(s)} for name, (p, s) in overrides.items()}
     return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)
 
@@ -144,7 +151,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
     for name, linear in _linears(model):
         stored = headers.get(f"{name}.weight") if comparable and headers else None
         if not should_convert_module(name, skips):
-            if stored and stored.dtype == "U8":
+            if stored and stored.dtype in ("U8", "I8"):
                 raise ValueError(
                     f"config.json keeps {name} as it is (modules_to_not_convert), but {stored.file} holds packed "
                     f"bytes for it; one of the two is wrong"
@@ -157,13 +164,18 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
             layer.register_buffer("weight_scale", torch.ones(1, device=layer.weight.device))
         elif packed:
             served = PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
-            if config.bits == 1.6:  # until finish_loading
+            if config.bits == 1.6 and spec.weights != "int8":  # until finish_loading
                 shape = served.out_features, -(-served.in_features // 5)
                 served.weight = torch.empty(shape, dtype=torch.uint8, device=served.weight.device)
         else:
             BitLinear.from_linear(linear, spec)
         if comparable and headers is not None:
-            _compare(name, linear, headers)
+            # a tied head's weight is stored under the embedding's name
+            _compare(name, linear, headers, tied=config.embedding is not None and spec.weights == "int8")
+    if config.embedding is not None:
+        embedding = PackedEmbedding.from_embedding(model.get_submodule(config.embedding))  # type: ignore[arg-type]
+        if comparable and headers is not None:
+            _compare(config.embedding, embedding, headers)
 
 
 def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
@@ -172,19 +184,19 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BitLinear) and hasattr(module, "weight_scale"):
             module = _pack_float_codes(name, module)
-        elif not isinstance(module, PackedBitLinear):
+        elif not isinstance(module, PackedBitLinear | PackedEmbedding):
             continue
         elif divides:
             module.weight_scale = 1 / module.weight_scale.float()
-        if module.weight.is_meta:
+        if module.weight.is_meta or isinstance(module, PackedEmbedding):
             continue
         try:
-            if config.bits == 1.6:
+            if config.bits == 1.6 and module.weight.dtype == torch.uint8:
                 module.weight = layout.pack_ternary(layout.unpack_base3(module.weight, module.in_features))
             module.prepack()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if not bool(module.weight.any()):
+        if module.weight.dtype == torch.uint8 and not bool(module.weight.any()):
             warnings.warn(
                 f"{name}: every packed byte is zero, which means every weight is -1; the checkpoint is probably "
                 "damaged (some uploads are)",
@@ -196,10 +208,10 @@ def stored_state(model: nn.Module, bits: float = 2) -> dict[str, Tensor]:
     """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `bits` bits."""
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PackedBitLinear):
+        if isinstance(module, PackedBitLinear | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
-            if bits == 1.6:
+            if bits == 1.6 and isinstance(module, PackedBitLinear) and module.weight.dtype == torch.uint8:
                 state[f"{prefix}weight"] = layout.pack_base3(module.codes())
     return state
 
@@ -229,10 +241,20 @@ class BitNetQuantizer(BitNetHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if embedding := self.quantization_config.embedding:
+            # transformers ties Parameters while loading, and these are buffers: tied afterwards
+            self.ties = {t: s for t, s in model.all_tied_weights_keys.items() if s == f"{embedding}.weight"}
+            for target in self.ties:
+                del model.all_tied_weights_keys[target]
+            known = model._keys_to_ignore_on_load_missing or []
+            model._keys_to_ignore_on_load_missing = [*known, *map(re.escape, self.ties)]
         files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
         swap_for_loading(model, self.quantization_config, _as_loaded(model, read_headers(files)) if files else None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.quantization_config.embedding:
+            model.all_tied_weights_keys |= self.ties
+            model.tie_weights(recompute_mapping=False)
         finish_loading(model, self.quantization_config)
         attach(model)
         return model
@@ -287,10 +309,12 @@ def _skip_patterns(model: nn.Module, swapped: dict[str, Any]) -> list[str]:
     return patterns
 
 
-def _compare(name: str, module: nn.Module, headers: dict[str, TensorHeader]) -> None:
-    dtypes = {torch.uint8: "U8"}
+def _compare(name: str, module: nn.Module, headers: dict[str, TensorHeader], tied: bool = False) -> None:
+    dtypes = {torch.uint8: "U8", torch.int8: "I8"}
     for leaf, tensor in module.state_dict().items():
         stored = headers.get(f"{name}.{leaf}")
+        if stored is None and tied and leaf == "weight":
+            continue
         if stored is None:
             raise ValueError(
                 f"config.json says {name} is {type(module).__name__}, but the checkpoint has no tensor {name}.{leaf}"

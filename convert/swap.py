@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitnet.kernels import layout
 from bitnet.linear import BitLinear, become
-from bitnet.packed import PackedBitLinear, quantize_packed
+from bitnet.packed import PackedBitLinear, PackedEmbedding, quantize_packed
 from bitnet.quantize import QuantSpec
 
 Pattern = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
@@ -41,8 +41,8 @@ class Row:
     shape: tuple[int, ...]
     weights: int
     bytes: int
-    action: str  # "ternary", "binary", "packed", "float" or "kept"
-    reason: str  # why it was kept; empty otherwise
+    action: str  # "ternary", "binary", "packed", "int8", "float" or "kept"
+    reason: str  # why it was kept, or what int8 cost; empty otherwise
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Report:
     @property
     def kept_bytes(self) -> int:
         """What everything else takes, in its present dtype."""
-        return self.other_bytes + sum(row.bytes for row in self.rows if row.action in ("kept", "float"))
+        return self.other_bytes + sum(row.bytes for row in self.rows if row.action in ("kept", "float", "int8"))
 
     def __str__(self) -> str:
         groups: dict[tuple[Any, ...], int] = {}
@@ -159,12 +159,19 @@ def replace_linear(
     return _report(model, reasons)
 
 
-def pack(model: nn.Module, *, backend: str = "auto") -> Report:
+def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
     """Turn every BitLinear into PackedBitLinear, in place: two bits a weight, the same outputs.
+
+    head: "int8" stores the output head of a Hugging Face model, and the input embedding if the two are tied, in 8 bits
+          with a scale a row. Not exact, though nearly: the report says how far the weights move. In large
+          vocabularies the head costs more time than all ternary layers. The checkpoint then needs this package.
 
     The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
     checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
     """
+    if head not in (None, "int8"):
+        raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
+    found = _head(model) if head else None
     layers = {name: module for name, module in _unique_modules(model) if type(module) is BitLinear}
     if not layers:
         raise ValueError("pack: the model has no BitLinear layers; call bitnet.replace_linear(model) first")
@@ -180,13 +187,47 @@ def pack(model: nn.Module, *, backend: str = "auto") -> Report:
             packed[name] = quantize_packed(layer)
         except ValueError as error:
             raise ValueError(f"pack: {name}: {error}") from None
+    costs = {}
+    if found:
+        name, linear, embedding = found
+        layers[name] = layer = BitLinear.from_linear(linear, QuantSpec("int8", per_row=True))
+        packed[name] = codes, scale = quantize_packed(layer)
+        change = (codes * scale[:, None] - layer.weight).norm() / layer.weight.norm()
+        costs[name] = f"its weights move by {100 * change.item():.2g} % (rms)"
+        if embedding is not None:
+            PackedEmbedding.from_embedding(embedding, codes, scale)
     for name, layer in layers.items():
         PackedBitLinear.from_bit_linear(layer, *packed.pop(name), backend=backend)
     if isinstance(model, PreTrainedModel):
         from . import hf
 
         hf.attach(model)
-    return _report(model)
+    return _report(model, costs)
+
+
+def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
+    """The output head that can become int8, its name, and the input embedding tied to it."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            "pack: head='int8' needs a Hugging Face model with an nn.Linear output head that is still float, but found "
+            f"{type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', per_row=True)"
+        )
+    holders = [
+        module
+        for _, module in _unique_modules(model)
+        if any(p is head.weight for p in module.parameters(recurse=False))
+    ]
+    others = [module for module in holders if module is not head]
+    if [type(module) for module in others] not in ([], [nn.Embedding]):
+        kinds = ", ".join(type(module).__name__ for module in others)
+        raise ValueError(
+            f"pack: the output head is tied to {kinds}; head='int8' can follow one plain nn.Embedding only"
+        )
+    if not bool(head.weight.isfinite().all()):
+        raise ValueError("pack: the output head holds NaN or Inf; the training run has diverged")
+    name = next(name for name, module in _unique_modules(model) if module is head)
+    return name, head, others[0] if others else None  # type: ignore[return-value]
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
@@ -221,6 +262,13 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         linear.weight = nn.Parameter(weight)
         linear.bias = None if bias is None else nn.Parameter(bias.to(as_dtype))  # type: ignore[assignment]
         linear.train(training)
+    for module in model.modules():
+        if isinstance(module, PackedEmbedding):
+            weight = (module.weight * module.weight_scale[:, None]).to(dtype or module.dtype_of.dtype)
+            del module.weight, module.weight_scale, module.dtype_of
+            become(module, nn.Embedding).weight = nn.Parameter(weight)
+            assert isinstance(model, PreTrainedModel)
+            model.tie_weights()
     if isinstance(model, PreTrainedModel):
         from . import hf
 
@@ -324,13 +372,9 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
 
     for name, module in _unique_modules(model):
         if isinstance(module, PackedBitLinear):
-            add(
-                name,
-                "PackedBitLinear",
-                module.weight,
-                "packed",
-                shape=(module.out_features, module.in_features),
-            )
+            action = "int8" if module.spec.weights == "int8" else "packed"
+            shape = (module.out_features, module.in_features)
+            add(name, "PackedBitLinear", module.weight, action, reasons.get(name, ""), shape)
             report.other_bytes += module.weight_scale.numel() * 4
             if module.bias is not None:
                 report.other_bytes += module.bias.numel() * module.bias.element_size()

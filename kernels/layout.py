@@ -107,6 +107,11 @@ def validate_packed(packed: Tensor) -> None:
         )
 
 
+def codes_of(weight: Tensor, out_features: int) -> Tensor:
+    """The int8 codes [N, K] of a stored weight: unpacked if it is uint8 in the Hub layout, itself if it is int8."""
+    return weight if weight.dtype == torch.int8 else unpack_ternary(weight, out_features)
+
+
 def _check_codes(function: str, codes: Tensor) -> None:
     if codes.dtype != torch.int8 or codes.ndim != 2:
         raise ValueError(f"{function}: codes must be int8 [N, K], got {_describe(codes)}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, int8, reference
-from .layout import check_packed, packed_rows, unpack_ternary, validate_packed
+from .layout import check_packed, codes_of, packed_rows, validate_packed
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
@@ -38,7 +38,7 @@ def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: in
 
 
 def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: reference.ternary_linear(x, unpack_ternary(packed, n), scale, bias, bits)
+    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, bits)
 
 
 def _cpu(layout: int) -> Backend:
@@ -58,7 +58,7 @@ _BACKENDS = {
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's int8 matmul",
         missing=lambda device, bits: None,
-        prepack=unpack_ternary,
+        prepack=codes_of,
         unprepack=lambda codes, n, k: codes,
         bind=_bind_torch,
     ),
@@ -66,7 +66,7 @@ _BACKENDS = {
         lambda: "the plain-torch definition; unpacks on every call",
         missing=lambda device, bits: None,
         prepack=lambda packed, n: packed,
-        unprepack=lambda packed, n, k: unpack_ternary(packed, n),
+        unprepack=lambda packed, n, k: codes_of(packed, n),
         bind=_bind_reference,
     ),
 }
@@ -119,15 +119,15 @@ def _choose(backend: str, device_type: str, activation_bits: int | None) -> str:
 def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = False) -> tuple[Tensor, Tensor]:
     """Codes and scale of a latent weight: reference.quantize_weight, which has the formulas, with checks.
 
-    weight: floating [N, K]; kind: "ternary" or "binary"; returns int8 [N, K] and float32 [1] ([N] if per_row).
+    weight: floating [N, K]; kind: "ternary", "binary" or "int8"; returns int8 [N, K] and float32 [1] ([N] if per_row).
     Raises TypeError or ValueError for other dtypes and shapes, and for NaN or Inf (not looked for while tracing).
     """
     if not weight.is_floating_point():
         raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"quantize_weight: weight must be [N, K] and not empty, got {list(weight.shape)}")
-    if kind not in ("ternary", "binary"):
-        raise ValueError(f"quantize_weight: kind must be 'ternary' or 'binary', got {kind!r}")
+    if kind not in ("ternary", "binary", "int8"):
+        raise ValueError(f"quantize_weight: kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
     if not torch.compiler.is_compiling() and not weight.is_meta and not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).count_nonzero())
         raise ValueError(f"quantize_weight: weight holds {bad} NaN or Inf values; the training run has diverged")
@@ -187,14 +187,16 @@ def ternary_linear(
 
 
 def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "auto") -> Tensor:
-    """The Hub bytes [ceil(N/4), K] in the layout of `backend` (a name, or "auto") for the device they are on.
+    """A stored weight in the layout of `backend` (a name, or "auto") for the device it is on.
+
+    packed: Hub bytes uint8 [ceil(N/4), K], or int8 [N, K] for 8-bit weights
 
     Raises ValueError for a wrong dtype or shape, or bytes that encode no ternary value (not looked for while tracing).
     """
-    n = check_packed(packed, out_features)
+    n = len(packed) if packed.dtype == torch.int8 and packed.ndim == 2 else check_packed(packed, out_features)
     if 0 in packed.shape:
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
-    if not torch.compiler.is_compiling() and not packed.is_meta:
+    if packed.dtype == torch.uint8 and not torch.compiler.is_compiling() and not packed.is_meta:
         validate_packed(packed)
     return _BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n)
 

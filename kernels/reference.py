@@ -19,13 +19,20 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     weight:  floating [N, K]
     kind:    "ternary" (BitNet b1.58, arXiv 2402.17764, eq. 1-3):  codes = clamp(round(W / mean|W|), -1, 1)
              "binary"  (BitNet, arXiv 2310.11453, eq. 1-3):        codes = sign(W - mean W), where sign(0) = -1
-    per_row: take the means over each row instead of the whole tensor
+             "int8"    (absmax, as for activations):               codes = clamp(round(W * 127 / max|W|), -127, 127)
+    per_row: take the means and maxima over each row instead of the whole tensor
     returns: codes int8 [N, K] and scale float32 [1] (or [N] if per_row), so that weight ~ codes * scale
 
-    The scale is 1 / inv with inv = 1 / mean|W|, because inv is what Hub checkpoints store: a float32 save and
-    load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS.
+    The scale is 1 / inv with inv = 1 / mean|W| (127 / max|W| for int8), because inv is what Hub checkpoints store: a
+    float32 save and load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS
+    (EPS / 127).
     """
     w = weight.float()
+    if kind == "int8":
+        top = w.abs().amax(dim=1, keepdim=True) if per_row else w.abs().amax()
+        inv = 127 * top.clamp(min=EPS).reciprocal()
+        codes = (w * inv).round_().clamp_(-127, 127)
+        return codes.to(torch.int8), (1 / inv).reshape(-1)
     mean = (lambda t: t.mean(dim=1, keepdim=True)) if per_row else torch.mean
     inv = 1 / mean(w.abs()).clamp(min=EPS)
     if kind == "ternary":
@@ -33,7 +40,7 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     elif kind == "binary":
         codes = (w > mean(w)).float() * 2 - 1
     else:
-        raise ValueError(f"kind must be 'ternary' or 'binary', got {kind!r}")
+        raise ValueError(f"kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
     return codes.to(torch.int8), (1 / inv).reshape(-1)
 
 
@@ -63,13 +70,13 @@ def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact integer product a @ b.T of int8 codes.
 
-    a: int8 [M, K]; b: int8 [N, K] with values -1, 0, 1; returns int32 [M, N].
+    a: int8 [M, K]; b: int8 [N, K]; returns int32 [M, N].
     """
     acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    # |partial sums| <= 128 * 131072 = 2^24: every float32 below that is an exact integer
+    # |partial sums| <= 128 * 128 * 1024 = 2^24: every float32 up to that is an exact integer
     device = a.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        for qa, qb in zip(a.split(131072, dim=1), b.split(131072, dim=1), strict=True):
+        for qa, qb in zip(a.split(1024, dim=1), b.split(1024, dim=1), strict=True):
             acc += (qa.float() @ qb.float().T).to(torch.int32)
     return acc
 

@@ -27,6 +27,9 @@ def weight(w: Tensor, kind: str = "ternary", per_row: bool = False) -> tuple[np.
     """codes int64 [N, K], scale float32 [1] or [N]"""
     w64 = array(w)
     axis = 1 if per_row else None
+    if kind == "int8":
+        inv = F32(127) * (F32(1) / np.maximum(np.abs(w64).max(axis, keepdims=True).astype(F32), EPS))
+        return np.clip(np.rint(w64.astype(F32) * inv), -127, 127).astype(np.int64), (F32(1) / inv).reshape(-1)
     inv = F32(1) / np.maximum(np.abs(w64).mean(axis, keepdims=True).astype(F32), EPS)
     if kind == "ternary":
         codes = np.clip(np.rint(w64.astype(F32) * inv), -1, 1)

@@ -1,0 +1,199 @@
+"""8-bit weights: the output head that pack(head="int8") makes, and the embedding tied to it."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import DTYPES, grid
+from safetensors.torch import load_file
+from shapes import SHAPES
+from tiny import IDS, Mlp, llama, neox
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import bitnet
+from bitnet import BitLinear, PackedBitLinear
+from bitnet.kernels import ops
+from bitnet.packed import PackedEmbedding
+
+BACKENDS = [row.name for row in ops.backends("cpu") if row.ready]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def int8_layer(codes: Tensor, scale: Tensor, bias: Tensor | None, backend: str, bits: int = 8) -> PackedBitLinear:
+    n, k = codes.shape
+    options: dict[str, Any] = {"weights": "int8", "per_row": len(scale) > 1, "activation_bits": bits}
+    layer = PackedBitLinear(k, n, bias is not None, backend=backend, **options)
+    layer.weight, layer.weight_scale, layer.bias = codes, scale, bias
+    return layer
+
+
+def with_head(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    bitnet.replace_linear(model)
+    bitnet.pack(model, head="int8", **options)
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+def test_codes_and_scale_are_the_oracles(per_row: bool) -> None:
+    for n, k in [(1, 1), (5, 7), (64, 33)]:
+        w = torch.randn(n, k)
+        w[0] = 0  # a row of zeros: codes 0, a finite scale
+        codes, scale = ops.quantize_weight(w, kind="int8", per_row=per_row)
+        expected_codes, expected_scale = oracle.weight(w, "int8", per_row)
+        assert codes.dtype == torch.int8
+        assert codes.tolist() == expected_codes.tolist()
+        assert scale.tolist() == expected_scale.tolist()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
+@pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (1, 257, 128), (7, 100, 1025)])
+def test_output_has_the_oracles_bits(backend: str, dtype: torch.dtype, bits: int, m: int, n: int, k: int) -> None:
+    x, codes = grid(m, k).to(dtype), torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    for scale, bias in ((torch.rand(1) + 0.1, None), (torch.rand(n) + 0.1, torch.randn(n).to(dtype))):
+        y = int8_layer(codes, scale, bias, backend, bits)(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, bits))
+
+
+@each_backend
+@pytest.mark.parametrize("m", [1, 2, 9])
+@pytest.mark.parametrize("k", [4096, 16384, 65536])
+def test_accumulators_are_exact_at_the_extremes(backend: str, m: int, k: int) -> None:
+    """Fails if two products of 128 * 128 saturate 16 bits, or an unsigned offset overflows 32."""
+    codes = torch.full((3, k), -128, dtype=torch.int8)
+    codes[1] = 127
+    codes[2, ::2] = 0
+    for value in (-1.0, 1.0):
+        x = torch.full((m, k), value)
+        y = int8_layer(codes, torch.ones(1), None, backend)(x)
+        assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), np.ones(1, np.float32), None, 8))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_head_and_tied_embedding_hold_the_same_bytes_and_little_is_lost(tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    latent = model.lm_head.weight.detach().clone()
+    bitnet.replace_linear(model)
+    exact = copy.deepcopy(model)
+    bitnet.pack(exact)
+    report = bitnet.pack(model, head="int8")
+    head, embedding = model.lm_head, model.model.embed_tokens
+    codes, scale = oracle.weight(latent, "int8", per_row=True)
+    assert head.weight.tolist() == codes.tolist()
+    assert head.weight_scale.tolist() == scale.tolist()
+    row = next(row for row in report.rows if row.name == "lm_head")
+    lost = ((torch.tensor(codes) * torch.tensor(scale)[:, None] - latent).norm() / latent.norm()).item()
+    assert (row.action, row.bytes, row.reason) == ("int8", 64 * 16, f"its weights move by {100 * lost:.2g} % (rms)")
+    if tied:
+        assert embedding.weight is head.weight
+        assert torch.equal(embedding(IDS), (torch.tensor(codes) * torch.tensor(scale)[:, None]).float()[IDS])
+    else:
+        assert type(embedding) is nn.Embedding
+    change = (logits(model) - logits(exact)).norm() / logits(exact).norm()
+    assert 0 < change < 0.05
+
+
+@pytest.mark.parametrize("bits", [2, 1.6])
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": 3000}], ids=["one_file", "sharded"])
+@pytest.mark.parametrize("name", ["untied", "tied", "bias", "bf16"])
+def test_a_saved_int8_head_comes_back(name: str, shards: dict[str, Any], bits: float, tmp_path: Path) -> None:
+    model = neox() if name == "bias" else llama(tie_word_embeddings=name != "untied")
+    with_head(model.to(torch.bfloat16) if name == "bf16" else model)
+    expected = logits(model)
+    bitnet.save(model, tmp_path / "out", bits=bits, **shards)
+    for loaded in (bitnet.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
+        head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+        assert head.weight.dtype == torch.int8
+        assert head.weight_scale.dtype == torch.float32
+        assert isinstance(embedding, PackedEmbedding) == (name in ("tied", "bf16"))
+        assert not isinstance(embedding, PackedEmbedding) or embedding.weight is head.weight
+        assert torch.equal(logits(loaded), expected)
+        bitnet.save(loaded, tmp_path / "again", bits=bits, **shards)
+        for file in (tmp_path / "out").glob("*.safetensors"):
+            first, again = load_file(file), load_file(tmp_path / "again" / file.name)
+            assert first.keys() == again.keys()
+            assert all(torch.equal(first[key], again[key]) for key in first)
+    linear_class = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["linear_class"]
+    assert "pip install bitnet-toolkit" in linear_class, "stock transformers would take it for its own"
+
+
+def test_generation_and_dtype_changes_work_with_a_tied_int8_head() -> None:
+    model = with_head(llama(tie_word_embeddings=True))
+    expected = model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(copy.deepcopy(model).generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+    model.to(torch.bfloat16)
+    assert model.model.embed_tokens(IDS).dtype == logits(model).dtype == torch.bfloat16
+    assert model.model.embed_tokens.weight_scale.dtype == model.lm_head.weight_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_unpack_gives_back_a_float_head_of_codes_times_scale(tied: bool) -> None:
+    model = with_head(llama(tie_word_embeddings=tied))
+    weight = model.lm_head.codes() * model.lm_head.weight_scale[:, None]
+    bitnet.unpack(model)
+    assert type(model.lm_head) is nn.Linear
+    assert torch.equal(model.lm_head.weight, weight)
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert (model.model.embed_tokens.weight is model.lm_head.weight) == tied
+
+
+def test_a_head_that_cannot_become_int8_is_refused_before_anything_changes() -> None:
+    with pytest.raises(ValueError, match="head must be None or 'int8', got 'int4'"):
+        bitnet.pack(llama(), head="int4")
+    model = llama()
+    bitnet.replace_linear(model)
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="output head holds NaN"):
+        bitnet.pack(model, head="int8")
+    plain = Mlp()
+    bitnet.replace_linear(plain)
+    with pytest.raises(ValueError, match=r"needs a Hugging Face model .* found NoneType; .*weights='int8'"):
+        bitnet.pack(plain, head="int8")
+    model = llama(tie_word_embeddings=True)
+    model.extra = nn.Embedding(64, 16)
+    model.extra.weight = model.lm_head.weight
+    bitnet.replace_linear(model)
+    with pytest.raises(ValueError, match=r"tied to Embedding, Embedding; .* one plain nn\.Embedding only"):
+        bitnet.pack(model, head="int8")
+    assert type(plain.up) is type(model.model.layers[0].mlp.up_proj) is BitLinear
+
+
+def test_a_missing_or_wrong_int8_tensor_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    bitnet.save(with_head(llama(tie_word_embeddings=True)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.embed_tokens.weight"
+    for wrong, message in (
+        (None, f"no tensor {key}"),
+        (tensors[key].float(), f"{key} is F32"),
+        (tensors[key][1:], "63"),
+    ):
+        changed = {**tensors, key: wrong} if wrong is not None else {k: v for k, v in tensors.items() if k != key}
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            bitnet.load(tmp_path)
+
+
+def test_any_linear_layer_can_be_trained_and_packed_in_8_bits() -> None:
+    model, x = Mlp(), torch.randn(3, 16)
+    bitnet.replace_linear(model, weights="int8", per_row=True)
+    model(x).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    expected = model.eval()(x)
+    bitnet.pack(model)
+    assert model.up.weight.dtype == torch.int8
+    assert torch.equal(model(x), expected)
