@@ -1,7 +1,7 @@
 """The `cpu` backend: launcher of the native library that kernels/csrc builds.
 
 The library knows pointers only. This file finds it, describes layers to it, owns the memory of prepacked weights, and
-says what to do where it is missing. The two layouts, of 2 and of 1.6 bits a weight ("base3"), are described in
+says what to do where it is missing. The layouts, of 2, of 1.6 ("base3") and of 8 bits a weight, are described in
 csrc/bitnet_cpu.h.
 
 ctypes releases the interpreter's lock during a call: other Python threads (a server's event loop) run meanwhile.
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 3  # bitnet_abi() of a library built from these sources
+_ABI = 4  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
-TWO_BITS, BASE3 = 0, 1  # layouts
+TWO_BITS, BASE3, _EIGHT_BITS = 0, 1, 2  # layouts; int8 weights get the third whichever is asked for
 
 
 class _Layer(ctypes.Structure):
@@ -165,22 +165,27 @@ _arena = _Arena()
 
 
 def layout_shape(n: int, k: int, layout: int = TWO_BITS) -> tuple[int, int, int]:
-    """Shape of the uint8 tensor that holds n x k prepacked codes: 32 rows x 16 (base3: 20) features in 128 bytes."""
-    return -(-n // 32), -(-k // (20 if layout == BASE3 else 16)), 128
+    """Shape of the tensor that holds n x k prepacked codes: 32 rows x 16 (base3: 20; int8: 4) features in 128 bytes."""
+    return -(-n // 32), -(-k // {TWO_BITS: 16, BASE3: 20, _EIGHT_BITS: 4}[layout]), 128
+
+
+def layout_of(weight: Tensor, layout: int) -> int:
+    """The layout of a weight, stored or prepacked: int8 ones have their own, others the given one."""
+    return _EIGHT_BITS if weight.dtype == torch.int8 else layout
 
 
 def prepack(packed: Tensor, n: int, layout: int = TWO_BITS) -> Tensor:
-    """Hub bytes uint8 [ceil(N/4), K] to uint8 layout_shape(N, K); exact for any N and K."""
-    packed = packed.contiguous()
+    """Hub bytes uint8 [ceil(N/4), K] to uint8 layout_shape(N, K), or int8 [N, K] to int8; exact for any N and K."""
+    packed, layout = packed.contiguous(), layout_of(packed, layout)
     k, threads = packed.shape[1], torch.get_num_threads()
-    weight = _arena.empty(*layout_shape(n, k, layout))
+    weight = _arena.empty(*layout_shape(n, k, layout)).view(packed.dtype)
     _check(_library().bitnet_prepack(packed.data_ptr(), n, k, weight.data_ptr(), layout, threads))
     return weight
 
 
 def unprepack(weight: Tensor, n: int, k: int, layout: int = TWO_BITS) -> Tensor:
     """The inverse, as codes int8 [N, K]."""
-    codes = torch.empty(n, k, dtype=torch.int8)
+    codes, layout = torch.empty(n, k, dtype=torch.int8), layout_of(weight, layout)
     _check(_library().bitnet_unprepack(weight.data_ptr(), n, k, codes.data_ptr(), layout, torch.get_num_threads()))
     return codes
 
@@ -203,6 +208,7 @@ def _layer(
     isa: str | None = None,
 ) -> ctypes.Structure:
     """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy."""
+    layout = layout_of(weight, layout)
     index = -1 if isa is None else isas(layout).index(isa)
     if bias is not None:
         bias = (bias if bias.dtype in (torch.float32, torch.bfloat16, torch.float16) else bias.float()).contiguous()

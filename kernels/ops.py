@@ -305,7 +305,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bit
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
 def _(packed: Tensor, n: int, layout: int) -> Tensor:
-    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], layout))
+    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], cpu.layout_of(packed, layout)))
 
 
 @torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)

@@ -66,6 +66,17 @@ def test_accumulators_are_exact(layout: int, isa: str) -> None:
         assert torch.equal(cpu.int_matmul(q, prepack(codes, layout), n, layout, isa), product(q, codes)), (m, n, k)
 
 
+@pytest.mark.parametrize("isa", [] if MISSING else cpu.isas(cpu._EIGHT_BITS))
+def test_8_bit_accumulators_are_exact(isa: str) -> None:
+    for m, n, k in [*shapes(150), (300, 70, 40), (1, 3, 5000), (2, 3, 65536)]:
+        q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (n, k)))
+        assert torch.equal(cpu.int_matmul(q, ops.prepack(codes, backend="cpu"), n, isa=isa), product(q, codes)), (
+            m,
+            n,
+            k,
+        )
+
+
 @each_isa
 @pytest.mark.parametrize("m", [1, 2, 9])
 @pytest.mark.parametrize("k", [16384, 600_001])
@@ -393,7 +404,7 @@ def test_no_access_outside_of_any_buffer(tmp_path: Path) -> None:
     """Fails if any kernel reads or writes beyond its operands, or relies on undefined behaviour."""
     program = build_selfcheck(tmp_path, "-DCMAKE_CXX_FLAGS=-g -fsanitize=address,undefined -fno-sanitize-recover")
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*(isa for _, isa in TARGETS), "agree"]
+    assert output.split() == [*(isa for _, isa in TARGETS), *cpu.isas(cpu._EIGHT_BITS), "agree"]
 
 
 @pytest.mark.slow
@@ -403,7 +414,7 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
     program = build_selfcheck(tmp_path, *compiler, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")
     emulator = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == ["neon-dotprod", "neon", "scalar", "agree"]
+    assert output.split() == [*2 * ["neon-dotprod", "neon", "scalar"], "agree"]  # ternary, 8 bits
 
 
 @pytest.mark.slow
@@ -415,4 +426,4 @@ def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list
     program = build_selfcheck(tmp_path)
     emulator = ["qemu-x86_64-static", "-cpu", model]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*expected, "agree"]
+    assert output.split() == [*2 * expected, "agree"]  # ternary, 8 bits

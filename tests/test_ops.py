@@ -332,7 +332,12 @@ def test_a_bad_argument_of_ternary_linear_gets_its_own_error(
         (torch.zeros(2), {}, ValueError, r"weight must be \[N, K\] and not empty, got \[2\]"),
         (torch.zeros(0, 2), {}, ValueError, r"not empty, got \[0, 2\]"),
         (torch.zeros(2, 0), {}, ValueError, r"not empty, got \[2, 0\]"),
-        (torch.ones(2, 2), {"kind": "quinary"}, ValueError, "kind must be 'ternary' or 'binary', got 'quinary'"),
+        (
+            torch.ones(2, 2),
+            {"kind": "quinary"},
+            ValueError,
+            "kind must be 'ternary', 'binary' or 'int8', got 'quinary'",
+        ),
         (torch.tensor([[1.0, float("nan")]]), {}, ValueError, "weight holds 1 NaN or Inf values"),
         (torch.tensor([[float("inf"), -float("inf")]]), {}, ValueError, "weight holds 2 NaN or Inf values"),
     ],

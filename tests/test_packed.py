@@ -331,7 +331,7 @@ def test_a_diverged_weight_is_not_packed(bad: float) -> None:
 
 
 def test_bad_options_raise() -> None:
-    with pytest.raises(ValueError, match="weights must be 'ternary' or 'binary'"):
+    with pytest.raises(ValueError, match="weights must be 'ternary', 'binary' or 'int8'"):
         PackedBitLinear(K, N, weights="int2")
 
 

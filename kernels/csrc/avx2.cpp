@@ -9,7 +9,7 @@ struct Avx2 {
   using Vec = __m256i;
   using Sum = __m256i;  // 16 x int16
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4;
+  static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
   static constexpr int kBytes = 32, kTileVecs = 2, kMaxTokens = 4;
   // A group adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
   static constexpr int64_t kSumGroups = 16;
@@ -48,8 +48,22 @@ struct Avx2 {
   static constexpr int64_t kPlaneGroups = 8;
 };
 
+// Products of 8-bit weights do not fit 16 bits: even and odd bytes are widened, and vpmaddwd adds two products in 32.
+struct Avx2Wide : Avx2 {
+  using Sum = __m256i;  // 8 x int32
+  static constexpr int64_t kSumGroups = kMaxFeatures;
+  static INLINE void dot(Sum& sum, Vec u, Vec s) {
+    const Vec even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
+                                       _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+    const Vec odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  }
+  static INLINE Vec total(Sum sum) { return sum; }
+};
+
 bool supported() { return __builtin_cpu_supports("avx2"); }
 
 }  // namespace
 
 const Isa kAvx2 = make_isa<Avx2>("avx2", supported);
+const Isa kAvx2Int8 = make_isa<EightBits<Avx2Wide>>("avx2", supported);

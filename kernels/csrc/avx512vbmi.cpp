@@ -27,7 +27,7 @@ struct Avx512Vbmi : Avx512 {
   struct Packed {
     Vec planes;
   };
-  static constexpr int kLayout = kBase3, kFields = 5;
+  static constexpr int kLayout = kBase3, kFields = 5, kZero = 1;
 
   static INLINE Vec rest(Vec v) { return _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 2), load(kTable.rest)); }
   static INLINE Vec planes(Vec u) {

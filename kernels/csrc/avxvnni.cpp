@@ -10,7 +10,7 @@ struct AvxVnni {
   using Vec = __m256i;
   using Sum = __m256i;  // 8 x int32
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4;
+  static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
   static constexpr int kBytes = 32, kTileVecs = 2, kMaxTokens = 5;
   static constexpr int64_t kSumGroups = kMaxFeatures;
 
@@ -58,3 +58,4 @@ bool supported() {
 }  // namespace
 
 const Isa kAvxVnni = make_isa<AvxVnni>("avx-vnni", supported);
+const Isa kAvxVnniInt8 = make_isa<EightBits<AvxVnni>>("avx-vnni", supported);

@@ -8,13 +8,15 @@
 // Layout B, 1.6 bits a weight: uint8 [ceil(N/32), ceil(K/20), 128], where a byte holds five codes, t0 + 3 t1 + 9 t2 +
 // 27 t3 + 84 t4 with t in 0..2. Group g has features 20g..20g+19; tj of byte b is feature 4j + b. 84 and not 81,
 // because t4 then depends on the upper six bits alone, which is what one table lookup takes.
+//
+// Layout C, 8 bits a weight (output heads): uint8 [ceil(N/32), ceil(K/4), 128], where a byte is any int8 code + 128.
 #pragma once
 #include <stdint.h>
 
 #define BITNET_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status { kOk = 0, kBadType = 1, kBadShape = 2, kBadIsa = 3, kNoMemory = 4 };
-enum Layout { kTwoBits = 0, kBase3 = 1 };
+enum Layout { kTwoBits = 0, kBase3 = 1, kEightBits = 2 };
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4 };
 
 // One layer, filled in by the caller and only read here.
@@ -42,7 +44,7 @@ BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i);
 BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads);
 
-// Hub bytes [ceil(n/4), k] to a layout, and a layout to codes int8 [n, k].
+// Hub bytes [ceil(n/4), k] (layout C: codes int8 [n, k]) to a layout, and a layout to codes int8 [n, k].
 BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t layout,
                                      int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t layout,

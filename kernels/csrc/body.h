@@ -8,6 +8,7 @@
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
 //   Planes, kPlaneGroups      the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
 //   kTileVecs, kMaxTokens     shape of the register tile
+//   kZero                     what a packed field holds for a weight of 0
 //
 // Everything is in an unnamed namespace and no standard library template is used: an inline function that is compiled
 // with several sets of flags is merged by the linker into one of them, which older CPUs may not be able to run.
@@ -178,7 +179,7 @@ void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, 
         I::store32(a, I::add32(I::load32(a), planes[v].total()));
       }
     }
-    finish<kBlockRows>(layer, acc, token, block * kBlockRows, y, block * kBlockRows, y_type);
+    finish<kBlockRows>(layer, acc, {token.s, I::kZero * token.sum}, block * kBlockRows, y, block * kBlockRows, y_type);
   }
 }
 
@@ -222,7 +223,9 @@ void tile(const Layer& layer, int64_t n0, const int8_t* q, const Token* token, v
       }
     }
   }
-  for (int t = 0; t < T; ++t) finish<kRows>(layer, acc[t], token[t], n0, y, t * layer.n + n0, y_type);
+  for (int t = 0; t < T; ++t) {
+    finish<kRows>(layer, acc[t], {token[t].s, I::kZero * token[t].sum}, n0, y, t * layer.n + n0, y_type);
+  }
 }
 
 template <class I, int R, int T>
@@ -245,6 +248,27 @@ void gemm(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, 
   tiles<I, R, I::kMaxTokens>(layer, n0, whole, panel, token, tokens, y, y_type);
   if constexpr (R > kBlockVecs) tiles<I, kBlockVecs, I::kMaxTokens>(layer, whole, n1, panel, token, tokens, y, y_type);
 }
+
+// Layout C on the primitives of an instruction set whose dot() takes any u.
+template <class I>
+struct EightBits : I {
+  using typename I::Sum;
+  using typename I::Vec;
+  struct Packed {};
+  static constexpr int kLayout = kEightBits, kFields = 1, kZero = 128;
+  static constexpr int64_t kPlaneGroups = I::kSumGroups;
+
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
+  template <int>
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    return I::load(p);
+  }
+  struct Planes {
+    Sum sum;
+    INLINE void add(Vec w, const Vec (&s)[kFields]) { I::dot(sum, w, s[0]); }
+    INLINE auto total() const { return I::total(sum); }
+  };
+};
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {

@@ -6,12 +6,13 @@
 
 constexpr int64_t kBlockRows = 32;    // rows of a block
 constexpr int64_t kGroupBytes = 128;  // bytes of one block and group: a 32-bit lane for each row
-constexpr int group_features(int layout) { return layout == kBase3 ? 20 : 16; }
+constexpr int group_features(int layout) { return layout == kBase3 ? 20 : layout == kEightBits ? 4 : 16; }
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
+constexpr int64_t max_features(int layout) { return layout == kEightBits ? int64_t(1) << 16 : kMaxFeatures; }
 
 struct Token {
   float s;      // activation scale; divides
-  int32_t sum;  // sum of the codes: what coding weights as code + 1 adds to every accumulator
+  int32_t sum;  // sum of the codes: times what was added to every weight's code, it has to come off the accumulators
 };
 
 struct Isa {
@@ -32,6 +33,6 @@ struct Isa {
                void* y, int32_t y_type);
 };
 
-extern const Isa kScalar;
-extern const Isa kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi;
-extern const Isa kNeon, kNeonDot;
+extern const Isa kScalar, kScalarInt8;
+extern const Isa kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi, kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8;
+extern const Isa kNeon, kNeonDot, kNeonInt8, kNeonDotInt8;

@@ -53,14 +53,36 @@ bool forked = false;  // a forked child has none of the pool's threads, and Open
 [[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+#ifdef _OPENMP
+// When another process takes a core, the thread there comes late by whole time slices and the others spin for it: a
+// call of 0.1 ms lasts 8. A call that was lost to waiting sends those of the next kAlone seconds to one thread.
+constexpr double kLate = 1e-3, kAlone = 0.1;
+double alone_until = 0;
+thread_local double waited = 0;
+#endif
+
 // body(thread, threads) in every thread of a team; on one thread without any of OpenMP's cost.
 template <class Body>
 void parallel(int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && !forked) {
+    double until, worked = 0;
+    __atomic_load(&alone_until, &until, __ATOMIC_RELAXED);
+    const double start = omp_get_wtime();
+    if (start > until) {
 #pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
-    return;
+      {
+        waited = 0;
+        body(omp_get_thread_num(), omp_get_num_threads());
+        if (omp_get_thread_num() == 0) worked = omp_get_wtime() - start - waited;
+      }
+      const double end = omp_get_wtime(), lost = end - start - worked;
+      if (lost > kLate && lost > 4 * worked) {
+        until = end + kAlone;
+        __atomic_store(&alone_until, &until, __ATOMIC_RELAXED);
+      }
+      return;
+    }
   }
 #endif
   body(0, 1);
@@ -69,7 +91,9 @@ void parallel(int threads, const Body& body) {
 void barrier(int threads) {
 #ifdef _OPENMP
   if (threads > 1) {
+    const double start = omp_get_wtime();
 #pragma omp barrier
+    waited += omp_get_wtime() - start;
   }
 #endif
 }
@@ -158,7 +182,7 @@ Status prefill(const Call& call, int64_t m, int threads) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 3; }
+BITNET_EXPORT int32_t bitnet_abi() { return 4; }
 
 BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
   const Isa* isa = i < 0 ? nullptr : find_isa(layout, i);
@@ -168,7 +192,7 @@ BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
 BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads) {
   const int64_t n = layer->n, k = layer->k;
-  if (n < 1 || k < 1 || k > kMaxFeatures || m < 0) return kBadShape;
+  if (n < 1 || k < 1 || k > max_features(layer->layout) || m < 0) return kBadShape;
   if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
   if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;
@@ -184,7 +208,7 @@ BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x
 
 BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t layout,
                                      int32_t threads) {
-  if (n < 1 || k < 1 || k > kMaxFeatures) return kBadShape;
+  if (n < 1 || k < 1 || k > max_features(layout)) return kBadShape;
   const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
   const int64_t group = group_features(layout), groups = ceil_div(k, group);
   parallel(threads, [&](int thread, int count) {
@@ -194,10 +218,17 @@ BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, u
         const uint8_t* from = hub + row % hub_rows * k;
         uint8_t* to = weight + b * groups * kGroupBytes + 4 * r;
         for (int64_t g = 0; g < groups; ++g, to += kGroupBytes) {
+          const int64_t here = k - g * group < group ? k - g * group : group;
+          if (layout == kEightBits) {
+            uint32_t lane = 0;
+            if (row < n) memcpy(&lane, hub + row * k + g * group, here);
+            lane ^= 0x80808080;
+            memcpy(to, &lane, 4);
+            continue;
+          }
           uint32_t t[5];  // 4 codes + 1 each, a byte a code
           memset(t, 1, sizeof(t));
           if (row < n) {
-            const int64_t here = k - g * group < group ? k - g * group : group;
             memcpy(t, from + g * group, here);
             for (uint32_t& word : t) word = word >> 2 * (row / hub_rows) & 0x03030303;
             memset(reinterpret_cast<char*>(t) + here, 1, group - here);
@@ -213,7 +244,7 @@ BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, u
 
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t layout,
                                        int32_t threads) {
-  if (n < 1 || k < 1 || k > kMaxFeatures) return kBadShape;
+  if (n < 1 || k < 1 || k > max_features(layout)) return kBadShape;
   static constexpr int kPower[] = {1, 3, 9, 27, 84};
   const int64_t group = group_features(layout), groups = ceil_div(k, group);
   parallel(threads, [&](int thread, int count) {
@@ -223,6 +254,10 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
       for (int64_t i = 0; i < k; ++i) {
         const int64_t field = i % group / 4;
         const int byte = from[i / group * kGroupBytes + i % 4];
+        if (layout == kEightBits) {
+          to[i] = int8_t(byte - 128);
+          continue;
+        }
         const int code = layout == kTwoBits ? byte >> 2 * field & 3 : (field < 4 ? byte % 84 : byte) / kPower[field] % 3;
         to[i] = int8_t(code - 1);
       }

@@ -12,7 +12,7 @@ namespace {
 struct Neon {
   using Vec = int8x16_t;
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4;
+  static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
   static constexpr int kBytes = 16, kTileVecs = 4;
 
   static INLINE Vec load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
@@ -82,6 +82,24 @@ struct Neon {
 #endif
 };
 
+// NEON multiplies signed by signed: the 128 comes off the weights in registers, and with it nothing off the result.
+struct NeonInt8 : EightBits<Neon> {
+  static constexpr int kZero = 0;
+#ifndef BITNET_DOTPROD
+  static constexpr int64_t kSumGroups = 1, kPlaneGroups = 1;  // one product fills 15 bits
+#endif
+  static INLINE Vec code(Vec w) { return veorq_s8(w, vdupq_n_s8(-128)); }
+  template <int>
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    return code(load(p));
+  }
+  struct Planes {
+    Sum sum;
+    INLINE void add(Vec w, const Vec (&s)[kFields]) { dot(sum, code(w), s[0]); }
+    INLINE int32x4_t total() const { return Neon::total(sum); }
+  };
+};
+
 }  // namespace
 
 #ifdef BITNET_DOTPROD
@@ -95,7 +113,9 @@ static bool supported() {
 #endif
 }
 const Isa kNeonDot = make_isa<Neon>("neon-dotprod", supported);
+const Isa kNeonDotInt8 = make_isa<NeonInt8>("neon-dotprod", supported);
 #else
 static bool supported() { return true; }
 const Isa kNeon = make_isa<Neon>("neon", supported);
+const Isa kNeonInt8 = make_isa<NeonInt8>("neon", supported);
 #endif

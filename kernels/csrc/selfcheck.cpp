@@ -35,28 +35,31 @@ struct Target {
 
 std::vector<Target> targets() {
   std::vector<Target> found;
-  for (int layout : {kTwoBits, kBase3})
+  for (int layout : {kTwoBits, kBase3, kEightBits})
     for (int i = 0; bitnet_isa(layout, i); ++i) found.push_back({layout, i, bitnet_isa(layout, i)});
   return found;
 }
 
-void check(int64_t m, int64_t n, int64_t k, int extreme) {
+void check_with(bool eight, int64_t m, int64_t n, int64_t k, int extreme) {
   std::vector<int8_t> codes(n * k), back(n * k);
-  for (auto& c : codes) c = extreme ? int8_t(extreme > 0 ? 1 : -1) : int8_t(draw(3)) - 1;
+  const int low = eight ? -128 : -1, high = eight ? 127 : 1;
+  for (auto& c : codes) c = int8_t(extreme ? (extreme > 0 ? high : low) : low + int(draw(high - low + 1)));
   const int64_t hub_rows = (n + 3) / 4;
   std::vector<uint8_t> hub(hub_rows * k, 0x55);
-  for (int64_t r = 0; r < n; ++r)
+  for (int64_t r = 0; r < n && !eight; ++r)
     for (int64_t c = 0; c < k; ++c) {
       uint8_t& byte = hub[r % hub_rows * k + c];
       const int shift = int(r / hub_rows * 2);
       byte = uint8_t((byte & ~(3 << shift)) | (codes[r * k + c] + 1) << shift);
     }
-  std::vector<uint8_t> weights[2];
-  for (int layout : {kTwoBits, kBase3}) {
-    const int64_t group = layout == kBase3 ? 20 : 16;
+  const uint8_t* source = eight ? reinterpret_cast<const uint8_t*>(codes.data()) : hub.data();
+  std::vector<uint8_t> weights[3];
+  for (int layout : {kTwoBits, kBase3, kEightBits}) {
+    if ((layout == kEightBits) != eight) continue;
+    const int64_t group = eight ? 4 : layout == kBase3 ? 20 : 16;
     weights[layout].resize((n + 31) / 32 * ((k + group - 1) / group) * 128);
     uint8_t* weight = weights[layout].data();
-    require(!bitnet_prepack(hub.data(), n, k, weight, layout, 2), "prepack", "all", m, n, k);
+    require(!bitnet_prepack(source, n, k, weight, layout, 2), "prepack", "all", m, n, k);
     require(!bitnet_unprepack(weight, n, k, back.data(), layout, 2) && codes == back, "unprepack", "all", m, n, k);
   }
 
@@ -76,7 +79,8 @@ void check(int64_t m, int64_t n, int64_t k, int extreme) {
 
   std::vector<float> y(m * n), first_y;
   std::vector<uint16_t> y16(m * n), first_y16[3];
-  for (const auto& target : targets())
+  for (const auto& target : targets()) {
+    if ((target.layout == kEightBits) != eight) continue;
     for (int threads = 1; threads <= 2; ++threads) {
       const char* isa = target.isa;
       Layer layer{weights[target.layout].data(), scale.data(), bias.data(), n, k, n > 1, kFloat32, target.layout,
@@ -94,6 +98,12 @@ void check(int64_t m, int64_t n, int64_t k, int extreme) {
         require(same(y16, first_y16[type]), "16 bits", isa, m, n, k);
       }
     }
+  }
+}
+
+void check(int64_t m, int64_t n, int64_t k, int extreme) {
+  check_with(false, m, n, k, extreme);
+  if (k <= 65536) check_with(true, m, n, k, extreme);
 }
 
 }  // namespace
@@ -108,6 +118,7 @@ int main() {
   for (int64_t m : {1, 7})
     for (int extreme : {-1, 1}) check(m, 3, 16384, extreme);
   check(1, 2, 600001, 1);
+  for (int extreme : {-1, 1}) check(2, 2, 65536, extreme);
   for (const auto& target : targets()) printf("%s ", target.isa);
   printf("agree\n");
 }
