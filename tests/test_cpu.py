@@ -246,14 +246,21 @@ def test_loading_and_dropping_a_model_leaves_no_memory_behind() -> None:
     assert resident() - before < 250e6  # fifty models are 630 MB; malloc's own heap comes and goes by 100
 
 
-def test_prepacked_weights_do_not_overlap_and_outlive_their_neighbours() -> None:
-    tensors = [cpu._arena.empty(size) for size in (1, 100, 5 << 20, 3, 70 << 20, 9)]
+def test_prepacked_weights_do_not_overlap_and_die_one_by_one() -> None:
+    """Fails if a tensor overlaps its neighbour, or if a chunk dies before its last tensor or survives it."""
+    arena = cpu._Arena()
+    tensors = [arena.empty(size) for size in (1, 100, 5 << 20, 70 << 20, 3, 9)]
     for i, t in enumerate(tensors):
         t.fill_(i)
     assert all(bool((t == i).all()) for i, t in enumerate(tensors))
-    del tensors[:5]
+    del tensors[:5], t
     gc.collect()
     assert tensors[0].tolist() == [5] * 9
+    chunk = arena._chunk
+    assert chunk() is not None
+    tensors.clear()
+    gc.collect()
+    assert chunk() is None
 
 
 def test_a_bound_layer_follows_its_buffers() -> None:

@@ -8,15 +8,12 @@
 namespace {
 
 struct Table {
-  alignas(64) uint8_t rest[64], code[64], planes[128];
+  alignas(64) uint8_t rest[64], planes[128];
 };
 
 constexpr Table make_table() {
   Table t{};
-  for (int i = 0; i < 64; ++i) {
-    t.code[i] = uint8_t(i / 21);
-    t.rest[i] = uint8_t(84 * (i / 21));
-  }
+  for (int i = 0; i < 64; ++i) t.rest[i] = uint8_t(84 * (i / 21));
   for (int u = 0; u < 81; ++u) t.planes[u] = uint8_t(u % 3 | u / 3 % 3 << 2 | u / 9 % 3 << 4 | u / 27 << 6);
   return t;
 }
@@ -25,23 +22,20 @@ constexpr Table kTable = make_table();
 
 struct Avx512Vbmi : Avx512 {
   struct Packed {
-    Vec planes;
+    Vec planes, rest;  // t0..t3 as 2-bit fields; 84 t4
   };
   static constexpr int kLayout = kBase3, kFields = 5, kZero = 1;
 
-  static INLINE Vec rest(Vec v) { return _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 2), load(kTable.rest)); }
-  static INLINE Vec planes(Vec u) {
-    return _mm512_permutex2var_epi8(load(kTable.planes), u, load(kTable.planes + 64));
+  static INLINE Packed split(Vec v) {
+    const Vec rest = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 2), load(kTable.rest)), u = _mm512_sub_epi8(v, rest);
+    return {_mm512_permutex2var_epi8(load(kTable.planes), u, load(kTable.planes + 64)), rest};
   }
 
-  static INLINE Packed unpack(const uint8_t* p) {
-    const Vec v = load(p);
-    return {planes(_mm512_sub_epi8(v, rest(v)))};
-  }
+  static INLINE Packed unpack(const uint8_t* p) { return split(load(p)); }
   template <int J>
-  static INLINE Vec field(const uint8_t* p, Packed packed) {
-    if constexpr (J < 4) return plane<J>(packed.planes);
-    else return _mm512_permutexvar_epi8(_mm512_srli_epi16(load(p), 2), load(kTable.code));
+  static INLINE Vec field(const uint8_t*, Packed p) {
+    if constexpr (J < 4) return plane<J>(p.planes);
+    else return plane<3>(p.rest);  // the upper two bits of 0, 84 and 168 are 0, 1 and 2
   }
 
   // 84 t4 is multiplied as it is; its sum is divided at the end, exactly: by 4, and by 21 as a product with 21's
@@ -50,9 +44,9 @@ struct Avx512Vbmi : Avx512 {
     FourPlanes low;
     Sum high;
     INLINE void add(Vec v, const Vec (&s)[kFields]) {
-      const Vec h = rest(v);
-      low.add(planes(_mm512_sub_epi8(v, h)), s);
-      dot(high, h, s[4]);
+      const Packed p = split(v);
+      low.add(p.planes, s);
+      dot(high, p.rest, s[4]);
     }
     INLINE Vec total() const {
       static_assert(21u * 0x3cf3cf3du == 1u, "");
