@@ -32,16 +32,18 @@ HERE = Path(__file__).parent
 Run = Callable[[Tensor], object]
 
 
-def ours(n: int, k: int) -> Iterator[tuple[Run, int]]:
-    layer = PackedBitLinear(k, n, bias=False, backend="cpu")
-    layer.weight.copy_(torch.randint(0, 256, layer.weight.shape) & 0xAA)  # fields of 0 or 2: valid codes
-    layer.prepack()
-    while True:
-        twin = PackedBitLinear(k, n, bias=False, backend="cpu", device="meta")
-        weight = cpu._arena.empty(*cpu.layout_shape(n, k))
-        twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
-        twin._prepacked = weight.copy_(layer.prepack()[0]), "cpu"
-        yield twin, weight.nbytes
+def ours(backend: str) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+    def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
+        layer = PackedBitLinear(k, n, bias=False, backend=backend)
+        layer.weight.copy_(torch.randint(0, 256, layer.weight.shape) & 0xAA)  # fields of 0 or 2: valid codes
+        weight = layer.prepack()[0]
+        while True:
+            twin = PackedBitLinear(k, n, bias=False, backend=backend, device="meta")
+            twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
+            twin._prepacked = cpu._arena.empty(*weight.shape).copy_(weight), backend
+            yield twin, weight.nbytes
+
+    return make
 
 
 def raw_read(n: int, k: int) -> Iterator[tuple[Run, int]]:
@@ -84,7 +86,8 @@ def llama_cpp(kind: str) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
 
 CANDIDATES: dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], str]] = {
     "read": (raw_read, "2 bit"),
-    "cpu": (ours, "2 bit"),
+    "cpu": (ours("cpu"), "2 bit"),
+    **({"cpu-base3": (ours("cpu-base3"), "1.6 bit")} if cpu.isas(cpu.BASE3) else {}),
     "torch int4": (torch_int4, "4 bit"),
     "torch int8": (torch_int8, "int8"),
     "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
@@ -133,7 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
     args = parser.parse_args()
-    shapes, tokens, seconds = (SHAPES[:2], [1, 16, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
+    shapes, tokens, seconds = (SHAPES[:2], [1, 16, 64, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
 
     hardware, versions = info.hardware(), info.versions()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
@@ -158,7 +161,7 @@ def main() -> None:
                 print(", ".join([*words, f"{2e-9 * m * n * k / mine:.0f} GOP/s"]), flush=True)
                 for name, t in times.items():
                     low, middle, high = (1e6 * t.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype))).tolist()
-                    rate = n * k / 4 / middle / 1e3 if name in ("read", "cpu") else None
+                    rate = n * k / 4 / middle / 1e3 if CANDIDATES[name][1] == "2 bit" else None
                     rows.append(
                         {"op": "ternary_linear", "m": m, "n": n, "k": k, "dtype": CANDIDATES[name][1]}
                         | {"backend": name, "threads": threads}
