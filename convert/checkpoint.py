@@ -125,6 +125,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
+    bits: float = 2,
 ) -> Any:
     """Read what save wrote, or any Hugging Face `bitnet` checkpoint; returns the model in evaluation mode.
 
@@ -133,6 +134,7 @@ def load(
     device:    where the weights go
     dtype:     of the float weights; "auto" takes the stored one
     backend:   of the packed layers (see bitnet.backends)
+    bits:      a packed weight takes in the backend's memory: 2, or 1.6 where the CPU can (see PackedBitLinear)
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
@@ -168,9 +170,8 @@ def load(
         hf.finish_loading(model, settings)
     assert model is not None
     for module in model.modules():
-        if isinstance(module, PackedBitLinear) and module.backend != backend:
-            module.backend = backend
-            module._drop_derived()
+        if isinstance(module, PackedBitLinear):
+            module.set_backend(backend, bits)
     return model.eval()
 
 

@@ -255,6 +255,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
             layer.rms_norm,
             layer.spec,
             layer.backend,
+            layer.bits,
             layer._prepacked,
             layer._bound,
         )

@@ -8,6 +8,7 @@ In eager inference a layer calls its bound function directly. Under autograd, to
 function runs as the registered operator `torch.ops.bitnet.ternary_linear`.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -97,12 +98,24 @@ def check_backend(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
-def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8) -> str:
+def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, bits: float = 2) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
+
+    bits: 1.6 turns "cpu" into "cpu-base3" if that can run, and warns if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
-    return _choose(backend, device.type, activation_bits)
+    name = _choose(backend, device.type, activation_bits)
+    if bits == 1.6 and name != "cpu-base3":
+        why = (
+            _BACKENDS["cpu-base3"].missing(device, activation_bits)
+            if name == "cpu"
+            else "that backend has no such form"
+        )
+        if why is None:
+            return "cpu-base3"
+        warnings.warn(f"bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2)
+    return name
 
 
 @lru_cache

@@ -1,6 +1,7 @@
 """The native CPU kernels: every instruction set this CPU can run, threads, forks, memory. test_ops.py and
 test_packed.py run on this backend as well."""
 
+import copy
 import ctypes
 import gc
 import os
@@ -20,8 +21,9 @@ import oracle
 import pytest
 import torch
 from oracle import DTYPES, grid
-from torch import Tensor
+from torch import Tensor, nn
 
+import bitnet
 from bitnet import PackedBitLinear
 from bitnet.kernels import cpu, ops
 from bitnet.kernels.layout import pack_ternary
@@ -310,6 +312,39 @@ def test_float_activations_are_refused_with_the_remedy() -> None:
         PackedBitLinear(8, 4, backend="cpu", activation_bits=None)(torch.ones(1, 8))
     layer = PackedBitLinear(8, 4, activation_bits=None)
     assert layer.prepack()[1] == "torch"
+
+
+@pytest.mark.skipif(not MISSING and not cpu.isas(cpu.BASE3), reason="this CPU has no AVX512-VBMI")
+def test_1_6_bits_take_the_base3_kernel_and_give_the_same(tmp_path: Path) -> None:
+    layer, x = PackedBitLinear(100, 64, bits=1.6), grid(3, 100)
+    layer.weight.copy_(pack_ternary(ternary(64, 100)))
+    assert layer.prepack()[1] == "cpu-base3"
+    expected = PackedBitLinear(100, 64)
+    expected.load_state_dict(layer.state_dict())
+    assert expected.prepack()[1] == "cpu"
+    assert torch.equal(layer(x), expected(x))
+    expected.set_backend(bits=1.6)
+    assert expected.prepack()[1] == "cpu-base3"
+    assert torch.equal(copy.deepcopy(layer)(x), expected(x))
+    bitnet.save(nn.Sequential(layer), tmp_path)
+    loaded = bitnet.load(tmp_path, nn.Sequential(nn.Linear(100, 64)), bits=1.6)
+    assert loaded[0].prepack()[1] == "cpu-base3"
+    assert torch.equal(loaded(x), expected(x))
+
+
+def test_1_6_bits_that_cannot_be_had_are_said_and_done_in_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    isas = cpu.isas
+    monkeypatch.setattr(cpu, "isas", lambda layout=0: [] if layout == cpu.BASE3 else isas(layout))
+    layer = PackedBitLinear(8, 4, bits=1.6)
+    with pytest.warns(
+        UserWarning, match="bits=1.6: this CPU has no AVX512-VBMI; weights keep the form of backend 'cpu'"
+    ):
+        assert layer.prepack()[1] == "cpu"
+    layer.set_backend("torch", bits=1.6)
+    with pytest.warns(UserWarning, match="weights keep the form of backend 'torch'"):
+        assert layer.prepack()[1] == "torch"
+    with pytest.raises(ValueError, match=r"bits must be 2 or 1\.6, got 1\.5"):
+        layer.set_backend(bits=1.5)
 
 
 def test_a_cuda_device_is_refused_with_the_remedy() -> None:
