@@ -119,7 +119,7 @@ def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict
         runs[-1](x)
         calls[name] = max(1, min(len(runs), int(5e-3 / (time.perf_counter() - start))))
     turn, end = 0, time.perf_counter() + seconds
-    while turn < 5 or time.perf_counter() < end:
+    while turn < 3 or time.perf_counter() < end:
         for name, runs in candidates.items():
             batch = [runs[(turn * calls[name] + i) % len(runs)] for i in range(calls[name])]
             start = time.perf_counter()
