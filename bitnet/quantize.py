@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import int8, reference
+from .kernels import int8, ops, reference
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def bit_linear(
         return _QuantizedLinear.apply(x, weight, bias, spec.weights, spec.per_row, spec.activation_bits)
     w = weight
     if isinstance(strength, Tensor) or strength != 0:
-        codes, scale = reference.quantize_weight(weight.detach(), spec.weights, spec.per_row)
+        codes, scale = ops.quantize_latent(weight.detach(), spec.weights, spec.per_row)
         w = _blend(weight, codes * scale[:, None], strength)
         if spec.activation_bits is not None:
             q, s = reference.quantize_activation(x.detach(), spec.activation_bits)
@@ -80,7 +80,7 @@ class _QuantizedLinear(torch.autograd.Function):
         per_row: bool,
         bits: int | None,
     ) -> Tensor:
-        codes, scale = reference.quantize_weight(weight, kind, per_row)
+        codes, scale = ops.quantize_latent(weight, kind, per_row)
         x2 = x.reshape(-1, x.shape[-1])
         if bits is None:
             ctx.save_for_backward(x2, None, codes, scale)

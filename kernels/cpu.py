@@ -21,8 +21,9 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 4  # bitnet_abi() of a library built from these sources
+_ABI = 5  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
 TWO_BITS, BASE3, _EIGHT_BITS = 0, 1, 2  # layouts; int8 weights get the third whichever is asked for
 
@@ -101,6 +102,7 @@ def _load() -> ctypes.CDLL | str:
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
     library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
     library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
+    library.bitnet_ternary_codes.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32)
     library.bitnet_read.argtypes, library.bitnet_read.restype = (pointer, int64, int32), int64
     return library
 
@@ -195,6 +197,21 @@ def read(weight: Tensor) -> None:
     _library().bitnet_read(weight.data_ptr(), weight.nbytes, torch.get_num_threads())
 
 
+# Training
+
+
+def ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
+    """clamp(round(weight * inv), -1, 1) as int8 [N, K], in one pass over a float32, bfloat16 or float16 weight.
+
+    weight: contiguous [N, K]; inv: float32 [1] or [N, 1]
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    n, k = weight.shape
+    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, codes.data_ptr())
+    _check(_library().bitnet_ternary_codes(*args, torch.get_num_threads()))
+    return codes
+
+
 # Multiplying
 
 
@@ -211,7 +228,7 @@ def _layer(
     layout = layout_of(weight, layout)
     index = -1 if isa is None else isas(layout).index(isa)
     if bias is not None:
-        bias = (bias if bias.dtype in (torch.float32, torch.bfloat16, torch.float16) else bias.float()).contiguous()
+        bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()
     scale = None if scale is None else scale.contiguous()
     layer = _Layer(
         weight.data_ptr(),

@@ -147,6 +147,17 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
     return torch.ops.bitnet.quantize_weight(weight, kind, per_row)
 
 
+def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
+    """reference.quantize_weight for every step of training: unchecked, and in fewer passes where that is possible."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
+    if not plain or kind != "ternary" or torch.compiler.is_compiling() or weight.dtype not in cpu.FLOATS:
+        return reference.quantize_weight(weight, kind, per_row)
+    if weight.device.type != "cpu" or cpu.missing(weight.device):
+        return reference.quantize_weight(weight, kind, per_row)
+    inv = reference.inverse_scale(weight, kind, per_row)
+    return cpu.ternary_codes(weight, inv), (1 / inv).reshape(-1)
+
+
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Per-token codes int8 [..., K] and s float32 [..., 1]: reference.quantize_activation, with checks."""
     if not x.is_floating_point():
@@ -357,6 +368,7 @@ __all__ = [
     "packed_rows",
     "prepack",
     "quantize_activation",
+    "quantize_latent",
     "quantize_weight",
     "ternary_linear",
 ]

@@ -27,21 +27,25 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     float32 save and load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS
     (EPS / 127).
     """
-    w = weight.float()
-    if kind == "int8":
-        top = w.abs().amax(dim=1, keepdim=True) if per_row else w.abs().amax()
-        inv = 127 * top.clamp(min=EPS).reciprocal()
-        codes = (w * inv).round_().clamp_(-127, 127)
-        return codes.to(torch.int8), (1 / inv).reshape(-1)
-    mean = (lambda t: t.mean(dim=1, keepdim=True)) if per_row else torch.mean
-    inv = 1 / mean(w.abs()).clamp(min=EPS)
+    w, inv = weight.float(), inverse_scale(weight, kind, per_row)
     if kind == "ternary":
         codes = (w * inv).round_().clamp_(-1, 1)  # torch rounds half to even
     elif kind == "binary":
-        codes = (w > mean(w)).float() * 2 - 1
+        codes = (w > (w.mean(dim=1, keepdim=True) if per_row else w.mean())).float() * 2 - 1
+    elif kind == "int8":
+        codes = (w * inv).round_().clamp_(-127, 127)
     else:
         raise ValueError(f"kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
     return codes.to(torch.int8), (1 / inv).reshape(-1)
+
+
+def inverse_scale(weight: Tensor, kind: str = "ternary", per_row: bool = False) -> Tensor:
+    """The inv of quantize_weight, by which its codes are multiplied before rounding: float32 [1, 1], or [N, 1]."""
+    size = weight.float().abs()
+    if kind == "int8":
+        # as a reciprocal and a product: bit for bit what torch computes for 127 / a
+        return 127 * (size.amax(dim=1) if per_row else size.amax()).clamp(min=EPS).reciprocal().reshape(-1, 1)
+    return 1 / (size.mean(dim=1) if per_row else size.mean()).clamp(min=EPS).reshape(-1, 1)
 
 
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:

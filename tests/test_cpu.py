@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.kernels import cpu, ops
+from bitnet.kernels import cpu, ops, reference
 from bitnet.kernels.layout import pack_ternary
 
 MISSING = cpu.missing(torch.device("cpu"))
@@ -469,3 +469,36 @@ def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list
     emulator = ["qemu-x86_64-static", "-cpu", model]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
     assert output.split() == [*2 * expected, "agree"]  # ternary, 8 bits
+
+
+# Training
+
+
+@each_dtype
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+def test_codes_of_a_latent_weight_are_the_references(dtype: torch.dtype, per_row: bool) -> None:
+    """Fails if ties, values far outside [-1, 1], the tail of a row, or a row's own scale are treated otherwise."""
+    for n, k in [(1, 1), (3, 7), (64, 33), (700, 700)]:
+        w = torch.randn(n, k)
+        w[0, 0] = 1e30 if dtype != torch.float16 else 6e4
+        for weight in (w.to(dtype), (grid(n, k) + 0.5).to(dtype), torch.full((n, k), 0.5, dtype=dtype)):
+            codes, scale = ops.quantize_latent(weight, "ternary", per_row)
+            expected_codes, expected_scale = reference.quantize_weight(weight, "ternary", per_row)
+            assert codes.dtype == torch.int8
+            assert torch.equal(codes, expected_codes)
+            assert torch.equal(scale, expected_scale)
+    ties = torch.tensor([[0.5, -0.5, 1.5, -1.5, 0.75, -0.25, 2.5, 0.0]])
+    assert cpu.ternary_codes(ties, torch.ones(1, 1)).tolist() == [[0, 0, 1, -1, 1, 0, 1, 0]]
+
+
+def test_a_training_step_takes_the_native_codes_and_strided_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    native = cpu.ternary_codes
+    monkeypatch.setattr(cpu, "ternary_codes", lambda *args: calls.append(args) or native(*args))
+    layer = bitnet.BitLinear(8, 6)
+    layer(torch.randn(2, 8)).sum().backward()
+    assert len(calls) == 1
+    ops.quantize_latent(torch.randn(6, 8).T, "ternary", False)
+    ops.quantize_latent(torch.randn(6, 8), "binary", False)
+    ops.quantize_latent(torch.randn(6, 8, device="meta"), "ternary", False)
+    assert len(calls) == 1

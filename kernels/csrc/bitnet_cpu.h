@@ -50,5 +50,9 @@ BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, u
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t layout,
                                        int32_t threads);
 
+// Ternary codes int8 [n, k] of a contiguous latent weight [n, k]: clamp(round(w inv), -1, 1). inv: [1], or [n] if per_row.
+BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
+                                           int32_t per_row, int8_t* codes, int32_t threads);
+
 // Reads bytes once and returns a checksum: the yardstick that benchmarks hold kernels against. Used for nothing else.
 BITNET_EXPORT int64_t bitnet_read(const void* data, int64_t bytes, int32_t threads);

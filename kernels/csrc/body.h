@@ -109,6 +109,28 @@ Token quantize(const void* x, int32_t x_type, int64_t k, int8_t* codes) {
   return {0, sum};
 }
 
+// Codes of one row of a latent weight: the ternary ones of reference.quantize_weight. Clamping before rounding changes
+// none, as the bounds are integers, and keeps what is added small.
+
+template <class F>
+void ternary_codes_of(const void* w_, int64_t k, float inv, int8_t* codes) {
+  const auto* w = static_cast<const typename F::Bits*>(w_);
+  for (int64_t i = 0; i < k; ++i) {
+    float v = F::value(w[i]) * inv;
+    v = v < -1 ? -1 : v;
+    v = v > 1 ? 1 : v;
+    codes[i] = int8_t(bits<uint32_t>(v + 0x1.8p23f));
+  }
+}
+
+void ternary_codes(const void* w, int32_t type, int64_t k, float inv, int8_t* codes) {
+  switch (type) {
+    case kFloat32: return ternary_codes_of<F32>(w, k, inv, codes);
+    case kBFloat16: return ternary_codes_of<BF16>(w, k, inv, codes);
+    case kFloat16: return ternary_codes_of<F16>(w, k, inv, codes);
+  }
+}
+
 // Epilogue: reference.rescale for `rows` accumulators, which start at row n0 of the output.
 
 template <class F>
@@ -272,7 +294,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kLayout, I::kMaxTokens, quantize, gemv<I>, gemm<I>};
+  return {name, supported, I::kLayout, I::kMaxTokens, quantize, ternary_codes, gemv<I>, gemm<I>};
 }
 
 }  // namespace

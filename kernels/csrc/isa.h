@@ -24,6 +24,9 @@ struct Isa {
   // Codes of one token of k features. x_type may be int8: then x is copied, s is not set.
   Token (*quantize)(const void* x, int32_t x_type, int64_t k, int8_t* codes);
 
+  // Ternary codes of one row of k latent weights.
+  void (*ternary_codes)(const void* w, int32_t type, int64_t k, float inv, int8_t* codes);
+
   // Rows of blocks [first, last) for one token: y points at its row of the output.
   void (*gemv)(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
                int32_t y_type);

@@ -182,7 +182,7 @@ Status prefill(const Call& call, int64_t m, int threads) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 4; }
+BITNET_EXPORT int32_t bitnet_abi() { return 5; }
 
 BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
   const Isa* isa = i < 0 ? nullptr : find_isa(layout, i);
@@ -261,6 +261,21 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
         const int code = layout == kTwoBits ? byte >> 2 * field & 3 : (field < 4 ? byte % 84 : byte) / kPower[field] % 3;
         to[i] = int8_t(code - 1);
       }
+    }
+  });
+  return kOk;
+}
+
+BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
+                                           int32_t per_row, int8_t* codes, int32_t threads) {
+  if (!is_float(type)) return kBadType;
+  if (n < 0 || k < 0) return kBadShape;
+  const Isa& isa = *find_isa(kTwoBits, 0);
+  if (n * k < int64_t(1) << 18) threads = 1;
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row) {
+      const char* from = static_cast<const char*>(w) + row * k * element_size(type);
+      isa.ternary_codes(from, type, k, inv[per_row ? row : 0], codes + row * k);
     }
   });
   return kOk;
