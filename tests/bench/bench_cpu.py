@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import ggml
 import torch
@@ -25,6 +26,7 @@ from bitnet import PackedBitLinear, info
 from bitnet.kernels import cpu
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096)]  # (N, K)
+HEAD = (128256, 2560)  # the output head of bitnet-b1.58-2B-4T, in 8 bits
 TOKENS = [1, 4, 16, 64, 256, 1024]
 ROTATE = 220e6  # bytes of weights
 HERE = Path(__file__).parent
@@ -32,24 +34,27 @@ HERE = Path(__file__).parent
 Run = Callable[[Tensor], object]
 
 
-def ours(backend: str) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
     def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
-        layer = PackedBitLinear(k, n, bias=False, backend=backend)
-        layer.weight.copy_(torch.randint(0, 256, layer.weight.shape) & 0xAA)  # fields of 0 or 2: valid codes
+        layer = PackedBitLinear(k, n, bias=False, backend=backend, **options)
+        layer.weight.random_(0, 127).bitwise_and_(0xAA if layer.weight.dtype == torch.uint8 else -1)  # valid codes
         weight = layer.prepack()[0]
         while True:
-            twin = PackedBitLinear(k, n, bias=False, backend=backend, device="meta")
+            twin = PackedBitLinear(k, n, bias=False, backend=backend, device="meta", **options)
             twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
-            twin._prepacked = cpu._arena.empty(*weight.shape).copy_(weight), backend
+            twin._prepacked = cpu._arena.empty(*weight.shape).view(weight.dtype).copy_(weight), backend
             yield twin, weight.nbytes
 
     return make
 
 
-def raw_read(n: int, k: int) -> Iterator[tuple[Run, int]]:
-    while True:
-        weight = cpu._arena.empty(*cpu.layout_shape(n, k)).fill_(1)
-        yield (lambda x, w=weight: cpu.read(w)), weight.nbytes
+def raw_read(bits: int) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+    def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
+        while True:
+            weight = cpu._arena.empty(n * k * bits // 8).fill_(1)
+            yield (lambda x, w=weight: cpu.read(w)), weight.nbytes
+
+    return make
 
 
 def torch_linear(dtype: torch.dtype) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
@@ -84,14 +89,21 @@ def llama_cpp(kind: str) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
     return make
 
 
-CANDIDATES: dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], str]] = {
-    "read": (raw_read, "2 bit"),
+Candidates = dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], str]]
+CANDIDATES: Candidates = {
+    "read": (raw_read(2), "2 bit"),
     "cpu": (ours("cpu"), "2 bit"),
     **({"cpu-base3": (ours("cpu-base3"), "1.6 bit")} if cpu.isas(cpu.BASE3) else {}),
     "torch int4": (torch_int4, "4 bit"),
     "torch int8": (torch_int8, "int8"),
     "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
     "torch fp32": (torch_linear(torch.float32), "fp32"),
+}
+HEAD_CANDIDATES: Candidates = {
+    "read": (raw_read(8), "int8"),
+    "cpu": (ours("cpu", weights="int8", per_row=True), "int8"),
+    "torch int8": (torch_int8, "int8"),
+    "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
 }
 if ggml.version():
     CANDIDATES |= {f"llama.cpp {kind}": (llama_cpp(kind), kind) for kind in ggml.TYPES}
@@ -137,6 +149,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
     args = parser.parse_args()
     shapes, tokens, seconds = (SHAPES[:2], [1, 16, 64, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
+    work = [("ternary_linear", n, k, tokens, CANDIDATES) for n, k in shapes]
+    work += [] if args.quick else [("int8_linear", *HEAD, [1, 4], HEAD_CANDIDATES)]
 
     hardware, versions = info.hardware(), info.versions()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
@@ -148,8 +162,8 @@ def main() -> None:
     }
     print(f"{common['hardware']}; {common['versions']}; µs a call, and how many times as long as ours the others take")
     rows = []
-    for n, k in shapes:
-        candidates = {name: rotation(make, n, k) for name, (make, _) in CANDIDATES.items()}
+    for op, n, k, tokens, makers in work:
+        candidates = {name: rotation(make, n, k) for name, (make, _) in makers.items()}
         for threads in args.threads:
             torch.set_num_threads(threads)
             for m in tokens:
@@ -161,9 +175,11 @@ def main() -> None:
                 print(", ".join([*words, f"{2e-9 * m * n * k / mine:.0f} GOP/s"]), flush=True)
                 for name, t in times.items():
                     low, middle, high = (1e6 * t.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype))).tolist()
-                    rate = n * k / 4 / middle / 1e3 if CANDIDATES[name][1] == "2 bit" else None
+                    kind = makers[name][1]
+                    size = {"2 bit": n * k / 4, "int8": n * k, "bf16": 2 * n * k, "fp32": 4 * n * k}.get(kind)
+                    rate = size and size / middle / 1e3
                     rows.append(
-                        {"op": "ternary_linear", "m": m, "n": n, "k": k, "dtype": CANDIDATES[name][1]}
+                        {"op": op, "m": m, "n": n, "k": k, "dtype": kind}
                         | {"backend": name, "threads": threads}
                         | {"p20_us": f"{low:.1f}", "p50_us": f"{middle:.1f}", "p80_us": f"{high:.1f}"}
                         | {"weight_GB_per_s": rate and f"{rate:.1f}"}
