@@ -129,6 +129,7 @@ def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict
         runs[0](x)
         start = time.perf_counter()
         runs[-1](x)
+        ggml.rest()
         calls[name] = max(1, min(len(runs), int(5e-3 / (time.perf_counter() - start))))
     turn, end = 0, time.perf_counter() + seconds
     while turn < 3 or time.perf_counter() < end:
@@ -138,6 +139,7 @@ def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict
             for run in batch:
                 run(x)
             times[name].append((time.perf_counter() - start) / len(batch))
+            ggml.rest()
         turn += 1
     return {name: torch.tensor(t, dtype=torch.float64) for name, t in times.items()}
 

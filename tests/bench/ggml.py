@@ -68,6 +68,7 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
     cpu.ggml_graph_plan.restype, cpu.ggml_graph_plan.argtypes = _Plan, [c_void_p, c_int, c_void_p]
     cpu.ggml_graph_compute.argtypes = [c_void_p, POINTER(_Plan)]
     cpu.ggml_threadpool_new.restype, cpu.ggml_threadpool_new.argtypes = c_void_p, [POINTER(_PoolParams)]
+    cpu.ggml_threadpool_pause.argtypes = [c_void_p]
     cpu.ggml_cpu_init()
     return base, cpu
 
@@ -83,10 +84,20 @@ def version() -> str | None:
     return metadata.version("llama-cpp-python") if _libraries() else None
 
 
-@lru_cache
+_pools: dict[int, int] = {}
+
+
 def _pool(threads: int) -> int:
     base, cpu = _both()
-    return cpu.ggml_threadpool_new(byref(base.ggml_threadpool_params_default(threads)))
+    if threads not in _pools:
+        _pools[threads] = cpu.ggml_threadpool_new(byref(base.ggml_threadpool_params_default(threads)))
+    return _pools[threads]
+
+
+def rest() -> None:
+    """Put ggml's threads to sleep: they would spin on the cores of whatever runs next. The next call wakes them."""
+    for pool in _pools.values():
+        _both()[1].ggml_threadpool_pause(pool)
 
 
 def quantize(weight: Tensor, kind: str) -> Tensor:
