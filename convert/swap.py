@@ -164,7 +164,8 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
 
     head: "int8" stores the output head of a Hugging Face model, and the input embedding if the two are tied, in 8 bits
           with a scale a row. Not exact, though nearly: the report says how far the weights move. In large
-          vocabularies the head costs more time than all ternary layers. The checkpoint then needs this package.
+          vocabularies the head costs more time than all ternary layers. The checkpoint then needs this package. Works
+          on a packed model, too.
 
     The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
     checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
@@ -173,7 +174,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
     found = _head(model) if head else None
     layers = {name: module for name, module in _unique_modules(model) if type(module) is BitLinear}
-    if not layers:
+    if not layers and not head:
         raise ValueError("pack: the model has no BitLinear layers; call bitnet.replace_linear(model) first")
     packed = {}
     for name, layer in layers.items():

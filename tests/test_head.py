@@ -106,6 +106,18 @@ def test_head_and_tied_embedding_hold_the_same_bytes_and_little_is_lost(tied: bo
     assert 0 < change < 0.05
 
 
+def test_the_head_of_a_model_that_is_packed_already_can_follow(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    bitnet.replace_linear(model)
+    whole = copy.deepcopy(model)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path)
+    model = bitnet.load(tmp_path)
+    bitnet.pack(model, head="int8")
+    bitnet.pack(whole, head="int8")
+    assert torch.equal(logits(model), logits(whole))
+
+
 @pytest.mark.parametrize("bits", [2, 1.6])
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": 3000}], ids=["one_file", "sharded"])
 @pytest.mark.parametrize("name", ["untied", "tied", "bias", "bf16"])
