@@ -12,6 +12,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -155,7 +156,8 @@ class _Arena:
             if chunk is None or self._next + size > len(chunk):
                 # room to start on a page boundary: only aligned 2 MB become a large page
                 chunk = mmap.mmap(-1, max(self.CHUNK, size) + self.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                chunk.madvise(mmap.MADV_HUGEPAGE)
+                with suppress(OSError):  # a kernel built without large pages
+                    chunk.madvise(mmap.MADV_HUGEPAGE)
                 self._next = -torch.frombuffer(chunk, dtype=torch.uint8, count=1).data_ptr() % self.PAGE
                 self._chunk = weakref.ref(chunk)
             tensor = torch.frombuffer(chunk, dtype=torch.uint8, count=size, offset=self._next).view(shape)

@@ -4,6 +4,7 @@ test_packed.py run on this backend as well."""
 import copy
 import ctypes
 import gc
+import mmap
 import os
 import platform
 import random
@@ -246,6 +247,17 @@ def test_loading_and_dropping_a_model_leaves_no_memory_behind() -> None:
         load_and_drop()
     gc.collect()
     assert resident() - before < 250e6  # fifty models are 630 MB; malloc's own heap comes and goes by 100
+
+
+def test_a_kernel_without_large_pages_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, option: int, *args: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(cpu.mmap, "mmap", Refusing)
+    tensor = cpu._Arena().empty(5, 7).fill_(3)
+    assert tensor.shape == (5, 7)
+    assert bool((tensor == 3).all())
 
 
 def test_prepacked_weights_do_not_overlap_and_die_one_by_one() -> None:
