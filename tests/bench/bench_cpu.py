@@ -9,27 +9,24 @@ a figure is appended to the CSV.
 """
 
 import argparse
-import csv
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import ggml
+import results
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet import PackedBitLinear, info
+from bitnet import PackedBitLinear
 from bitnet.kernels import cpu
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096)]  # (N, K)
 HEAD = (128256, 2560)  # the output head of bitnet-b1.58-2B-4T, in 8 bits
 TOKENS = [1, 4, 16, 64, 256, 1024]
 ROTATE = 220e6  # bytes of weights
-HERE = Path(__file__).parent
 
 Run = Callable[[Tensor], object]
 
@@ -148,20 +145,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens, under 50 seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--csv", type=Path, default=HERE / "results.csv")
+    parser.add_argument("--csv", type=Path, default=results.FILE)
     args = parser.parse_args()
     shapes, tokens, seconds = (SHAPES[:2], [1, 16, 64, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
     work = [("ternary_linear", n, k, tokens, CANDIDATES) for n, k in shapes]
     work += [] if args.quick else [("int8_linear", *HEAD, [1, 4], HEAD_CANDIDATES)]
 
-    hardware, versions = info.hardware(), info.versions()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-    common = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{hardware['cpu']}, {cpu.isas()[0]}",
-        "versions": f"torch {versions['torch']}, python {versions['python']}, llama-cpp-python {ggml.version()}",
-    }
+    common = results.conditions()
     print(f"{common['hardware']}; {common['versions']}; µs a call, and how many times as long as ours the others take")
     rows = []
     for op, n, k, tokens, makers in work:
@@ -176,23 +166,11 @@ def main() -> None:
                 words += [f"{name} {t.median() / mine:.2f}" for name, t in times.items() if name != "cpu"]
                 print(", ".join([*words, f"{2e-9 * m * n * k / mine:.0f} GOP/s"]), flush=True)
                 for name, t in times.items():
-                    low, middle, high = (1e6 * t.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=t.dtype))).tolist()
                     kind = makers[name][1]
                     size = {"2 bit": n * k / 4, "int8": n * k, "bf16": 2 * n * k, "fp32": 4 * n * k}.get(kind)
-                    rate = size and size / middle / 1e3
-                    rows.append(
-                        {"op": op, "m": m, "n": n, "k": k, "dtype": kind}
-                        | {"backend": name, "threads": threads}
-                        | {"p20_us": f"{low:.1f}", "p50_us": f"{middle:.1f}", "p80_us": f"{high:.1f}"}
-                        | {"weight_GB_per_s": rate and f"{rate:.1f}"}
-                        | common
-                    )
-    new = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+                    what = {"op": op, "m": m, "n": n, "k": k, "dtype": kind, "backend": name, "threads": threads}
+                    rows.append(results.row(what, t, size, common))
+    results.append(rows, args.csv)
 
 
 if __name__ == "__main__":
