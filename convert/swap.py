@@ -225,9 +225,13 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
         raise ValueError(
             f"pack: the output head is tied to {kinds}; head='int8' can follow one plain nn.Embedding only"
         )
-    if not bool(head.weight.isfinite().all()):
-        raise ValueError("pack: the output head holds NaN or Inf; the training run has diverged")
-    name = next(name for name, module in _unique_modules(model) if module is head)
+    if head.weight.is_meta or not bool(head.weight.isfinite().all()):
+        raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
+    names = {module: name for name, module in _unique_modules(model)}
+    name = names[head]
+    why = _unsafe(model, [name], head, {}) or next(filter(None, (_used_directly(model, names[m]) for m in others)), "")
+    if why:
+        raise ValueError(f"pack: the output head must stay float: {why}")
     return name, head, others[0] if others else None  # type: ignore[return-value]
 
 
@@ -316,11 +320,16 @@ def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[in
         return "its weight is empty"
     if id(module.weight) in tied:
         return f"tied to {tied[id(module.weight)]}"
-    for parts in (name.split(".") for name in names):
-        for depth in range(len(parts)):
-            owner: Any = type(model.get_submodule(".".join(parts[:depth])))
-            if _reads(owner, ".".join(parts[depth:])):
-                return f"{owner.__name__} uses {'.'.join(parts[depth:])}.weight directly"
+    return next(filter(None, (_used_directly(model, name) for name in names)), "")
+
+
+def _used_directly(model: nn.Module, name: str) -> str:
+    """Which class around the module `name` reads its weight without calling it; "" if none does."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner: Any = type(model.get_submodule(".".join(parts[:depth])))
+        if _reads(owner, ".".join(parts[depth:])):
+            return f"{owner.__name__} uses {'.'.join(parts[depth:])}.weight directly"
     return ""
 
 

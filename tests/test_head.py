@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from shapes import SHAPES
 from tiny import IDS, Mlp, llama, neox
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
@@ -162,6 +162,11 @@ def test_unpack_gives_back_a_float_head_of_codes_times_scale(tied: bool) -> None
     assert (model.model.embed_tokens.weight is model.lm_head.weight) == tied
 
 
+class Reader(LlamaForCausalLM):
+    def scores(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.model.embed_tokens.weight.T
+
+
 def test_a_head_that_cannot_become_int8_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match="head must be None or 'int8', got 'int4'"):
         bitnet.pack(llama(), head="int4")
@@ -179,6 +184,10 @@ def test_a_head_that_cannot_become_int8_is_refused_before_anything_changes() -> 
     model.extra.weight = model.lm_head.weight
     bitnet.replace_linear(model)
     with pytest.raises(ValueError, match=r"tied to Embedding, Embedding; .* one plain nn\.Embedding only"):
+        bitnet.pack(model, head="int8")
+    model = Reader(llama(tie_word_embeddings=True).config)
+    bitnet.replace_linear(model)
+    with pytest.raises(ValueError, match=r"head must stay float: Reader uses model\.embed_tokens\.weight directly"):
         bitnet.pack(model, head="int8")
     assert type(plain.up) is type(model.model.layers[0].mlp.up_proj) is BitLinear
 
