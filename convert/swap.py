@@ -225,6 +225,10 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
         raise ValueError(
             f"pack: the output head is tied to {kinds}; head='int8' can follow one plain nn.Embedding only"
         )
+    if any(
+        p is head.bias for module in model.modules() if module is not head for p in module.parameters(recurse=False)
+    ):
+        raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
     if head.weight.is_meta or not bool(head.weight.isfinite().all()):
         raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
     names = {module: name for name, module in _unique_modules(model)}

@@ -257,6 +257,34 @@ def test_a_saved_model_comes_back_different(case: Case, packed: bool, tmp_path: 
     assert torch.equal(logits(loaded, case.inputs), logits(model, case.inputs))
 
 
+# Where the head has to stay float, and why; everywhere else int8 works.
+NO_INT8_HEAD = {
+    "bert": "its bias is tied to another module's",
+    "bert_classifier": "needs a Hugging Face model with an nn.Linear output head",
+    "vit": "needs a Hugging Face model with an nn.Linear output head",
+    "t5": "tied to Embedding, Embedding, Embedding",
+    "mamba": "MambaForCausalLM uses lm_head.weight directly",
+    "gemma3": "tied to Gemma3TextScaledWordEmbedding",
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_an_int8_head_is_refused_or_runs_and_comes_back(name: str, tmp_path: Path) -> None:
+    case = swap(name)
+    model = case.model.eval()
+    if name in NO_INT8_HEAD:
+        with pytest.raises(ValueError, match=NO_INT8_HEAD[name]):
+            bitnet.pack(model, head="int8")
+        return
+    exact = copy.deepcopy(model)
+    bitnet.pack(exact)
+    bitnet.pack(model, head="int8")
+    expected, y = logits(exact, case.inputs), logits(model, case.inputs)
+    assert 0 < (y - expected).norm() / expected.norm() < 0.05
+    bitnet.save(model, tmp_path)
+    assert torch.equal(logits(bitnet.load(tmp_path), case.inputs), y)
+
+
 def test_a_model_with_nothing_to_swap_is_changed_or_breaks() -> None:
     case = swap("gpt2")
     assert not low_bit(case.model)
