@@ -9,6 +9,7 @@ ctypes releases the interpreter's lock during a call: other Python threads (a se
 
 import ctypes
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -145,6 +146,8 @@ class _Arena:
         self._lock = threading.Lock()
         self._chunk: Callable[[], mmap.mmap | None] = lambda: None
         self._next = 0
+        if hasattr(os, "register_at_fork"):  # another thread may hold the lock when this one forks
+            os.register_at_fork(after_in_child=lambda: setattr(self, "_lock", threading.Lock()))
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialized uint8 tensor."""

@@ -225,6 +225,17 @@ def test_a_forked_child_computes_and_does_not_wait_for_lost_threads(m: int) -> N
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
+def test_a_fork_while_another_thread_allocates_does_not_lock_the_child_out() -> None:
+    with cpu._arena._lock:
+        child = os.fork()
+        if child == 0:
+            threading.Timer(20, lambda: os._exit(2)).start()
+            codes = ternary(64, 64)
+            os._exit(0 if torch.equal(cpu.unprepack(prepack(codes), 64, 64), codes) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # Memory
 
 
