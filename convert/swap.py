@@ -203,7 +203,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         from . import hf
 
         hf.attach(model)
-    return _report(model, costs)
+    return _report(model, costs, linear="not a BitLinear, so not packed")
 
 
 def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
@@ -372,7 +372,8 @@ def _default_skip(model: nn.Module, name: str) -> str:
     return ""
 
 
-def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
+def _report(model: nn.Module, reasons: dict[str, str] | None = None, linear: str = "") -> Report:
+    """reasons: for some layers, by name; linear: why every other nn.Linear was kept, if it was"""
     reasons = reasons or {}
     report = Report()
     seen: set[int] = set()
@@ -406,6 +407,7 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None) -> Report:
                 report.other_bytes += parameter.numel() * parameter.element_size()
                 continue
             kind, reason = _kind(owner, leaf)
+            reason = reason or linear
             name = (
                 owner_name if leaf == "weight" and kind == type(owner).__name__ else f"{owner_name}.{leaf}".lstrip(".")
             )

@@ -534,3 +534,11 @@ def test_a_model_without_linears_breaks_the_report() -> None:
     assert report.low_bit_weights == 0
     assert reasons(report) == {"0": "a convolution"}
     assert "0 of 4 weights (0.0 %)" in str(report)
+
+
+def test_the_report_of_pack_says_why_a_linear_layer_stays() -> None:
+    model = llama()
+    bitnet.replace_linear(model, skip="o_proj")
+    kept = {row.name: row.reason for row in bitnet.pack(model).rows if row.kind == "Linear"}
+    assert set(kept) == {"lm_head", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"}
+    assert set(kept.values()) == {"not a BitLinear, so not packed"}
