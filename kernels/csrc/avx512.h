@@ -42,4 +42,9 @@ struct Avx512 {
   static constexpr int64_t kPlaneGroups = int64_t(1) << 14;  // 4 products * 128 * 128 = 2^16 a group in the top plane
 };
 
+INLINE bool vnni_supported() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
 }  // namespace

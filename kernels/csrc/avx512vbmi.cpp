@@ -57,10 +57,7 @@ struct Avx512Vbmi : Avx512 {
   static constexpr int64_t kPlaneGroups = int64_t(1) << 14;  // 4 products * 168 * 128 < 2^17 a group
 };
 
-bool supported() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-}
+bool supported() { return vnni_supported() && __builtin_cpu_supports("avx512vbmi"); }
 
 }  // namespace
 

@@ -15,12 +15,7 @@ struct Avx512Vnni : Avx512 {
   }
 };
 
-bool supported() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-
 }  // namespace
 
-const Isa kAvx512Vnni = make_isa<Avx512Vnni>("avx512-vnni", supported);
-const Isa kAvx512VnniInt8 = make_isa<EightBits<Avx512>>("avx512-vnni", supported);
+const Isa kAvx512Vnni = make_isa<Avx512Vnni>("avx512-vnni", vnni_supported);
+const Isa kAvx512VnniInt8 = make_isa<EightBits<Avx512>>("avx512-vnni", vnni_supported);

@@ -3,7 +3,7 @@
 //   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
 //   load, splat, load32, store32, add32      splat repeats 4 bytes
 //   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
-//   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j, codes 0..2
+//   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumGroups           a partial accumulator, and how many groups it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
 //   Planes, kPlaneGroups      the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
@@ -32,7 +32,7 @@ INLINE To bits(From from) {
   return to;
 }
 
-// Number formats. magnitude() orders |x| as integers, NaN above Inf above all else; value() is exact where x is finite.
+// Number formats. x & kAbs orders |x| as integers, NaN above Inf above all else; value() is exact where x is finite.
 
 struct F32 {
   using Bits = uint32_t;
@@ -270,6 +270,19 @@ void gemm(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, 
   tiles<I, R, I::kMaxTokens>(layer, n0, whole, panel, token, tokens, y, y_type);
   if constexpr (R > kBlockVecs) tiles<I, kBlockVecs, I::kMaxTokens>(layer, whole, n1, panel, token, tokens, y, y_type);
 }
+
+// Planes of an instruction set that has nothing better than to unpack plane<j>(w) and multiply each.
+template <class I>
+struct PlaneByPlane {
+  typename I::Sum sum;
+  INLINE void add(typename I::Vec w, const typename I::Vec (&s)[4]) {
+    I::dot(sum, I::template plane<0>(w), s[0]);
+    I::dot(sum, I::template plane<1>(w), s[1]);
+    I::dot(sum, I::template plane<2>(w), s[2]);
+    I::dot(sum, I::template plane<3>(w), s[3]);
+  }
+  INLINE auto total() const { return I::total(sum); }
+};
 
 // Layout C on the primitives of an instruction set whose dot() takes any u.
 template <class I>

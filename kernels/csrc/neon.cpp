@@ -43,7 +43,7 @@ struct Neon {
   static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = vdotq_s32(sum, u, s); }
   static INLINE int32x4_t total(Sum sum) { return sum; }
 
-  // Even planes as they are, odd ones times 4: one shift serves all four (see avx2.cpp).
+  // Even planes as they are, odd ones times 4: one shift serves all four (see avx256.h).
   struct Planes {
     Sum even, odd;
     INLINE void add(Vec w, const Vec (&s)[kFields]) {
@@ -68,17 +68,7 @@ struct Neon {
     sum.high = vmlal_high_s8(sum.high, u, s);
   }
   static INLINE int32x4_t total(Sum sum) { return vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high)); }
-
-  struct Planes {
-    Sum sum;
-    INLINE void add(Vec w, const Vec (&s)[kFields]) {
-      dot(sum, plane<0>(w), s[0]);
-      dot(sum, plane<1>(w), s[1]);
-      dot(sum, plane<2>(w), s[2]);
-      dot(sum, plane<3>(w), s[3]);
-    }
-    INLINE int32x4_t total() const { return Neon::total(sum); }
-  };
+  using Planes = PlaneByPlane<Neon>;
 #endif
 };
 

@@ -33,17 +33,7 @@ struct Scalar {
     UNROLL for (int b = 0; b < 32; b += 8) sum += int32_t(u >> b & 255) * int8_t(s >> b);
   }
   static INLINE int32_t total(Sum sum) { return sum; }
-
-  struct Planes {
-    Sum sum;
-    INLINE void add(Vec w, const Vec (&s)[kFields]) {
-      dot(sum, plane<0>(w), s[0]);
-      dot(sum, plane<1>(w), s[1]);
-      dot(sum, plane<2>(w), s[2]);
-      dot(sum, plane<3>(w), s[3]);
-    }
-    INLINE int32_t total() const { return sum; }
-  };
+  using Planes = PlaneByPlane<Scalar>;
 };
 
 bool supported() { return true; }

@@ -1,0 +1,48 @@
+// What AVX2 and AVX-VNNI have in common: 256-bit vectors on 2-bit weights.
+#pragma once
+#include <immintrin.h>
+
+#include "body.h"
+
+namespace {
+
+struct Avx256 {
+  using Vec = __m256i;
+  using Sum = __m256i;
+  struct Packed {};
+  static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
+  static constexpr int kBytes = 32, kTileVecs = 2;
+
+  static INLINE Vec load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static INLINE Vec splat(const int8_t* p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return _mm256_set1_epi32(word);
+  }
+  static INLINE Vec load32(const int32_t* p) { return load(p); }
+  static INLINE void store32(int32_t* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static INLINE Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
+  template <int J>
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    const Vec w = load(p);
+    return _mm256_and_si256(_mm256_srli_epi16(w, 2 * J), _mm256_set1_epi8(3));
+  }
+};
+
+// Two planes a sum, so that one shift serves four of them (16 registers do not hold four sums for each of four
+// vectors): even planes as they are, odd ones times 4.
+template <class I>
+struct TwoSums {
+  __m256i even, odd;
+  INLINE void add(__m256i w, const __m256i (&s)[4]) {
+    const __m256i low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(12), v = _mm256_srli_epi16(w, 4);
+    I::dot(even, _mm256_and_si256(w, low), s[0]);
+    I::dot(odd, _mm256_and_si256(w, high), s[1]);
+    I::dot(even, _mm256_and_si256(v, low), s[2]);
+    I::dot(odd, _mm256_and_si256(v, high), s[3]);
+  }
+  INLINE __m256i total() const { return I::add32(I::total(even), _mm256_srai_epi32(I::total(odd), 2)); }
+};
+
+}  // namespace
