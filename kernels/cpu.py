@@ -231,6 +231,13 @@ def _layer(
 ) -> ctypes.Structure:
     """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy."""
     layout = layout_of(weight, layout)
+    needed = layout_shape(n, k, layout)
+    if tuple(weight.shape) != needed:  # C would read beyond it
+        found = list(weight.shape)
+        raise ValueError(f"native CPU kernel: weight is prepacked as {found}, but {n} x {k} needs {list(needed)}")
+    if (scale is not None and scale.numel() not in (1, n)) or (bias is not None and bias.numel() != n):
+        sizes = [None if t is None else t.numel() for t in (scale, bias)]
+        raise ValueError(f"native CPU kernel: scale and bias of sizes {sizes} do not fit {n} rows")
     index = -1 if isa is None else isas(layout).index(isa)
     if bias is not None:
         bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()

@@ -107,6 +107,15 @@ def validate_packed(packed: Tensor) -> None:
         )
 
 
+def check_stored(weight: Tensor, out_features: int | None = None) -> int:
+    """check_packed for a weight that may also hold 8-bit codes, int8 [N, K]; returns N."""
+    if weight.dtype != torch.int8 or weight.ndim != 2:
+        return check_packed(weight, out_features)
+    if out_features not in (None, len(weight)):
+        raise ValueError(f"8-bit weight has {len(weight)} rows, but out_features={out_features}")
+    return len(weight)
+
+
 def codes_of(weight: Tensor, out_features: int) -> Tensor:
     """The int8 codes [N, K] of a stored weight: unpacked if it is uint8 in the Hub layout, itself if it is int8."""
     return weight if weight.dtype == torch.int8 else unpack_ternary(weight, out_features)

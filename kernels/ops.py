@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, int8, reference
-from .layout import check_packed, codes_of, packed_rows, validate_packed
+from .layout import check_packed, check_stored, codes_of, packed_rows, validate_packed
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
@@ -149,10 +149,9 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
 
 def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
     """reference.quantize_weight for every step of training: unchecked, and in fewer passes where that is possible."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
-    if not plain or kind != "ternary" or torch.compiler.is_compiling() or weight.dtype not in cpu.FLOATS:
-        return reference.quantize_weight(weight, kind, per_row)
-    if weight.device.type != "cpu" or cpu.missing(weight.device):
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu and weight.is_contiguous()
+    native = plain and kind == "ternary" and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
+    if not native or _choose("auto", "cpu", 8) != "cpu":
         return reference.quantize_weight(weight, kind, per_row)
     inv = reference.inverse_scale(weight, kind, per_row)
     return cpu.ternary_codes(weight, inv), (1 / inv).reshape(-1)
@@ -195,9 +194,9 @@ def ternary_linear(
     """
     if activation_bits not in (8, 4, None):
         raise ValueError(f"ternary_linear: activation_bits must be 8, 4 or None, got {activation_bits!r}")
+    n = check_packed(packed, out_features)
     backend = choose_backend(backend, packed.device, activation_bits)
-    weight = prepack(packed, out_features, backend=backend)
-    n = 4 * packed.shape[0] if out_features is None else out_features
+    weight = prepack(packed, n, backend=backend)
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"ternary_linear: x is {list(x.shape)}, but the weight takes K = {packed.shape[1]} features")
     if scale.dtype != torch.float32 or scale.shape not in ((1,), (n,)):
@@ -217,7 +216,7 @@ def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "
 
     Raises ValueError for a wrong dtype or shape, or bytes that encode no ternary value (not looked for while tracing).
     """
-    n = len(packed) if packed.dtype == torch.int8 and packed.ndim == 2 else check_packed(packed, out_features)
+    n = check_stored(packed, out_features)
     if 0 in packed.shape:
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
     if packed.dtype == torch.uint8 and not torch.compiler.is_compiling() and not packed.is_meta:

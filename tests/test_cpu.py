@@ -375,6 +375,18 @@ def test_a_cuda_device_is_refused_with_the_remedy() -> None:
         ops.choose_backend("cpu", torch.device("cuda"))
 
 
+@pytest.mark.parametrize("layout", [cpu.TWO_BITS, cpu._EIGHT_BITS])
+@pytest.mark.parametrize(("n", "k"), [(65, 40), (64, 60), (4096, 40)], ids=["row_more", "group_more", "rows_more"])
+def test_a_layer_larger_than_its_weight_is_refused_before_memory_is_read(layout: int, n: int, k: int) -> None:
+    codes = ternary(64, 40)
+    weight = ops.prepack(codes if layout == cpu._EIGHT_BITS else pack_ternary(codes), backend="cpu")
+    with pytest.raises(ValueError, match=rf"weight is prepacked as \[2, .*\], but {n} x {k} needs"):
+        cpu.bind(weight, torch.ones(1), None, n, k, 8)
+    for scale, bias in ((torch.ones(2), None), (torch.ones(1), torch.ones(63))):
+        with pytest.raises(ValueError, match=r"scale and bias of sizes \[.*\] do not fit 64 rows"):
+            cpu.bind(weight, scale, bias, 64, 40, 8)
+
+
 def test_bad_arguments_come_back_as_errors_not_crashes() -> None:
     weight, x, y = prepack(ternary(4, 8)), torch.zeros(1, 8), torch.zeros(1, 4)
     layer = cpu._layer(weight, torch.ones(1), None, 4, 8)

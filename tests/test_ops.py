@@ -228,6 +228,15 @@ def test_ternary_linear_agrees_with_its_fake(backend: str, bits: int | None, gra
 
 
 @each_backend
+def test_ternary_linear_takes_no_8_bit_codes_for_packed_bytes(backend: str) -> None:
+    """Fails if int8 codes [N, K] pass as Hub bytes of 4 N rows."""
+    with pytest.raises(ValueError, match=r"packed weight must be uint8 \[ceil\(N/4\), K\], got int8 \[4, 8\]"):
+        ops.ternary_linear(torch.ones(1, 8), ternary(4, 8), torch.ones(1), backend=backend)
+    with pytest.raises(ValueError, match="8-bit weight has 4 rows, but out_features=16"):
+        ops.prepack(ternary(4, 8), 16, backend=backend)
+
+
+@each_backend
 def test_every_layout_can_be_undone(backend: str) -> None:
     for _, n, k in AWKWARD:
         codes = ternary(n, k)
