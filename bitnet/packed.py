@@ -11,7 +11,24 @@ from .linear import BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
 
-class PackedBitLinear(nn.Module):
+class _Packed(nn.Module):
+    """A module whose weight_scale stays float32 under .to(bfloat16), .half(): the scale is exact or it is wrong."""
+
+    weight_scale: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
+
+
+class PackedBitLinear(_Packed):
     """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
 
     Takes nn.Linear's arguments, then the options of QuantSpec, `backend` ("auto" or a name that bitnet.backends()
@@ -47,8 +64,7 @@ class PackedBitLinear(nn.Module):
         packed, scale = _zeros(in_features, out_features, spec, device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
-        self._configure(in_features, out_features, spec, packed, scale, b, norm, backend)
-        self.set_backend(backend, bits)
+        self._configure(in_features, out_features, spec, packed, scale, b, norm, backend, bits)
 
     @staticmethod
     def from_bit_linear(
@@ -77,15 +93,16 @@ class PackedBitLinear(nn.Module):
         bias: Tensor | None,
         rms_norm: nn.RMSNorm | None,
         backend: str,
+        bits: float = 2,
     ) -> None:
-        ops.check_backend(backend)
-        self.in_features, self.out_features = in_features, out_features
-        self.spec, self.backend, self.bits = spec, backend, 2.0
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.register_buffer("weight", packed)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
         self.rms_norm = rms_norm
         self._drop_derived()
+        self.backend, self.bits = "auto", 2.0
+        self.set_backend(backend, bits)
 
     def _drop_derived(self) -> None:
         """Forget what was made from the buffers; the next call makes it again."""
@@ -150,17 +167,13 @@ class PackedBitLinear(nn.Module):
         return ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedBitLinear":
-        scale = self.weight_scale
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # .to(bfloat16), .half(): the scale is exact or it is wrong
-            self.weight_scale = scale.to(self.weight_scale.device)
         self._drop_derived()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_derived()
         super()._load_from_state_dict(*args, **kwargs)
-        self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepacked": None, "_bound": None}
@@ -189,7 +202,7 @@ def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:
     return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(_Packed):
     """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
 
     weight: int8 [V, D]; weight_scale: float32 [V]. The output has the dtype of the embedding it was made from, which
@@ -218,10 +231,3 @@ class PackedEmbedding(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         rows = F.embedding(input, self.weight).float() * F.embedding(input, self.weight_scale[:, None])
         return rows.to(self.dtype_of.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedEmbedding":
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self

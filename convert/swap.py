@@ -214,20 +214,13 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
             "pack: head='int8' needs a Hugging Face model with an nn.Linear output head that is still float, but found "
             f"{type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', per_row=True)"
         )
-    holders = [
-        module
-        for _, module in _unique_modules(model)
-        if any(p is head.weight for p in module.parameters(recurse=False))
-    ]
-    others = [module for module in holders if module is not head]
+    others = _other_holders(model, head, head.weight)
     if [type(module) for module in others] not in ([], [nn.Embedding]):
         kinds = ", ".join(type(module).__name__ for module in others)
         raise ValueError(
             f"pack: the output head is tied to {kinds}; head='int8' can follow one plain nn.Embedding only"
         )
-    if any(
-        p is head.bias for module in model.modules() if module is not head for p in module.parameters(recurse=False)
-    ):
+    if _other_holders(model, head, head.bias):
         raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
     if head.weight.is_meta or not bool(head.weight.isfinite().all()):
         raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
@@ -237,6 +230,11 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     if why:
         raise ValueError(f"pack: the output head must stay float: {why}")
     return name, head, others[0] if others else None  # type: ignore[return-value]
+
+
+def _other_holders(model: nn.Module, module: nn.Module, parameter: torch.Tensor | None) -> list[nn.Module]:
+    """The modules besides `module` that hold a parameter of it."""
+    return [m for m in model.modules() if m is not module and any(p is parameter for p in m.parameters(recurse=False))]
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
