@@ -9,6 +9,7 @@ a figure is appended to the CSV.
 """
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +142,15 @@ def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict
     return {name: torch.tensor(t, dtype=torch.float64) for name, t in times.items()}
 
 
+def calls() -> dict[str, Tensor]:
+    """A tiny layer's call, and the C function in it alone, as measure returns them."""
+    layer, x, y = PackedBitLinear(64, 64, bias=False, backend="cpu"), torch.randn(1, 64), torch.empty(1, 64)
+    described = cpu._layer(layer.prepack()[0], layer.weight_scale, None, 64, 64)
+    arguments = (ctypes.byref(described), x.data_ptr(), 0, 64, None, 1, y.data_ptr(), 0, 1)
+    function = cpu._library().bitnet_linear
+    return measure({"cpu": 1000 * [layer], "C function": 1000 * [lambda x: function(*arguments)]}, x, 0.5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens, under 50 seconds")
@@ -154,6 +164,13 @@ def main() -> None:
     common = results.conditions()
     print(f"{common['hardware']}; {common['versions']}; µs a call, and how many times as long as ours the others take")
     rows = []
+    with torch.no_grad():
+        times = calls()
+    above = 1e6 * (times["cpu"].median() - times["C function"].median())
+    print(f"a layer's call takes {above:.1f} µs more than the C function in it", flush=True)
+    for name, t in times.items():
+        what = {"op": "call", "m": 1, "n": 64, "k": 64, "dtype": "2 bit", "backend": name, "threads": 1}
+        rows.append(results.row(what, t, None, common))
     for op, n, k, tokens, makers in work:
         candidates = {name: rotation(make, n, k) for name, (make, _) in makers.items()}
         for threads in args.threads:
