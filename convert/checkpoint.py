@@ -18,9 +18,10 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 class TensorHeader(NamedTuple):
     """What a safetensors file says about a tensor without reading it."""
 
-    dtype: str
+    dtype: str  # as safetensors spells it: "BF16", "U8"
     shape: tuple[int, ...]
-    file: str
+    file: Path
+    offset: int  # of its first byte in the file
 
 
 def read_headers(files: list[str | Path] | list[str]) -> dict[str, TensorHeader]:
@@ -36,7 +37,9 @@ def read_headers(files: list[str | Path] | list[str]) -> dict[str, TensorHeader]
                 header = json.loads(stream.read(length))
                 header.pop("__metadata__", None)
                 described = {
-                    name: TensorHeader(entry["dtype"], tuple(entry["shape"]), file.name)
+                    name: TensorHeader(
+                        entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0]
+                    )
                     for name, entry in header.items()
                 }
                 end = max((entry["data_offsets"][1] for entry in header.values()), default=0)

@@ -18,6 +18,7 @@ uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -153,7 +154,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         if not should_convert_module(name, skips):
             if stored and stored.dtype in ("U8", "I8"):
                 raise ValueError(
-                    f"config.json keeps {name} as it is (modules_to_not_convert), but {stored.file} holds packed "
+                    f"config.json keeps {name} as it is (modules_to_not_convert), but {stored.file.name} holds packed "
                     f"bytes for it; one of the two is wrong"
                 )
             continue
@@ -204,6 +205,26 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             )
 
 
+def stored_codes(
+    weight: Tensor, scale: Tensor, in_features: int, out_features: int, config: BitNetConfig
+) -> tuple[Tensor, Tensor]:
+    """What the files hold for a packed layer, as int8 codes [N, K] and the float32 scale that multiplies.
+
+    Raises ValueError for a scale that is not positive and finite, and for bytes or floats that encode no code.
+    """
+    scale = scale.float().reshape(-1)
+    scale = scale if config.linear_class == "autobitlinear" else 1 / scale
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
+    if weight.is_floating_point():
+        return _float_codes(weight), scale
+    if config.bits == 1.6 and weight.dtype == torch.uint8:
+        return layout.unpack_base3(weight, in_features), scale
+    if weight.dtype == torch.uint8:
+        layout.validate_packed(weight)
+    return layout.codes_of(weight, out_features), scale
+
+
 def stored_state(model: nn.Module, bits: float = 2) -> dict[str, Tensor]:
     """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `bits` bits."""
     state = model.state_dict()
@@ -249,7 +270,9 @@ class BitNetQuantizer(BitNetHfQuantizer):
             known = model._keys_to_ignore_on_load_missing or []
             model._keys_to_ignore_on_load_missing = [*known, *map(re.escape, self.ties)]
         files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
-        swap_for_loading(model, self.quantization_config, _as_loaded(model, read_headers(files)) if files else None)
+        headers = read_headers(files)
+        named = {name: headers[key] for key, name in model_names(model, headers).items()}
+        swap_for_loading(model, self.quantization_config, named or None)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.embedding:
@@ -280,13 +303,12 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _as_loaded(model: PreTrainedModel, headers: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """The headers under the names the model has for them: checkpoints of some families (ViT) keep older names."""
+def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """The names the model has for stored tensors: checkpoints of some families (ViT) keep older ones."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     ours = {*model.state_dict(), *(f"{name}.weight_scale" for name, _ in _linears(model))}
-    renamed = {key: key if key in ours else rename_source_key(key, renamings, [])[0] for key in sorted(headers)}
-    return {renamed[key]: header for key, header in headers.items()}
+    return {key: key if key in ours else rename_source_key(key, renamings, [])[0] for key in sorted(keys)}
 
 
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
@@ -323,16 +345,23 @@ def _compare(name: str, module: nn.Module, headers: dict[str, TensorHeader], tie
         ok = stored.dtype == expected if expected else stored.dtype in ("F32", "BF16", "F16")
         if not ok or tuple(tensor.shape) != stored.shape:
             raise ValueError(
-                f"{stored.file}: {name}.{leaf} is {stored.dtype} {list(stored.shape)}, but config.json says the layer "
-                f"is {type(module).__name__}, which stores {expected or 'F32, BF16 or F16'} {list(tensor.shape)}"
+                f"{stored.file.name}: {name}.{leaf} is {stored.dtype} {list(stored.shape)}, but config.json says the "
+                f"layer is {type(module).__name__}, which stores {expected or 'F32, BF16 or F16'} {list(tensor.shape)}"
             )
 
 
+def _float_codes(weight: Tensor) -> Tensor:
+    if not bool(((weight == 0) | (weight.abs() == 1)).all()):
+        raise ValueError("quantization_mode is offline, but its weight holds values other than -1, 0, 1")
+    return weight.to(torch.int8)
+
+
 def _pack_float_codes(name: str, layer: BitLinear) -> PackedBitLinear:
-    codes = layer.weight.detach()
-    if not bool(((codes == 0) | (codes.abs() == 1)).all()):
-        raise ValueError(f"{name}: quantization_mode is offline, but its weight holds values other than -1, 0, 1")
-    packed, scale = layout.pack_ternary(codes.to(torch.int8)), layer.get_buffer("weight_scale").float()
+    try:
+        codes = _float_codes(layer.weight.detach())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    packed, scale = layout.pack_ternary(codes), layer.get_buffer("weight_scale").float()
     del layer.weight_scale
     return PackedBitLinear.from_bit_linear(layer, packed, scale)
 

@@ -387,7 +387,7 @@ def test_headers_describe_tensors_without_reading_them(good: Path) -> None:
     assert headers.keys() == state.keys()
     assert all(headers[key].shape == tuple(state[key].shape) for key in state)
     assert {headers[key].dtype for key in state if state[key].dtype == torch.uint8} == {"U8"}
-    assert {header.file for header in headers.values()} == {checkpoint.WEIGHTS}
+    assert {header.file for header in headers.values()} == {file}
 
 
 # Saves that are cut off, and saves over other saves.
