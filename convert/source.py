@@ -1,6 +1,9 @@
 """A checkpoint read one tensor at a time: what conversion, calibration and inspection start from."""
 
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +12,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from bitnet.kernels import ops
+from bitnet.kernels import layout, ops
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear
 
 from . import hf
-from .checkpoint import TensorHeader, read_headers, weight_files
-from .swap import replace_linear
+from .checkpoint import CONFIG, TensorHeader, read_headers, read_json, weight_files
+from .swap import Report, replace_linear
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +32,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# Of a checkpoint folder, what is not weights goes along, but for these.
+NOT_COPIED = re.compile(r"\..*|config\.json|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|index\.json)")
 
 
 class Quantized(NamedTuple):
@@ -48,20 +54,17 @@ class Source:
 
     path: Path
     model: PreTrainedModel
+    config: dict[str, Any]  # as in config.json
 
-    def keys(self) -> list[str]:
-        """Names of all stored tensors, as the model's state_dict has them."""
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every stored tensor in the order of the files: dtype as safetensors spells it, and shape.
+
+        Names are those of the model's state_dict; file_key has the ones in the files.
+        """
         raise NotImplementedError
 
-    def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
-        """The low-bit layers of the skeleton by name, but for those tied to another tensor, which have none stored."""
-        stored = set(self.keys())
-        modules = self.model.named_modules()
-        layers = {name: module for name, module in modules if isinstance(module, BitLinear | PackedBitLinear)}
-        return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
-
     def tensor(self, key: str) -> Tensor:
-        """One of keys(), as it is stored."""
+        """A stored tensor as it is."""
         raise NotImplementedError
 
     def quantized(self, name: str) -> Quantized:
@@ -70,6 +73,35 @@ class Source:
         Raises ValueError naming the layer for NaN or Inf, or bytes that encode no weight.
         """
         raise NotImplementedError
+
+    def copy_other_files(self, folder: Path) -> None:
+        """Write what belongs to the model besides config and weights (the tokenizer, say) to a folder."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> Any:
+        """What tells this source from another, or from a later state of itself; JSON."""
+        raise NotImplementedError
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """quantized(name) in the Hub layout, uint8 [ceil(N/4), K]; 8-bit codes as they are."""
+        codes, scale = self.quantized(name)
+        return codes if self.layers()[name].spec.weights == "int8" else layout.pack_ternary(codes), scale
+
+    def file_key(self, key: str) -> str:
+        """The name that a tensor has in files of this model: some families keep older ones than state_dict's."""
+        return key
+
+    def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
+        """The low-bit layers of the skeleton by name, but for those tied to another tensor, which have none stored."""
+        stored = self.stored()
+        modules = self.model.named_modules()
+        layers = {name: module for name, module in modules if isinstance(module, BitLinear | PackedBitLinear)}
+        return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
+
+    def nbytes(self, key: str) -> int:
+        """Size of a stored tensor."""
+        dtype, shape = self.stored()[key]
+        return DTYPES[dtype].itemsize * torch.Size(shape).numel()
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
@@ -108,15 +140,17 @@ class FolderSource(Source):
 
     def __init__(self, path: str | Path, *, skip: Any = None, include: Any = None, **options: Any) -> None:
         self.path = Path(path)
+        self.config = read_json(self.path / CONFIG)
         headers = read_headers([str(file) for file in weight_files(path)])
+        headers = dict(sorted(headers.items(), key=lambda item: (item[1].file, item[1].offset)))
         config = AutoConfig.from_pretrained(path)
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config)
         names = hf.model_names(self.model, headers)
-        self.stored = dict(zip(names, names.values(), strict=True))  # name in the file -> name in the model
-        self.headers = {name: headers[key] for key, name in names.items()}
+        self.headers = {names[key]: header for key, header in headers.items()}
+        self.file_keys = {name: key for key, name in names.items()}
         self.settings: hf.BitNetConfig | None = None
-        self.report = None
+        self.report: Report | None = None
         if settings is None:
             self.report = replace_linear(self.model, skip=skip, include=include, **options)
         else:
@@ -127,21 +161,54 @@ class FolderSource(Source):
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
+        self._layers = super().layers()
 
-    def keys(self) -> list[str]:
-        return list(self.headers)
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (header.dtype, header.shape) for name, header in self.headers.items()}
+
+    def file_key(self, key: str) -> str:
+        return self.file_keys[key]
+
+    def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
+        return self._layers
 
     def tensor(self, key: str) -> Tensor:
         return read_tensor(self.headers[key])
 
     def quantized(self, name: str) -> Quantized:
-        layer = self.layers()[name]
-        weight = self.tensor(f"{name}.weight")
-        try:
-            if isinstance(layer, BitLinear) and f"{name}.weight_scale" not in self.headers:
+        layer, weight = self._layers[name], self.tensor(f"{name}.weight")
+        with naming(name):
+            if self._latent(name):
                 return Quantized(*ops.quantize_weight(weight, kind=layer.spec.weights, per_row=layer.spec.per_row))
             assert self.settings is not None
             scale = self.tensor(f"{name}.weight_scale")
             return Quantized(*hf.stored_codes(weight, scale, layer.in_features, layer.out_features, self.settings))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        layer = self._layers[name]
+        if self._latent(name) and layer.spec.weights == "ternary":
+            with naming(name):
+                return ops.pack_latent(self.tensor(f"{name}.weight"), per_row=layer.spec.per_row)
+        return super().packed(name)
+
+    def _latent(self, name: str) -> bool:
+        """Whether the files hold a layer's float weight (and not its codes as floats, which come with a scale)."""
+        return isinstance(self._layers[name], BitLinear) and f"{name}.weight_scale" not in self.headers
+
+    def copy_other_files(self, folder: Path) -> None:
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and not NOT_COPIED.fullmatch(path.name):
+                shutil.copyfile(path, folder / path.name)
+
+    def fingerprint(self) -> Any:
+        stats = {path: path.stat() for path in sorted({header.file for header in self.headers.values()})}
+        return {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors about values say which layer they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
