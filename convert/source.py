@@ -17,7 +17,7 @@ from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear
 
 from . import hf
-from .checkpoint import CONFIG, TensorHeader, read_headers, read_json, weight_files
+from .checkpoint import CONFIG, read_headers, read_json, weight_files
 from .swap import Report, replace_linear
 
 DTYPES = {
@@ -35,6 +35,8 @@ DTYPES = {
 
 # Of a checkpoint folder, what is not weights goes along, but for these.
 NOT_COPIED = re.compile(r"\..*|config\.json|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|index\.json)")
+
+PIECE = 1 << 22  # elements
 
 
 class Quantized(NamedTuple):
@@ -66,6 +68,10 @@ class Source:
     def tensor(self, key: str) -> Tensor:
         """A stored tensor as it is."""
         raise NotImplementedError
+
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        """The same, flat and piece by piece."""
+        yield from self.tensor(key).view(-1).split(PIECE)
 
     def quantized(self, name: str) -> Quantized:
         """Codes and scale of the low-bit layer `name`: those stored, or those its float weight is rounded to.
@@ -104,17 +110,16 @@ class Source:
         return DTYPES[dtype].itemsize * torch.Size(shape).numel()
 
 
-def read_tensor(header: TensorHeader) -> Tensor:
-    """Read one tensor of a safetensors file into memory of its own (a mapping would count, and stay, as memory)."""
-    tensor = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+def read_into(tensor: Tensor, file: Path, offset: int) -> Tensor:
+    """Fill a contiguous tensor with bytes of a file. (A mapping of the file would count, and stay, as memory.)"""
     if tensor.numel():
         view = tensor.view(-1).view(torch.uint8).numpy().data
-        with header.file.open("rb", buffering=0) as stream:
-            stream.seek(header.offset)
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
             while view:
                 count = stream.readinto(view)
                 if not count:
-                    raise OSError(f"{header.file}: ended {len(view):,} bytes early while it was read")
+                    raise OSError(f"{file}: ended {len(view):,} bytes early while it was read")
                 view = view[count:]
     return tensor
 
@@ -173,7 +178,15 @@ class FolderSource(Source):
         return self._layers
 
     def tensor(self, key: str) -> Tensor:
-        return read_tensor(self.headers[key])
+        header = self.headers[key]
+        return read_into(torch.empty(header.shape, dtype=DTYPES[header.dtype]), header.file, header.offset)
+
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        header, dtype = self.headers[key], DTYPES[self.headers[key].dtype]
+        count = torch.Size(header.shape).numel()
+        for start in range(0, count, PIECE):
+            piece = torch.empty(min(PIECE, count - start), dtype=dtype)
+            yield read_into(piece, header.file, header.offset + start * dtype.itemsize)
 
     def quantized(self, name: str) -> Quantized:
         layer, weight = self._layers[name], self.tensor(f"{name}.weight")

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +59,16 @@ class Output:
 
 @dataclass
 class Job:
-    """What is read and computed as one; run() returns the tensors of `outputs`, in their order."""
+    """What is read and computed as one.
+
+    run() returns the values of each of `outputs`: consecutive pieces of the flat tensor, made as they are written.
+    """
 
     name: str
     outputs: list[Output]
     reads: int  # bytes
-    run: Callable[[], list[Tensor]]
+    memory: int  # bytes it holds while it runs, but for a few MB
+    run: Callable[[], list[Iterable[Tensor]]]
 
 
 def convert_checkpoint(
@@ -91,7 +95,7 @@ def convert_checkpoint(
     A float source is rounded as bitnet.replace_linear followed by bitnet.pack would: only useful for weights that were
     trained for it. The result is the same whatever the number of workers and interruptions.
 
-    Memory: the largest tensor as it is stored and once more as it is written, and about 256 MB.
+    Memory: the largest low-bit weight as it is stored and in 8 bits, or 256 MB if that is more, besides the program.
 
     Raises ValueError or OSError naming the tensor or file and what to do; then, and when it is killed, `target` does
     not exist, and what was finished waits in a folder beside it for resume=True.
@@ -160,29 +164,31 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
 
 def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...]) -> Job:
     output = Output(source.file_key(key), dtype, shape)
-    return Job(key, [output], output.nbytes, lambda: [source.tensor(key).to(DTYPES[dtype])])
+    return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
 
 
 def _layer(source: Source, name: str, layer: BitLinear | PackedBitLinear, to: str) -> Job:
     n, k, spec = layer.out_features, layer.in_features, layer.spec
     key, reads = source.file_key(f"{name}.weight"), source.nbytes(f"{name}.weight")
+    memory = reads + n * k
     scale = Output(f"{key.removesuffix('weight')}weight_scale", "F32", (n if spec.per_row else 1,))
     if to == "bf16":
-        return Job(name, [Output(key, "BF16", (n, k))], reads, lambda: [_bfloat16(*source.quantized(name))])
+        weight = Output(key, "BF16", (n, k))
+        return Job(name, [weight], reads, memory, lambda: [_bfloat16(*source.quantized(name))])
     if to == "base3" and spec.weights != "int8":
 
-        def pack_base3() -> list[Tensor]:
+        def pack_base3() -> list[Iterable[Tensor]]:
             codes, scale = source.quantized(name)
-            return [layout.pack_base3(codes), hf.stored_scale(scale)]
+            return [(layout.pack_base3(rows) for rows in _blocks(codes)), [hf.stored_scale(scale)]]
 
-        return Job(name, [Output(key, "U8", (n, -(-k // 5))), scale], reads, pack_base3)
+        return Job(name, [Output(key, "U8", (n, -(-k // 5))), scale], reads, memory, pack_base3)
 
-    def pack() -> list[Tensor]:
+    def pack() -> list[Iterable[Tensor]]:
         packed, scale = source.packed(name)
-        return [packed, hf.stored_scale(scale)]
+        return [[packed], [hf.stored_scale(scale)]]
 
     weight = Output(key, "I8", (n, k)) if spec.weights == "int8" else Output(key, "U8", (layout.packed_rows(n), k))
-    return Job(name, [weight, scale], reads, pack)
+    return Job(name, [weight, scale], reads, memory, pack)
 
 
 def _embedding(source: Source, name: str, embedding: PackedEmbedding, to: str) -> list[Job]:
@@ -191,19 +197,24 @@ def _embedding(source: Source, name: str, embedding: PackedEmbedding, to: str) -
     if to != "bf16":
         return [_copy(source, key, *source.stored()[key]) for key in (weight, scale)]
 
-    def dequantize() -> list[Tensor]:
+    def dequantize() -> list[Iterable[Tensor]]:
         return [_bfloat16(source.tensor(weight), 1 / source.tensor(scale).float())]
 
     output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
-    return [Job(name, [output], source.nbytes(weight), dequantize)]
+    reads = source.nbytes(weight)
+    return [Job(name, [output], reads, reads, dequantize)]
 
 
-def _bfloat16(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes * scale, rounded once; by blocks of rows, since the product needs float32."""
-    weight = torch.empty(codes.shape, dtype=torch.bfloat16)
-    for rows, some, part in zip(weight.split(256), codes.split(256), scale.expand(len(codes)).split(256), strict=True):
-        rows.copy_(some * part[:, None])
-    return weight
+def _blocks(codes: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of rows small enough for a processor's cache."""
+    return codes.split(max(1, (1 << 18) // codes.shape[1]))
+
+
+def _bfloat16(codes: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """codes * scale, rounded once."""
+    blocks = _blocks(codes)
+    scales = scale.expand(len(codes)).split(len(blocks[0]))
+    return ((block * part[:, None]).bfloat16() for block, part in zip(blocks, scales, strict=True))
 
 
 def place(jobs: list[Job], folder: Path, shard_bytes: int) -> dict[Path, list[Output]]:
@@ -286,15 +297,20 @@ class _Work:
         _write_at(handle, memoryview(header), 0)
         os.ftruncate(handle, len(header) + sum(output.nbytes for output in outputs))
 
-    def write(self, job: Job, tensors: list[Tensor]) -> None:
-        """Put a finished job's tensors in their places; by any thread."""
-        for output, tensor in zip(job.outputs, tensors, strict=True):
-            if NAMES[tensor.dtype] != output.dtype or tensor.shape != output.shape:  # planned from headers alone
-                raise RuntimeError(
-                    f"{output.key}: planned as {output.dtype} {output.shape}, made {tensor.dtype} {tensor.shape}"
-                )
+    def write(self, job: Job, values: list[Iterable[Tensor]]) -> None:
+        """Put what a job returned in its places; by any thread."""
+        for output, pieces in zip(job.outputs, values, strict=True):
             assert output.file is not None
-            _write_at(self.handles[output.file], _bytes_of(tensor), output.offset)
+            at, end = output.offset, output.offset + output.nbytes
+            for piece in pieces:
+                if NAMES[piece.dtype] != output.dtype or at + piece.nbytes > end:
+                    raise RuntimeError(
+                        f"{output.key}: {piece.dtype} {list(piece.shape)} is not what was planned: {output}"
+                    )
+                _write_at(self.handles[output.file], piece.contiguous().view(-1).view(torch.uint8).numpy().data, at)
+                at += piece.nbytes
+            if at != end:
+                raise RuntimeError(f"{output.key}: {end - at} bytes fewer than planned: {output}")
         with self.lock:
             self.pending.append(job.name)
             self.unsynced += sum(output.nbytes for output in job.outputs)
@@ -340,9 +356,7 @@ def _run(jobs: list[Job], work: _Work, workers: int, console: Console, label: st
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
     )
-    # Tensors in flight: as many bytes as the largest job reads and writes, or 256 MB.
-    sizes = {job.name: job.reads + sum(output.nbytes for output in job.outputs) for job in jobs}
-    budget = max([256 << 20, *sizes.values()])
+    budget = max([256 << 20, *(job.memory for job in jobs)])
     running: dict[Future[None], Job] = {}
     left = [job for job in jobs if job.name not in work.done][::-1]
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
@@ -351,8 +365,7 @@ def _run(jobs: list[Job], work: _Work, workers: int, console: Console, label: st
         try:
             while left or running:
                 while left and len(running) < workers:
-                    in_flight = sum(sizes[job.name] for job in running.values())
-                    if in_flight + sizes[left[-1].name] > budget:
+                    if left[-1].memory + sum(job.memory for job in running.values()) > budget:
                         break
                     job = left.pop()
                     running[pool.submit(lambda job=job: work.write(job, job.run()))] = job  # type: ignore[misc]
@@ -375,10 +388,6 @@ def _write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}")
     partial.write_text(text)
     os.replace(partial, file)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _bytes(size: str | int) -> int:
