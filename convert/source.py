@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from bitnet.kernels import layout, ops
 from bitnet.linear import BitLinear
@@ -145,10 +145,14 @@ class FolderSource(Source):
 
     def __init__(self, path: str | Path, *, skip: Any = None, include: Any = None, **options: Any) -> None:
         self.path = Path(path)
-        self.config = read_json(self.path / CONFIG)
         headers = read_headers([str(file) for file in weight_files(path)])
         headers = dict(sorted(headers.items(), key=lambda item: (item[1].file, item[1].offset)))
-        config = AutoConfig.from_pretrained(path)
+        self.config, renamed = hf.modernize(read_json(self.path / CONFIG), headers)
+        headers = {name: headers[key] for key, name in renamed.items()}
+        kind = self.config.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"{path}: model_type {kind!r} is none of transformers {transformers.__version__}'s models")
+        config = CONFIG_MAPPING[kind].from_dict(self.config)
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config)
         names = hf.model_names(self.model, headers)
