@@ -57,6 +57,8 @@ class Source:
     path: Path
     model: PreTrainedModel
     config: dict[str, Any]  # as in config.json
+    plain: bool  # nothing in it is low-bit yet: layers() are those that the swap would take, as `report` says
+    report: Report | None
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every stored tensor in the order of the files: dtype as safetensors spells it, and shape.
@@ -103,6 +105,11 @@ class Source:
         modules = self.model.named_modules()
         layers = {name: module for name, module in modules if isinstance(module, BitLinear | PackedBitLinear)}
         return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
+
+    def missing(self) -> list[str]:
+        """What the model needs and the checkpoint lacks, a line each."""
+        stored, tied = self.stored(), self.model.all_tied_weights_keys
+        return [f"there is no tensor {key}" for key in self.model.state_dict() if key not in stored and key not in tied]
 
     def nbytes(self, key: str) -> int:
         """Size of a stored tensor."""
@@ -159,7 +166,7 @@ class FolderSource(Source):
         self.headers = {names[key]: header for key, header in headers.items()}
         self.file_keys = {name: key for key, name in names.items()}
         self.settings: hf.BitNetConfig | None = None
-        self.report: Report | None = None
+        self.report = None
         if settings is None:
             self.report = replace_linear(self.model, skip=skip, include=include, **options)
         else:
@@ -170,6 +177,7 @@ class FolderSource(Source):
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
+        self.plain = settings is None
         self._layers = super().layers()
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -229,3 +237,8 @@ def naming(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def open_source(path: str | Path, **swap: Any) -> Source:
+    """A checkpoint folder, or a GGUF file, as a Source; swap: skip, include and options, for a float checkpoint."""
+    return FolderSource(path, **swap)

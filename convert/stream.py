@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,14 +31,9 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from . import hf
 from .checkpoint import CONFIG, INDEX, WEIGHTS
-from .source import DTYPES, FolderSource, Source
+from .source import DTYPES, Source, open_source
 
-TARGETS = {
-    "hub": "packed, 2 bits a weight: what transformers' `bitnet` format holds",
-    "base3": "packed, 1.6 bits a weight; loads with this package only",
-    "latent": "the float weights, marked for training in 1.58 bit",
-    "bf16": "codes x scale in bfloat16, for any runtime; activations are no longer quantized",
-}
+TARGETS = ("hub", "base3", "latent", "bf16")
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -86,10 +82,14 @@ def convert_checkpoint(
 
     source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form
     target:         a folder that does not exist yet
-    to:             "hub", "base3", "latent" or "bf16", see TARGETS
+    to:             "hub":    packed, 2 bits a weight, in the Hub's `bitnet` format
+                    "base3":  packed, 1.6 bits a weight; loads with this package only
+                    "latent": the float weights, marked for training in 1.58 bit
+                    "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     workers:        jobs at a time; default one for each core, at most four
+    console:        where the progress goes; default standard error
     swap:           skip, include and the options of replace_linear, for a float source: which layers become low-bit
 
     A float source is rounded as bitnet.replace_linear followed by bitnet.pack would: only useful for weights that were
@@ -102,12 +102,25 @@ def convert_checkpoint(
     """
     if to not in TARGETS:
         raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
+    start = time.perf_counter()
     target, shard_bytes = Path(target), _bytes(max_shard_size)
-    opened = source if isinstance(source, Source) else FolderSource(source, **swap)
+    opened = source if isinstance(source, Source) else open_source(source, **swap)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"convert: {target} exists already; remove it or choose another name")
+    if missing := opened.missing():
+        more = f", and {len(missing) - 1} others are missing" if len(missing) > 1 else ""
+        raise ValueError(f"convert: {opened.path}: {missing[0]}, which the model needs{more}")
     config, jobs = plan(opened, to)
     console = console or Console(stderr=True)
+    if opened.plain:
+        console.print(str(opened.report), markup=False, highlight=False, soft_wrap=True)
+        if to != "latent":
+            console.print(
+                f"{opened.path} is a float model: its weights are rounded, not trained. Expect nonsense from the "
+                "result; fine-tune to close the gap (README, Training advice).",
+                style="yellow",
+                highlight=False,
+            )
     work = _Work(target, _fingerprint(opened, to, shard_bytes, swap), resume)
     files = place(jobs, work.files, shard_bytes)
     _check_space(work, jobs)
@@ -120,6 +133,8 @@ def convert_checkpoint(
             f"convert: {error}; what is finished is kept in {work.folder}, for resume=True (--resume)"
         ) from error
     work.finish(files, config, opened)
+    written = sum(output.nbytes for outputs in files.values() for output in outputs)
+    console.print(f"{target}: {written / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
     return target
 
 
@@ -150,6 +165,8 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
         config["quantization_config"] = settings.to_dict()
     jobs = []
     consumed = {f"{name}.{leaf}" for name in (*layers, *embeddings) for leaf in ("weight", "weight_scale")}
+    if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
+        consumed |= {f"{name}.weight_scale" for name, m in model.named_modules() if isinstance(m, PackedBitLinear)}
     for key, (dtype, shape) in source.stored().items():
         name, _, leaf = key.rpartition(".")
         if key not in consumed or to == "latent":
