@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"bitnet {args.command}: {error}", file=sys.stderr)
+        text = str(error).removeprefix(f"{args.command}: ")
+        print(f"bitnet {args.command}: {text}", file=sys.stderr)
         return 1
     return 0
 

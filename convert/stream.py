@@ -34,6 +34,7 @@ from .checkpoint import CONFIG, INDEX, WEIGHTS
 from .source import DTYPES, Source, open_source
 
 TARGETS = ("hub", "base3", "latent", "bf16")
+SYNC = 256 << 20  # bytes after which finished jobs are noted
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -124,8 +125,8 @@ def convert_checkpoint(
     work = _Work(target, _fingerprint(opened, to, shard_bytes, swap), resume)
     files = place(jobs, work.files, shard_bytes)
     _check_space(work, jobs)
-    for file, outputs in files.items():
-        work.create(file, outputs)
+    lost = {file for file, outputs in files.items() if not work.create(file, outputs)}
+    work.done -= {job.name for job in jobs if job.outputs[0].file in lost}
     try:
         _run(jobs, work, workers or min(os.cpu_count() or 1, 4), console, f"{to}: {target.name}")
     except OSError as error:
@@ -283,6 +284,8 @@ class _Work:
         self.files = self.folder / "files"
         self.done: set[str] = set()
         job = self.folder / "job.json"
+        if self.folder.exists() and not self.files.exists():  # killed after the files had got their name
+            shutil.rmtree(self.folder)
         if self.folder.exists():
             if not resume:
                 raise FileExistsError(
@@ -307,12 +310,15 @@ class _Work:
         self.unsynced = 0
         self.lock = threading.Lock()
 
-    def create(self, file: Path, outputs: list[Output]) -> None:
-        """Open an output file in its final size, its header written."""
+    def create(self, file: Path, outputs: list[Output]) -> bool:
+        """Open an output file in its final size, its header written; returns whether it was there in that size."""
         handle = self.handles[file] = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         header = _header(outputs)
+        size = len(header) + sum(output.nbytes for output in outputs)
+        intact = os.fstat(handle).st_size == size
+        os.ftruncate(handle, size)
         _write_at(handle, memoryview(header), 0)
-        os.ftruncate(handle, len(header) + sum(output.nbytes for output in outputs))
+        return intact
 
     def write(self, job: Job, values: list[Iterable[Tensor]]) -> None:
         """Put what a job returned in its places; by any thread."""
@@ -331,7 +337,7 @@ class _Work:
         with self.lock:
             self.pending.append(job.name)
             self.unsynced += sum(output.nbytes for output in job.outputs)
-            if self.unsynced > 256 << 20:
+            if self.unsynced >= SYNC:
                 self.sync()
 
     def sync(self) -> None:
