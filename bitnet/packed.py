@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import layout, ops
-from .linear import BitLinear, become, cast_for_autocast, describe
+from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
 
@@ -21,11 +21,16 @@ class _Packed(nn.Module):
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
+        self._drop_derived()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_derived()
         super()._load_from_state_dict(*args, **kwargs)
         self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
+
+    def _drop_derived(self) -> None:
+        """Forget what was made from the buffers; the next call makes it again."""
 
 
 class PackedBitLinear(_Packed):
@@ -46,6 +51,7 @@ class PackedBitLinear(_Packed):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    transposed = False  # made from a layer whose float weight is [K, N]; the packed one is the same
 
     def __init__(
         self,
@@ -68,9 +74,9 @@ class PackedBitLinear(_Packed):
 
     @staticmethod
     def from_bit_linear(
-        layer: BitLinear, packed: Tensor | None = None, scale: Tensor | None = None, backend: str = "auto"
+        layer: BitLinear | BitConv1D, packed: Tensor | None = None, scale: Tensor | None = None, backend: str = "auto"
     ) -> "PackedBitLinear":
-        """Turn a BitLinear into its packed form *in place* and return it; its latent weight is dropped.
+        """Turn a BitLinear or BitConv1D into its packed form *in place* and return it; its latent weight is dropped.
 
         packed, scale: what quantize_packed(layer) returned; without them the layer holds zeros, to be loaded
         """
@@ -78,9 +84,28 @@ class PackedBitLinear(_Packed):
         if packed is None or scale is None:
             packed, scale = _zeros(k, n, spec, layer.weight.device)
         bias = None if layer.bias is None else layer.bias.detach()
+        transposed = layer.transposed
         del layer.weight, layer.bias, layer.rms_norm, layer.strength
         module = become(layer, PackedBitLinear)
         module._configure(k, n, spec, packed, scale, bias, norm, backend)
+        if transposed:
+            module.transposed = True
+        return module
+
+    @staticmethod
+    def from_packed(
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        spec: QuantSpec,
+        backend: str = "auto",
+        bits: float = 2,
+    ) -> "PackedBitLinear":
+        """A layer around tensors that exist already, which it shares."""
+        module = PackedBitLinear.__new__(PackedBitLinear)
+        nn.Module.__init__(module)
+        module._configure(packed.shape[-1], out_features, spec, packed, scale, bias, None, backend, bits)
         return module
 
     def _configure(
@@ -105,7 +130,6 @@ class PackedBitLinear(_Packed):
         self.set_backend(backend, bits)
 
     def _drop_derived(self) -> None:
-        """Forget what was made from the buffers; the next call makes it again."""
         self._prepacked: tuple[Tensor, str] | None = None
         self._bound: tuple[Tensor, Tensor | None, ops.Linear] | None = None  # with the scale and bias it is bound to
 
@@ -166,15 +190,6 @@ class PackedBitLinear(_Packed):
         bits = self.spec.activation_bits
         return ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedBitLinear":
-        super()._apply(fn, recurse)
-        self._drop_derived()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._drop_derived()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepacked": None, "_bound": None}
 
@@ -192,14 +207,19 @@ def _zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) ->
     return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
-def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:
-    """A layer's latent weight as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale.
+def pack_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """A latent weight [N, K] as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale [1] or [N].
 
     Raises ValueError for NaN or Inf weights.
     """
-    spec = layer.spec
-    codes, scale = ops.quantize_weight(layer.weight.detach(), kind=spec.weights, per_row=spec.per_row)
+    codes, scale = ops.quantize_weight(weight.detach(), kind=spec.weights, per_row=spec.per_row)
     return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
+
+
+def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:
+    """pack_matrix for the weight of a layer."""
+    (weight,) = layer.matrices()[0].views(layer.weight)
+    return pack_matrix(weight, layer.spec)
 
 
 class PackedEmbedding(_Packed):

@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .linear import BitLinear
+from .linear import BitLayer
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Set how far every BitLinear of `model` quantizes in training mode, from 0 (not at all) to 1 (fully).
+    """Set how far all BitLinear, BitConv1D and BitExperts of `model` quantize in training, from 0 to 1 (fully).
 
     Raises ValueError outside [0, 1], or if the model has no BitLinear.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1], got {strength}")
-    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    layers = [module for module in model.modules() if isinstance(module, BitLayer)]
     if not layers:
         raise ValueError("the model has no BitLinear layers; call bitnet.replace_linear(model) first")
     value = float(strength) if strength in (0, 1) else torch.tensor(float(strength))
