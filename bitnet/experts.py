@@ -34,13 +34,17 @@ def stacks_of(module: nn.Module) -> list[str]:
 class _Experts(nn.Module):
     """What experts in training and packed ones share: the route of tokens through them, and what of the model it uses.
 
-    origin:   the class they had, whose gate they use
-    stacks:   the two stacks of matrices
+    origin: the class they had, whose gate they use
+    stacks: the two stacks of matrices
     """
 
     spec: QuantSpec
     origin: Any
     stacks: list[Matrices]
+    # attributes that the model has given them
+    has_gate: bool
+    act_fn: Any
+    post_expert_norm: Any
 
     def _products(self) -> tuple[Product, Product]:
         raise NotImplementedError
@@ -57,7 +61,7 @@ class _Experts(nn.Module):
         up, down = self._products()
         experts = top_k_index.reshape(-1)
         order = experts.argsort(stable=True)  # pairs of a token and an expert, by expert
-        counts = experts.bincount(minlength=self.stacks[0].experts).tolist()
+        counts = experts.bincount(minlength=self.stacks[0].experts or 0).tolist()
         inputs = hidden_states[order // top_k_index.shape[-1]].split(counts)
         outputs = [down(e, self._gate(up(e, x))) for e, x in enumerate(inputs) if len(x)]
         if not outputs:
@@ -114,7 +118,7 @@ class BitExperts(_Experts, BitLayer):
 class PackedStack(_Packed):
     """E packed matrices of one shape, [N, K] each, and their biases: one stack of packed experts.
 
-    weight:       uint8 [E, ceil(N/4), K], each in the Hub layout (kernels/layout.py); int8 [E, N, K] with weights="int8"
+    weight:       uint8 [E, ceil(N/4), K], each in the Hub layout (kernels/layout.py); int8 [E, N, K] for weights="int8"
     weight_scale: float32 [E], or [E, N] with per_row; multiplies. Stays float32 under .to(dtype)
     bias:         [E, N] or None
     """
@@ -193,9 +197,9 @@ class PackedExperts(_Experts):
         stacks = []
         for i, m in enumerate(layer.stacks):
             weight, scale = packed[i] if packed else _zero_stack(m, layer.spec, layer.get_parameter(m.parameter).device)
-            bias = layer._parameters.pop(f"{m.parameter}_bias", None)
+            latent_bias = layer._parameters.pop(f"{m.parameter}_bias", None)
+            bias = None if latent_bias is None else latent_bias.detach()
             delattr(layer, m.parameter)
-            bias = None if bias is None else bias.detach()
             stacks.append(PackedStack(weight, scale, bias, m.out_features, layer.spec, backend))
         del layer.strength
         module = become(layer, PackedExperts)
@@ -203,14 +207,18 @@ class PackedExperts(_Experts):
             module.add_module(m.packed, stack)
         return module
 
+    def stack(self, m: Matrices) -> PackedStack:
+        """The packed form of one of `stacks`."""
+        return getattr(self, m.packed)
+
     def to_experts(self, dtype: torch.dtype) -> nn.Module:
         """Turn packed experts back into float ones, in place, whose weights are exactly codes * scale, in `dtype`."""
-        origin, stacks = self.origin, self.stacks
+        origin, stacks = self.origin, [(m, self.stack(m)) for m in self.stacks]
+        for m, _ in stacks:
+            delattr(self, m.packed)
         del self.spec, self.origin, self.stacks
-        module = become(self, origin)
-        for m in stacks:
-            stack = module.get_submodule(m.packed)
-            delattr(module, m.packed)
+        module: nn.Module = become(self, origin)
+        for m, stack in stacks:
             weight = torch.stack([layer.codes() * layer.weight_scale[:, None] for layer in stack.layers()]).to(dtype)
             module.register_parameter(m.parameter, nn.Parameter((weight.mT if m.transposed else weight).contiguous()))
             if stack.bias is not None:
@@ -218,14 +226,14 @@ class PackedExperts(_Experts):
         return module
 
     def _products(self) -> tuple[Product, Product]:
-        up, down = (self.get_submodule(m.packed).layers() for m in self.stacks)
+        up, down = (self.stack(m).layers() for m in self.stacks)
         return (lambda e, x: up[e](x)), (lambda e, x: down[e](x))
 
 
 def _zero_stack(m: Matrices, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
     packed, scale = _zeros(m.in_features, m.out_features, spec, device)
-    scales = scale.expand(m.experts, -1) if spec.per_row else scale.expand(m.experts)
-    return packed.expand(m.experts, -1, -1).clone(), scales.clone()
+    count = m.experts or 0
+    return packed.repeat(count, 1, 1), scale.repeat(count, 1) if spec.per_row else scale.repeat(count)
 
 
 def pack_layer(layer: BitLayer) -> list[tuple[Tensor, Tensor]]:
@@ -257,4 +265,5 @@ def to_packed(
     if isinstance(layer, BitExperts):
         return PackedExperts.from_bit_experts(layer, packed, backend)
     assert isinstance(layer, BitLinear | BitConv1D)
-    return PackedBitLinear.from_bit_linear(layer, *(packed[0] if packed else (None, None)), backend=backend)
+    weight, scale = packed[0] if packed else (None, None)
+    return PackedBitLinear.from_bit_linear(layer, weight, scale, backend)

@@ -67,7 +67,7 @@ class _OneMatrix(BitLayer):
     in_features: int
     out_features: int
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # [N] or None
     rms_norm: nn.RMSNorm | None
     transposed = False  # weight is [K, N]
 

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bitnet.experts import BitExperts, PackedExperts, pack_layer, stacks_of, to_packed
 from bitnet.kernels import layout
-from bitnet.experts import BitExperts, PackedExperts, PackedStack, pack_layer, stacks_of, to_packed
 from bitnet.linear import BitConv1D, BitLayer, BitLinear, Matrices, become
 from bitnet.packed import PackedBitLinear, PackedEmbedding, quantize_packed
 from bitnet.quantize import QuantSpec
@@ -280,8 +280,8 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
     default = next(floats, torch.get_default_dtype())
     for layer in layers.values():
         if isinstance(layer, PackedExperts):
-            bias = layer.get_submodule(layer.stacks[0].packed).bias
-            layer.to_experts(dtype or (bias.dtype if isinstance(bias, torch.Tensor) else default))
+            biases = layer.stack(layer.stacks[0]).bias
+            layer.to_experts(dtype or (default if biases is None else biases.dtype))
             continue
         bias, training, transposed = layer.bias, layer.training, layer.transposed
         as_dtype = dtype or (bias.dtype if bias is not None else default)
@@ -301,7 +301,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
             del layer.in_features, layer.out_features, layer.transposed
         linear = become(layer, Conv1D if transposed else nn.Linear)
         linear.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
-        linear.bias = None if bias is None else nn.Parameter(bias.to(as_dtype))  # type: ignore[assignment]
+        linear.bias = None if bias is None else nn.Parameter(bias.to(as_dtype))
         linear.train(training)
     for module in model.modules():
         if isinstance(module, PackedEmbedding):
@@ -437,8 +437,7 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None, others: str
             count(module.weight_scale, module.bias)
         elif isinstance(module, PackedExperts):
             for m in module.stacks:
-                stack = module.get_submodule(m.packed)
-                assert isinstance(stack, PackedStack)
+                stack = module.stack(m)
                 action = "int8" if module.spec.weights == "int8" else "packed"
                 add(f"{name}.{m.parameter}".lstrip("."), "PackedExperts", stack.weight, action, m=m)
                 count(stack.weight_scale, stack.bias)
