@@ -64,8 +64,8 @@ class _Experts(nn.Module):
         counts = experts.bincount(minlength=self.stacks[0].experts or 0).tolist()
         inputs = hidden_states[order // top_k_index.shape[-1]].split(counts)
         outputs = [down(e, self._gate(up(e, x))) for e, x in enumerate(inputs) if len(x)]
-        if not outputs:
-            return torch.zeros_like(hidden_states)
+        if not outputs:  # no token, so nothing is missing from the sum
+            return hidden_states.clone()
         y = torch.cat(outputs)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)

@@ -152,7 +152,8 @@ def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, T
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu and weight.is_contiguous()
     native = plain and kind == "ternary" and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
     if not native or _choose("auto", "cpu", 8) != "cpu":
-        return reference.quantize_weight(weight, kind, per_row)
+        codes, scale = reference.quantize_weight(weight, kind, per_row)
+        return codes.contiguous(), scale  # also of a transposed view: the order of float sums depends on it
     inv = reference.inverse_scale(weight, kind, per_row)
     return cpu.ternary_codes(weight, inv), (1 / inv).reshape(-1)
 
