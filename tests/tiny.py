@@ -30,8 +30,16 @@ def neox() -> GPTNeoXForCausalLM:
 
 
 def gpt2() -> GPT2LMHeadModel:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}
-    return randomize(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)))
+    sizes = {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 64,
+        "n_positions": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return randomize(GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)))
 
 
 MIXTURE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
