@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -325,7 +325,7 @@ def _merged(model: nn.Module, headers: dict[str, TensorHeader]) -> dict[str, lis
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     merged: dict[str, list[str]] = {}
     for key in headers:
-        target, pattern = apply_converters(key, converters)
+        target, pattern = rename_source_key(key, [], converters)
         if pattern is not None:
             merged.setdefault(target, []).append(key)
     return merged
