@@ -9,14 +9,14 @@ the two products, and in the packed form it has its own place in the backend.
 """
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .kernels import ops
 from .linear import BitConv1D, BitLayer, BitLinear, Matrices, become, cast_for_autocast, describe
-from .packed import PackedBitLinear, _Packed, _zeros, pack_matrix
+from .packed import Packed, PackedBitLinear, check_backend, pack_matrix, packed_zeros
 from .quantize import QuantSpec, bit_linear
 
 Product = Callable[[int, Tensor], Tensor]  # (expert, x [M, K]) -> [M, N]
@@ -108,19 +108,21 @@ class BitExperts(_Experts, BitLayer):
         return up, down
 
     def _product(self, stack: Matrices) -> Product:
-        weights = stack.views(self.get_parameter(stack.parameter))
-        bias = self._parameters.get(f"{stack.parameter}_bias")
+        weights = stack.views(getattr(self, stack.parameter))
+        bias = getattr(self, f"{stack.parameter}_bias", None)
         biases = [None] * len(weights) if bias is None else bias.unbind()
         strength = self.strength if self.training else 1.0
         return lambda e, x: bit_linear(cast_for_autocast(x), weights[e], biases[e], self.spec, strength)
 
 
-class PackedStack(_Packed):
+class PackedStack(Packed):
     """E packed matrices of one shape, [N, K] each, and their biases: one stack of packed experts.
 
     weight:       uint8 [E, ceil(N/4), K], each in the Hub layout (kernels/layout.py); int8 [E, N, K] for weights="int8"
     weight_scale: float32 [E], or [E, N] with per_row; multiplies. Stays float32 under .to(dtype)
     bias:         [E, N] or None
+
+    Called with the number of an expert and its tokens [M, K], it returns [M, N].
     """
 
     weight: Tensor
@@ -145,38 +147,42 @@ class PackedStack(_Packed):
         self._drop_derived()
         self.set_backend(backend, bits)
 
+    def forward(self, expert: int, input: Tensor) -> Tensor:
+        return self.layers()[expert](input)
+
     def _drop_derived(self) -> None:
         self._layers: list[PackedBitLinear] = []
+        self._made_of: tuple[Tensor | None, ...] = ()
 
     def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
         """See PackedBitLinear.set_backend."""
-        ops.check_backend(backend)
+        check_backend(backend, bits)
         self.backend, self.bits = backend, bits
         for layer in self._layers:
             layer.set_backend(backend, bits)
 
     def layers(self) -> list[PackedBitLinear]:
         """One layer for each matrix, over the same memory; each prepacks at its first call."""
-        if not self._layers:
-            scales = self.weight_scale.view(len(self.weight), -1)
-            biases = [None] * len(scales) if self.bias is None else self.bias.unbind()
+        buffers = self._buffers
+        weight, scale, bias = present = buffers["weight"], buffers["weight_scale"], buffers["bias"]
+        if any(a is not b for a, b in zip_longest(present, self._made_of)):
+            assert weight is not None
+            assert scale is not None
+            scales = scale.view(len(weight), -1)
+            biases = [None] * len(weight) if bias is None else bias.unbind()
             self._layers = [
                 PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.bits)
-                for tensors in zip(self.weight, scales, biases, strict=True)
+                for tensors in zip(weight, scales, biases, strict=True)
             ]
+            self._made_of = present
         return self._layers
 
     def codes(self) -> Tensor:
         """The weights as integers, int8 [E, N, K]."""
         return torch.stack([layer.codes() for layer in self.layers()])
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self._buffers:
-            self._drop_derived()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_layers": []}
+        return {**vars(self), "_layers": [], "_made_of": ()}
 
 
 class PackedExperts(_Experts):
@@ -204,7 +210,7 @@ class PackedExperts(_Experts):
         del layer.strength
         module = become(layer, PackedExperts)
         for m, stack in zip(module.stacks, stacks, strict=True):
-            module.add_module(m.packed, stack)
+            module.add_module(m.packed, stack.train(module.training))
         return module
 
     def stack(self, m: Matrices) -> PackedStack:
@@ -226,12 +232,12 @@ class PackedExperts(_Experts):
         return module
 
     def _products(self) -> tuple[Product, Product]:
-        up, down = (self.stack(m).layers() for m in self.stacks)
-        return (lambda e, x: up[e](x)), (lambda e, x: down[e](x))
+        up, down = map(self.stack, self.stacks)
+        return up, down
 
 
 def _zero_stack(m: Matrices, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
-    packed, scale = _zeros(m.in_features, m.out_features, spec, device)
+    packed, scale = packed_zeros(m.in_features, m.out_features, spec, device)
     count = m.experts or 0
     return packed.repeat(count, 1, 1), scale.repeat(count, 1) if spec.per_row else scale.repeat(count)
 

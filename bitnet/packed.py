@@ -11,7 +11,7 @@ from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A module whose weight_scale stays float32 under .to(bfloat16), .half(): the scale is exact or it is wrong."""
 
     weight_scale: Tensor
@@ -33,7 +33,7 @@ class _Packed(nn.Module):
         """Forget what was made from the buffers; the next call makes it again."""
 
 
-class PackedBitLinear(_Packed):
+class PackedBitLinear(Packed):
     """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
 
     Takes nn.Linear's arguments, then the options of QuantSpec, `backend` ("auto" or a name that bitnet.backends()
@@ -67,7 +67,7 @@ class PackedBitLinear(_Packed):
     ) -> None:
         super().__init__()
         spec = QuantSpec(**options)
-        packed, scale = _zeros(in_features, out_features, spec, device)
+        packed, scale = packed_zeros(in_features, out_features, spec, device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
         self._configure(in_features, out_features, spec, packed, scale, b, norm, backend, bits)
@@ -82,7 +82,7 @@ class PackedBitLinear(_Packed):
         """
         k, n, norm, spec = layer.in_features, layer.out_features, layer.rms_norm, layer.spec
         if packed is None or scale is None:
-            packed, scale = _zeros(k, n, spec, layer.weight.device)
+            packed, scale = packed_zeros(k, n, spec, layer.weight.device)
         bias = None if layer.bias is None else layer.bias.detach()
         transposed = layer.transposed
         del layer.weight, layer.bias, layer.rms_norm, layer.strength
@@ -135,9 +135,7 @@ class PackedBitLinear(_Packed):
 
     def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
         """Choose the backend and its bits a weight; see the class. Raises ValueError for values there are not."""
-        ops.check_backend(backend)
-        if bits not in (2, 1.6):
-            raise ValueError(f"bits must be 2 or 1.6, got {bits!r}")
+        check_backend(backend, bits)
         if (self.backend, self.bits) != (backend, bits):
             self.backend, self.bits = backend, bits
             self._drop_derived()
@@ -198,7 +196,15 @@ class PackedBitLinear(_Packed):
         return f"{shape}, {describe(self.spec)}, backend={self.backend}"
 
 
-def _zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
+def check_backend(backend: str, bits: float) -> None:
+    """Raise ValueError for a backend or bits a weight that there are not."""
+    ops.check_backend(backend)
+    if bits not in (2, 1.6):
+        raise ValueError(f"bits must be 2 or 1.6, got {bits!r}")
+
+
+def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
+    """The weight and the scale of a freshly built packed layer."""
     if spec.weights == "int8":
         packed = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
     else:
@@ -222,7 +228,7 @@ def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:
     return pack_matrix(weight, layer.spec)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(Packed):
     """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
 
     weight: int8 [V, D]; weight_scale: float32 [V]. The output has the dtype of the embedding it was made from, which

@@ -36,7 +36,8 @@ def strength_at(step: int, steps: int, start: float = 0.2, end: float = 0.7) -> 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized (Muon, Jordan et al. 2024), for the matrices inside a model's blocks.
 
-    params: 2-D parameters, and 3-D ones as stacks of matrices (fused experts); embedding, head, norms and biases belong to AdamW
+    params: 2-D parameters, and 3-D ones as stacks of matrices (fused experts); embedding, head, norms and biases
+            belong to AdamW
     lr:     step size on AdamW's scale: updates have a root mean square of about 0.2 (arXiv 2502.16982, sec. 2.2)
 
     The same method as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which orthogonalizes one matrix at a time

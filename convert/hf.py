@@ -164,17 +164,16 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
     if skips is None and isinstance(model, PreTrainedModel):
         skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     # The weights of a task model, loaded into its bare base model, get names without a prefix: not compared.
-    comparable = headers is not None and any(
-        f"{name}.weight" in headers for name, module in model.named_modules() if not list(module.children())
-    )
+    comparable = headers is not None and any(f"{name}.weight" in headers for name, _ in model.named_modules())
     merged = _merged(model, headers) if comparable and headers else {}
     for name, module in _swappable(model, linear_only=config.linear_class != EXTENDED):
-        below = {key: header for key, header in (headers or {}).items() if comparable and key.startswith(f"{name}.")}
-        stored = below.get(f"{name}.weight")
+        stored = None
+        if comparable and headers:
+            stored = headers.get(f"{name}.weight") or headers.get(f"{name}.packed_down_proj.weight")
         if not should_convert_module(name, skips):
-            if odd := next((header for header in below.values() if header.dtype in ("U8", "I8")), None):
+            if stored and stored.dtype in ("U8", "I8"):
                 raise ValueError(
-                    f"config.json keeps {name} as it is (modules_to_not_convert), but {odd.file} holds packed "
+                    f"config.json keeps {name} as it is (modules_to_not_convert), but {stored.file} holds packed "
                     f"bytes for it; one of the two is wrong"
                 )
             continue

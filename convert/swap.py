@@ -445,7 +445,7 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None, others: str
             for m in module.matrices():
                 row = name if m.parameter == "weight" else f"{name}.{m.parameter}".lstrip(".")
                 add(row, type(module).__name__, module.get_parameter(m.parameter), module.spec.weights, m=m)
-        elif isinstance(module, nn.Linear) and name in reasons and id(module.weight) not in seen:
+        elif isinstance(module, nn.Linear | Conv1D) and name in reasons and id(module.weight) not in seen:
             add(name, type(module).__name__, module.weight, "kept", reasons[name])
     for owner_name, owner in _unique_modules(model):
         for leaf, parameter in owner.named_parameters(recurse=False):
