@@ -232,23 +232,27 @@ class PackedEmbedding(Packed):
     """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
 
     weight: int8 [V, D]; weight_scale: float32 [V]. The output has the dtype of the embedding it was made from, which
-    .to(dtype) changes as usual.
+    .to(dtype) changes as usual. Gemma 3's embedding, which multiplies its rows by a constant, goes on doing so.
     """
 
     weight: Tensor
     weight_scale: Tensor
     dtype_of: Tensor  # empty: follows .to(dtype)
+    origin: type[nn.Embedding]
+    multiplier: float | None
 
     @staticmethod
     def from_embedding(
         embedding: nn.Embedding, weight: Tensor | None = None, scale: Tensor | None = None
     ) -> "PackedEmbedding":
         """Turn an nn.Embedding into its int8 form *in place* and return it; without a weight it holds zeros."""
-        like = embedding.weight.detach()
+        like, origin = embedding.weight.detach(), type(embedding)
         if weight is None or scale is None:
             weight, scale = torch.zeros_like(like, dtype=torch.int8), torch.ones_like(like[:, 0], dtype=torch.float32)
         del embedding.weight
+        embedding._buffers.pop("embed_scale", None)  # not stored in checkpoints; the number is
         module = become(embedding, PackedEmbedding)
+        module.origin, module.multiplier = origin, vars(module).get("scalar_embed_scale")
         module.register_buffer("weight", weight)
         module.register_buffer("weight_scale", scale.clone())
         module.register_buffer("dtype_of", like.new_empty(0), persistent=False)
@@ -256,4 +260,18 @@ class PackedEmbedding(Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = F.embedding(input, self.weight).float() * F.embedding(input, self.weight_scale[:, None])
-        return rows.to(self.dtype_of.dtype)
+        rows = rows.to(self.dtype_of.dtype)
+        if self.multiplier is None:
+            return rows
+        return rows * torch.full((), self.multiplier, dtype=rows.dtype, device=rows.device)
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """Turn it back into what it was, in place, with the weight codes * scale."""
+        dtype, origin, multiplier = dtype or self.dtype_of.dtype, self.origin, self.multiplier
+        weight = (self.weight * self.weight_scale[:, None]).to(dtype)
+        del self.weight, self.weight_scale, self.dtype_of, self.origin, self.multiplier
+        embedding = become(self, origin)
+        embedding.weight = nn.Parameter(weight)
+        if multiplier is not None:
+            embedding.register_buffer("embed_scale", weight.new_full((), multiplier), persistent=False)
+        return embedding

@@ -51,7 +51,7 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .checkpoint import TensorHeader, read_headers
-from .swap import swappable, to_training
+from .kinds import swappable, to_training
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 

@@ -1,8 +1,4 @@
-"""Surgery on modules in memory, in place, and a report of it.
-
-    nn.Linear                    ->  BitLinear   ->  PackedBitLinear
-    Conv1D of GPT-2              ->  BitConv1D   ->  PackedBitLinear
-    fused experts of a mixture   ->  BitExperts  ->  PackedExperts
+"""Surgery on modules in memory: float -> in training -> packed, in place, and a report of it. kinds.py lists which.
 
 What is left alone, and why, is decided here in one order: safety first (weights that something else uses too,
 which nothing overrides), then the user's `skip`, then `include`, then the defaults for heads and routers.
@@ -23,11 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bitnet.experts import BitExperts, PackedExperts, pack_layer, stacks_of, to_packed
+from bitnet.experts import PackedExperts, pack_layer, stacks_of, to_packed
 from bitnet.kernels import layout
-from bitnet.linear import BitConv1D, BitLayer, BitLinear, Matrices, become
+from bitnet.linear import BitLayer, BitLinear, Matrices, become
 from bitnet.packed import PackedBitLinear, PackedEmbedding, quantize_packed
 from bitnet.quantize import QuantSpec
+
+from .kinds import swappable, to_training
 
 Pattern = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern]
@@ -167,18 +165,6 @@ def replace_linear(
     return _report(model, reasons)
 
 
-def swappable(module: nn.Module) -> bool:
-    """Whether replace_linear has a layer to put in this float module's place."""
-    return isinstance(module, nn.Linear | Conv1D) or bool(stacks_of(module))
-
-
-def to_training(module: nn.Module, spec: QuantSpec) -> BitLayer:
-    """Turn a module that is swappable into its layer in training, in place."""
-    if isinstance(module, nn.Linear):
-        return BitLinear.from_linear(module, spec)
-    return BitConv1D.from_conv1d(module, spec) if isinstance(module, Conv1D) else BitExperts.from_experts(module, spec)
-
-
 def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
     """Turn every BitLinear and BitConv1D into PackedBitLinear and BitExperts into PackedExperts, in place.
 
@@ -240,10 +226,10 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
             f"{type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', per_row=True)"
         )
     others = _other_holders(model, head, head.weight)
-    if [type(module) for module in others] not in ([], [nn.Embedding]):
+    if len(others) > 1 or not all(type(other) is nn.Embedding or _scaled(other) for other in others):
         kinds = ", ".join(type(module).__name__ for module in others)
         raise ValueError(
-            f"pack: the output head is tied to {kinds}; head='int8' can follow one plain nn.Embedding only"
+            f"pack: the output head is tied to {kinds}; head='int8' can follow one nn.Embedding, plain or scaled, only"
         )
     if _other_holders(model, head, head.bias):
         raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
@@ -255,6 +241,13 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     if why:
         raise ValueError(f"pack: the output head must stay float: {why}")
     return name, head, others[0] if others else None  # type: ignore[return-value]
+
+
+def _scaled(module: nn.Module) -> bool:
+    """Is it an embedding like Gemma 3's, whose forward only multiplies the rows by a constant?"""
+    cls: Any = type(module)
+    scales = _source(cls).endswith("return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)")
+    return cls.__bases__ == (nn.Embedding,) and hasattr(module, "scalar_embed_scale") and scales
 
 
 def _other_holders(model: nn.Module, module: nn.Module, parameter: torch.Tensor | None) -> list[nn.Module]:
@@ -305,9 +298,7 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
         linear.train(training)
     for module in model.modules():
         if isinstance(module, PackedEmbedding):
-            weight = (module.weight * module.weight_scale[:, None]).to(dtype or module.dtype_of.dtype)
-            del module.weight, module.weight_scale, module.dtype_of
-            become(module, nn.Embedding).weight = nn.Parameter(weight)
+            module.to_embedding(dtype)
             assert isinstance(model, PreTrainedModel)
             model.tie_weights()
     if isinstance(model, PreTrainedModel):

@@ -16,6 +16,7 @@ from oracle import DTYPES, grid
 from safetensors.torch import load_file, save_file
 from tiny import IDS, gpt2, gpt_oss, mixtral
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, MixtralConfig
 from transformers.integrations import use_experts_implementation
@@ -269,7 +270,9 @@ def test_copies_pickles_and_dtypes_lose_something() -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x, index, weights), expected)
     served = packed(layer)
+    small = len(pickle.dumps(served))
     served(x, index, weights)  # backends have derived their layouts
+    assert len(pickle.dumps(served)) == small
     for twin in (copy.deepcopy(served), pickle.loads(pickle.dumps(served))):
         assert torch.equal(twin(x, index, weights), expected)
         twin.packed_down_proj.weight.fill_(0b01010101)
@@ -333,12 +336,25 @@ def test_compiled_experts_are_wrong() -> None:
     def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return block.experts(x * 2, index, weights) + 1
 
-    compiled = torch.compile(run, backend="aot_eager")
-    for tokens in (3, 5):
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled, counts = torch.compile(run, backend=graphs), []
+    for tokens in (3, 5, 7, 9):
         x, (index, weights) = grid(tokens, H).requires_grad_(), route(tokens)
         assert torch.equal(compiled(x, index, weights), run(x, index, weights))
+        counts.append(graphs.frame_count)
+    assert counts[1] == counts[3], "compiled anew for every number of tokens"
     compiled(x, index, weights).sum().backward()
     assert block.experts.down_proj.grad.any()
+
+
+def test_a_compiled_conv1d_is_wrong_or_breaks_the_graph() -> None:
+    layer = BitConv1D.from_conv1d(Conv1D(10, 24))
+    x = grid(5, 24)
+    layer.weight.data = grid(24, 10)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert layer.weight.grad.any()
 
 
 def test_strength_does_not_reach_experts() -> None:

@@ -327,7 +327,6 @@ NO_INT8_HEAD = {
     "vit": "needs a Hugging Face model with an nn.Linear output head",
     "t5": "tied to Embedding, Embedding, Embedding",
     "mamba": "MambaForCausalLM uses lm_head.weight directly",
-    "gemma3": "tied to Gemma3TextScaledWordEmbedding",
 }
 
 
