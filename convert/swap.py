@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bitnet.experts import PackedExperts, pack_layer, stacks_of, to_packed
+from bitnet.experts import BitExperts, PackedExperts, pack_layer, stacks_of, to_packed
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer, BitLinear, Matrices, become
 from bitnet.packed import PackedBitLinear, PackedEmbedding, quantize_packed
@@ -443,7 +443,8 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None, others: str
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if parameter.ndim < 2 or leaf.endswith("bias"):  # a stack of experts has a row of biases each
+            of_experts = isinstance(owner, BitExperts) or bool(stacks_of(owner))
+            if parameter.ndim < 2 or (of_experts and leaf.endswith("_bias")):  # a stack of experts has a row each
                 count(parameter)
                 continue
             kind, reason = _kind(owner, leaf)
