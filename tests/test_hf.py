@@ -472,6 +472,15 @@ def test_an_extended_config_without_its_section_is_damaged(written: Written, tmp
             load(directory)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_of_a_stock_checkpoint_become_low_bit(written: Written, form: str, tmp_path: Path) -> None:
+    """A stock config need not name the experts it keeps, since stock transformers swaps nn.Linear only."""
+    name = f"skip_experts-{form}"
+    directory = rewrite_config(written.root / name, tmp_path / "x", modules_to_not_convert=["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(logits(model), written.logits(name))
+
+
 def test_options_travel_with_every_layer(written: Written) -> None:
     original = written.models["mixed-training"]
     for form in FORMS:
