@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from rich.progress import Progress
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
@@ -36,7 +36,7 @@ from bitnet.packed import PackedBitLinear
 from .gptq import ternarize
 from .source import Quantized, Source
 
-FLOAT, PLAIN, CALIBRATED = "float", "plain", "calibrated"
+FLOAT, PLAIN, CALIBRATED = STREAMS = "float", "plain", "calibrated"
 SETTINGS = "calibration.json"
 
 
@@ -58,6 +58,7 @@ class LayerReport:
 class Calibration:
     """What a calibration achieved; print it for a table.
 
+    layers:                                in the order of the model
     bits_per_byte, perplexity (per token): of held-out text, by stream: "float", "plain", "calibrated"
     tokens:                                how many were scored for them
     """
@@ -66,6 +67,17 @@ class Calibration:
     bits_per_byte: dict[str, float]
     perplexity: dict[str, float]
     tokens: int
+
+    def __str__(self) -> str:
+        lines = [("output SNR on the calibration text, dB", "plain", "calibrated", "")]
+        lines += [(row.name, f"{row.plain:.1f}", f"{row.calibrated:.1f}", row.reason) for row in self.layers]
+        width = max(len(line[0]) for line in lines)
+        table = [f"{name:{width}}  {plain:>6}  {after:>10}  {reason}".rstrip() for name, plain, after, reason in lines]
+        scores = [
+            f"{name:10} {self.bits_per_byte[name]:7.3f} bits per byte, perplexity {self.perplexity[name]:,.2f}"
+            for name in STREAMS
+        ]
+        return "\n".join([*table, f"{self.tokens:,} held-out tokens:", *scores])
 
 
 class _Stop(Exception):
@@ -114,7 +126,9 @@ class _Model:
             del config.quantization_config
         with init_empty_weights(include_buffers=False):  # tables such as rotary frequencies get their values
             self.model = type(source.model)._from_config(config, dtype=torch.float32).eval()
-        self.source, self.device, self.rest = source, device, None
+        self.source, self.device = source, device
+        self.rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
+        self.calls: list[tuple[tuple[Any, ...] | None, dict[str, Any]]] = []  # arguments of each, but for these
         self.stored = set(source.keys())
         self.stream = FLOAT
         self.watch: Callable[[_Layer, Tensor], None] | None = None
@@ -136,15 +150,11 @@ class _Model:
         """The decoder blocks: the one outermost nn.ModuleList that holds low-bit layers."""
         lists: dict[str, nn.ModuleList] = {}
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.ModuleList) and any(isinstance(m, _Layer) for m in module.modules()):
-                if not any(name.startswith(f"{other}.") for other in lists):
-                    lists[name] = module
+            low_bit = isinstance(module, nn.ModuleList) and any(isinstance(m, _Layer) for m in module.modules())
+            if low_bit and not any(name.startswith(f"{other}.") for other in lists):
+                lists[name] = module
         if len(lists) != 1:
-            found = f"it has {len(lists)} such lists ({', '.join(lists)})" if lists else "it has none"
-            raise ValueError(
-                f"calibrate: {type(self.model).__name__} needs exactly one list of decoder blocks with low-bit layers; "
-                f"{found}. Convert it without calibration"
-            )
+            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not one: {', '.join(lists)}")
         return list(*lists.values())
 
     def load(self, module: nn.Module) -> None:
@@ -192,7 +202,7 @@ class _Model:
     def embed(self, ids: Tensor, stream: str) -> Tensor:
         """What enters the first block: [1, tokens, hidden], for ids [tokens]."""
         self.stream = stream
-        return self._pass(ids, last=self.blocks[0])
+        return self._pass(ids, last=self.blocks[0]).cpu()
 
     def logits(self, ids: Tensor, hidden: Tensor, stream: str) -> Tensor:
         """What the model makes of the last block's output: [1, tokens, vocabulary]."""
@@ -212,25 +222,32 @@ class _Model:
         return out if self.rest is None else out[0]
 
     def learn_calls(self, texts: Tensor) -> None:
-        """See with which arguments the model calls its blocks; they must not depend on the text."""
+        """See from two texts [2, tokens] with which arguments the model calls its blocks; they must be the same."""
         seen = []
-        hidden = self.embed(texts[0], FLOAT)
-        self.calls = self._calls[:1]
-        self.block(0, hidden, FLOAT)  # for the form of its output
-        for ids in texts[:2]:
-            self._pass(ids, last=self.blocks[-1])
-            seen.append(self._calls)
+        try:
+            hidden = self.embed(texts[0], FLOAT)
+            self.calls = self._calls
+            self.block(0, hidden, FLOAT)  # for the form of what blocks return
+            for ids in texts:
+                self._pass(ids, last=self.blocks[-1])
+                seen.append(self._calls)
+        except (RuntimeError, NotImplementedError) as error:  # some weight is used without calling its module
+            raise self.refusal(str(error)) from error
         self.unload()
         self.calls = seen[0]
-        texts_agree = all(
-            type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else True)
-            for a, b in zip(*map(tree_leaves, seen), strict=True)
+        if len(self.calls) != len(self.blocks):
+            raise self.refusal(f"its {len(self.blocks)} blocks are called {len(self.calls)} times")
+        first, second = map(tree_leaves, seen)
+        if any(leaf is other for leaf in first for other in tree_leaves(self.rest) if isinstance(leaf, Tensor)):
+            raise self.refusal("they hand each other more than hidden states")
+        if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+            raise self.refusal("they are called with values that depend on the text")
+
+    def refusal(self, reason: str) -> ValueError:
+        return ValueError(
+            f"calibrate: the blocks of {type(self.model).__name__} cannot be run one by one ({reason}); "
+            "convert it without calibration"
         )
-        if len(self.calls) != len(self.blocks) or not texts_agree:
-            raise ValueError(
-                f"calibrate: the blocks of {type(self.model).__name__} cannot be run one by one: they are not called "
-                "once each, or with arguments that depend on the text. Convert it without calibration"
-            )
 
     def _pass(self, ids: Tensor, last: nn.Module | None = None, feed: Tensor | None = None) -> Any:
         """Run the model around its blocks, which pass their input on, or `feed`; up to the block `last`'s input."""
@@ -239,6 +256,8 @@ class _Model:
 
         def pass_on(block: nn.Module, args: Any, kwargs: Any) -> Any:
             kwargs = dict(kwargs)
+            if not args and "hidden_states" not in kwargs:
+                raise self.refusal("they do not take hidden states first")
             hidden = args[0] if args else kwargs.pop("hidden_states")
             self._calls.append((args[1:] if args else None, kwargs))
             if block is last:
@@ -256,6 +275,17 @@ class _Model:
             for block, cls in zip(self.blocks, classes, strict=True):
                 del block.pass_on
                 become(block, cls)
+
+    def layers(self, index: int) -> list[_Layer]:
+        """The low-bit layers of a block."""
+        return [module for module in self.blocks[index].modules() if isinstance(module, _Layer)]
+
+    def restore(self, index: int, results: dict[str, Quantized]) -> None:
+        """Give the layers of a block what an earlier run found."""
+        for layer in self.layers(index):
+            self.load(layer)
+            codes, scale = results.get(self.names[layer], layer.rounded[PLAIN])
+            layer.rounded[CALIBRATED] = Quantized(codes.to(self.device), scale.to(self.device))
 
     def inputs(self, index: int, hidden: Tensor, stream: str, layer: _Layer) -> Tensor:
         """The input [tokens, K] of one layer of a block for one text."""
@@ -284,19 +314,20 @@ class _Model:
             self.watch = None
         ran = [layer for layer, _ in calls]
         tokens = hidden.shape[-2]
-        reasons, groups, last = {}, [], None
-        for layer in self.blocks[index].modules():
-            if isinstance(layer, _Layer):
-                if layer.spec.weights != "ternary":
-                    reasons[layer] = f"{layer.spec.weights} weights"
-                elif ran.count(layer) != 1:
-                    reasons[layer] = f"ran {ran.count(layer)} times for the first text, not once"
+        reasons: dict[_Layer, str] = {}
+        groups: list[list[_Layer]] = []
+        last = None
+        for layer in self.layers(index):
+            if layer.spec.weights != "ternary":
+                reasons[layer] = f"{layer.spec.weights} weights"
+            elif ran.count(layer) != 1:
+                reasons[layer] = f"ran {ran.count(layer)} times for the first text, not once"
         for layer, input in calls:
             if layer not in reasons and input.numel() != tokens * layer.in_features:
                 reasons[layer] = "does not see every token"
             if layer in reasons:
                 continue
-            key = (input.data_ptr(), input.shape, input.stride())
+            key = (input.data_ptr(), input.shape, input.stride(), layer.spec.activation_bits)
             if key != last:
                 groups.append([])
             groups[-1].append(layer)
@@ -315,82 +346,234 @@ def calibrate(
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: Progress | None = None,
-    asym: bool = True,
-    kw: dict = {},
 ) -> Calibration:
-    device, store = torch.device(device), Path(store)
-    texts, held_out, held_bytes = read_text(source, Path(text), samples, length, seed)
-    model = _Model(source, device)
-    _open_store(store, source, texts, held_out, resume, len(model.blocks))
-    model.learn_calls(texts)
-    streams = {("texts", s): torch.cat([model.embed(ids, s).cpu() for ids in texts]) for s in (FLOAT, CALIBRATED)}
-    streams |= {("held", s): torch.cat([model.embed(ids, s).cpu() for ids in held_out]) for s in (FLOAT, PLAIN, CALIBRATED)}
-    model.unload()
-    reports = []
-    for index in range(len(model.blocks)):
-        groups, reasons = model.groups(index, streams["texts", FLOAT][0:1])
-        for group in groups:
-            h = c = None
-            for i in range(len(texts)):
-                xq = model.inputs(index, streams["texts", CALIBRATED][i:i+1], CALIBRATED, group[0])
-                if group[0].spec.activation_bits:
-                    q, s = reference.quantize_activation(xq, group[0].spec.activation_bits)
-                    xq = q / s
-                h = xq.T @ xq if h is None else h.addmm_(xq.T, xq)
-                if asym:
-                    x = model.inputs(index, streams["texts", FLOAT][i:i+1], FLOAT, group[0])
-                    c = xq.T @ x if c is None else c.addmm_(xq.T, x)
-            for layer in group:
-                target = layer.weight
-                if asym:
-                    lam = kw.get("lam", 0.01) * h.diagonal().mean() * torch.eye(len(h))
-                    target = torch.linalg.solve((h + lam).double(), ((c + lam) @ layer.weight.T).double()).T.float()
-                    target = layer.weight + kw.get("mix", 1.0) * (target - layer.weight)
-                k2 = {k: v for k, v in kw.items() if k not in ("lam", "mix")}
-                layer.rounded[CALIBRATED] = Quantized(*ternarize(target, h, layer.spec.per_row, **k2))
-        energy: dict = {}
+    """Round the low-bit layers of a float checkpoint to ternary, calibrated on a text; results go to `store`.
 
-        def compare(layer, input):
-            if model.stream == FLOAT:
-                outputs[layer] = layer.output(input, FLOAT)
-            else:
-                y = outputs[layer]
-                e = energy.setdefault(layer, [0.0, 0.0, 0.0])
-                e[0] += float(y.double().square().sum())
-                e[1] += float((y - layer.output(input, PLAIN)).double().square().sum())
-                e[2] += float((y - layer.output(input, CALIBRATED)).double().square().sum())
+    source:   a float checkpoint; its layers' options (per_row, activation_bits) decide what is computed
+    text:     a UTF-8 file of (samples + samples / 4) * length tokens or more; stretches are drawn from all of it
+    store:    a directory for one file per decoder block, which `calibrated` reads
+    samples:  stretches to calibrate on; a quarter as many others are held out for the scores
+    length:   of a stretch in tokens, at most what the model was trained on
+    seed:     of the draw; one seed, device and number of threads give the same bytes
+    resume:   go on after the last finished block of `store`; otherwise it must be empty or missing
+    progress: shows a bar with the blocks
 
-        for i in range(len(texts)):
-            model.watch, outputs = compare, {}
-            for s in (FLOAT, CALIBRATED):
-                streams["texts", s][i:i+1] = model.block(index, streams["texts", s][i:i+1], s).cpu()
-        model.watch = None
-        for i in range(len(held_out)):
-            for s in (FLOAT, PLAIN, CALIBRATED):
-                streams["held", s][i:i+1] = model.block(index, streams["held", s][i:i+1], s).cpu()
-        for layer, (a, b, d) in energy.items():
-            reports.append(LayerReport(model.names[layer], 10 * math.log10(a / b), 10 * math.log10(a / d)))
+    Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, and either one
+    block in float32 with 20 * K^2 for its layer with the most inputs K, or the embedding or head in float32.
+
+    Raises ValueError for models whose blocks cannot be run one by one, for text that is too short or not UTF-8, for
+    NaN, and for a store that belongs to other inputs.
+    """
+    device, store, text = torch.device(device), Path(store), Path(text)
+    _check(source, samples, length)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    texts, held_out = _read_text(text, tokenizer, samples, length, seed)
+    reports: list[LayerReport] = []
+    with torch.no_grad():
+        model = _Model(source, device)
+        _open_store(store, _fingerprint(source, texts, held_out, device), len(model.blocks), resume)
+        model.learn_calls(torch.stack([texts[0], held_out[0]]))
+        seen = {stream: torch.cat([model.embed(ids, stream) for ids in texts]) for stream in (FLOAT, CALIBRATED)}
+        unseen = {stream: torch.cat([model.embed(ids, stream) for ids in held_out]) for stream in STREAMS}
         model.unload()
-    out = {}
-    for s in (FLOAT, PLAIN, CALIBRATED):
-        nll = 0.
-        for i, ids in enumerate(held_out):
-            logits = model.logits(ids, streams["held", s][i:i+1], s)[0].float()
-            nll += F.cross_entropy(logits[:-1], ids[1:].to(device), reduction="sum").item()
-        out[s] = nll / held_bytes / math.log(2)
-    model.unload()
-    return Calibration(reports, out, {}, 0)
+        bar = progress or Progress(disable=True)
+        task = bar.add_task("calibrating", total=len(model.blocks))
+        for index in range(len(model.blocks)):
+            file = store / f"block-{index:05}.safetensors"
+            if file.exists():
+                results, rows = _read_block(file)
+                model.restore(index, results)
+                _advance(model, index, seen)
+            else:
+                reasons = _round_block(model, index, seen, lambda share: bar.advance(task, share))
+                rows = _advance_and_compare(model, index, seen, reasons)
+                _save_block(file, model, index, rows)
+            reports += rows
+            _advance(model, index, unseen)
+            model.unload()
+            bar.update(task, completed=index + 1)
+        losses = {}
+        for stream, hidden in unseen.items():
+            logits = (model.logits(ids, hidden[i : i + 1], stream)[0, :-1] for i, ids in enumerate(held_out))
+            pairs = zip(logits, held_out[:, 1:].to(device), strict=True)
+            losses[stream] = sum(F.cross_entropy(y.float(), ids, reduction="sum").item() for y, ids in pairs)
+    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in held_out)
+    tokens = held_out[:, 1:].numel()
+    bits = {stream: loss / size / math.log(2) for stream, loss in losses.items()}
+    return Calibration(reports, bits, {stream: math.exp(loss / tokens) for stream, loss in losses.items()}, tokens)
 
 
-def read_text(source, text, samples, length, seed):
-    tok = AutoTokenizer.from_pretrained(source.path)
-    ids = torch.tensor(tok(text.read_text()[:4_000_000], add_special_tokens=False).input_ids)
-    n = len(ids) // length
-    ids = ids[: n * length].view(n, length)
-    held = samples // 4
-    g = torch.Generator().manual_seed(seed)
-    pick = torch.randperm(n, generator=g)[: samples + held]
-    return ids[pick[:samples]], ids[pick[samples:]], held * (length - 1)
+def calibrated(store: str | Path) -> dict[str, Quantized]:
+    """What calibrate left in `store`, by layer; layers that got plain rounding are not there.
+
+    Raises ValueError if the calibration did not get to the last block.
+    """
+    settings = Path(store) / SETTINGS
+    blocks = json.loads(settings.read_text())["blocks"] if settings.exists() else 0
+    files = [Path(store) / f"block-{index:05}.safetensors" for index in range(blocks)]
+    if not files or not all(file.exists() for file in files):
+        done = sum(file.exists() for file in files)
+        raise ValueError(f"{store}: holds {done} of {blocks or '?'} calibrated blocks; go on with resume")
+    results = {}
+    for file in files:
+        results |= _read_block(file)[0]
+    return results
 
 
-def _open_store(*a): pass
+def _check(source: Source, samples: int, length: int) -> None:
+    """Refuse what cannot be calibrated before anything is read."""
+    kind = type(source.model).__name__
+    layers = source.layers()
+    if samples < 1 or length < 2:
+        raise ValueError(f"calibrate: samples must be at least 1 and length at least 2, got {samples} and {length}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or source.model.config.is_encoder_decoder:
+        raise ValueError(f"calibrate: {kind} is not a decoder-only language model; convert it without calibration")
+    if any(isinstance(layer, PackedBitLinear) for layer in layers.values()) or getattr(source, "settings", None):
+        raise ValueError(f"calibrate: {source.path} is low-bit already; start from a float checkpoint")
+    if any(layer.spec.rms_norm for layer in layers.values()):
+        raise ValueError(
+            "calibrate: rms_norm=True adds norms, which change the model until it is trained; leave it out"
+        )
+    limit = getattr(source.model.config, "max_position_embeddings", None) or length
+    if length > limit:
+        raise ValueError(f"calibrate: length={length} is more than the {limit} positions of the model")
+
+
+def _read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Stretches of a text as ids, [samples, length] to calibrate on and ceil(samples / 4) others."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error}); convert it, or name another file") from None
+    start = tokenizer("").input_ids[:1]
+    start = start if start and start[0] == tokenizer.bos_token_id else []  # models with such a token never miss it
+    own = length - len(start)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    wanted = samples + -(-samples // 4)
+    count = len(ids) // own
+    if count < wanted:
+        raise ValueError(
+            f"{file}: has {len(ids):,} tokens, but {samples} samples of {length} and a quarter more, held out, need "
+            f"{wanted * own:,}; give more text, or fewer or shorter samples"
+        )
+    stretches = ids[: count * own].view(count, own)
+    chosen = stretches[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]]
+    chosen = torch.cat([torch.tensor(start, dtype=torch.long).expand(wanted, -1), chosen], dim=1)
+    return chosen[:samples], chosen[samples:]
+
+
+def _fingerprint(source: Source, texts: Tensor, held_out: Tensor, device: torch.device) -> str:
+    """Changes with anything that decides the results, but for the tensors' values, told by their files' times."""
+    files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
+    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    facts += [[name, asdict(layer.spec)] for name, layer in source.layers().items()]
+    facts += [texts.tolist(), held_out.tolist(), source.model.config.to_json_string(), device.type]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _open_store(store: Path, fingerprint: str, blocks: int, resume: bool) -> None:
+    """Make the directory, or see that what it holds comes from the same inputs and may be continued."""
+    settings = {"fingerprint": fingerprint, "blocks": blocks}
+    file = store / SETTINGS
+    store.mkdir(parents=True, exist_ok=True)
+    if not any(store.iterdir()):
+        _write(file, json.dumps(settings).encode())
+    elif not resume:
+        raise ValueError(f"calibrate: {store} is not empty; ask to resume, or name another directory")
+    elif not file.exists() or json.loads(file.read_text()) != settings:
+        raise ValueError(
+            f"calibrate: {store} was made from another checkpoint, text, or options; start anew in another directory"
+        )
+
+
+def _write(file: Path, data: bytes) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    scratch = file.with_suffix(".part")
+    scratch.write_bytes(data)
+    os.replace(scratch, file)
+
+
+def _save_block(file: Path, model: _Model, index: int, rows: list[LayerReport]) -> None:
+    tensors, sizes = {}, {}
+    for layer in model.layers(index):
+        if CALIBRATED in layer.rounded and layer.rounded[CALIBRATED] is not layer.rounded[PLAIN]:
+            name, (codes, scale) = model.names[layer], layer.rounded[CALIBRATED]
+            tensors |= {f"{name}.weight": layout.pack_ternary(codes).cpu(), f"{name}.weight_scale": scale.cpu()}
+            sizes[name] = layer.out_features
+    # one entry, because safetensors writes several in any order
+    facts = json.dumps({"out_features": sizes, "layers": [asdict(row) for row in rows]})
+    _write(file, save(tensors, {"calibration": facts}))
+
+
+def _read_block(file: Path) -> tuple[dict[str, Quantized], list[LayerReport]]:
+    with safe_open(file, "pt") as stream:
+        facts = json.loads(stream.metadata()["calibration"])
+        results = {}
+        for name, size in facts["out_features"].items():
+            codes = layout.unpack_ternary(stream.get_tensor(f"{name}.weight"), size)
+            results[name] = Quantized(codes, stream.get_tensor(f"{name}.weight_scale"))
+    return results, [LayerReport(**row) for row in facts["layers"]]
+
+
+def _round_block(
+    model: _Model, index: int, seen: dict[str, Tensor], advance: Callable[[float], None]
+) -> dict[str, str]:
+    """Round all layers of a block; returns the reasons why some got plain rounding, by name."""
+    groups, reasons = model.groups(index, seen[FLOAT][:1])
+    for group in groups:
+        leader, k = group[0], group[0].in_features
+        h, c = torch.zeros(2, k, k, device=model.device)
+        for before, after in zip(seen[FLOAT].split(1), seen[CALIBRATED].split(1), strict=True):
+            x = model.inputs(index, before, FLOAT, leader)
+            y = model.inputs(index, after, CALIBRATED, leader)
+            if leader.spec.activation_bits is not None:
+                q, s = reference.quantize_activation(y, leader.spec.activation_bits)
+                y = q / s
+            h.addmm_(y.T, y)
+            c.addmm_(y.T, x)
+        if not bool(h.isfinite().all() & c.isfinite().all()):
+            raise ValueError(f"calibrate: the inputs of {model.names[leader]} hold NaN or Inf; the model overflows")
+        for layer in group:
+            layer.rounded[CALIBRATED] = Quantized(*ternarize(layer.weight, h, c, layer.spec.per_row))
+        advance(1 / (len(groups) + 1))
+    for layer in reasons:
+        model.load(layer)
+        layer.rounded[CALIBRATED] = layer.rounded[PLAIN]
+    return {model.names[layer]: reason for layer, reason in reasons.items()}
+
+
+def _advance(model: _Model, index: int, streams: dict[str, Tensor]) -> None:
+    """Put the outputs of a block in the place of its inputs."""
+    for stream, hidden in streams.items():
+        for one in hidden.split(1):
+            one.copy_(model.block(index, one, stream))
+
+
+def _advance_and_compare(
+    model: _Model, index: int, streams: dict[str, Tensor], reasons: dict[str, str]
+) -> list[LayerReport]:
+    """_advance, and how far the layers' outputs are from those of the float model."""
+    sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in model.layers(index)}
+    wanted: dict[_Layer, Tensor] = {}
+
+    def watch(layer: _Layer, input: Tensor) -> None:
+        y = layer.output(input, model.stream)
+        if model.stream == FLOAT:
+            wanted[layer] = y
+        elif wanted[layer].shape == y.shape:
+            plain = layer.output(input, PLAIN)
+            parts = (wanted[layer], wanted[layer] - plain, wanted[layer] - y)
+            sums[layer] += torch.stack([part.square().sum(dtype=torch.float64).cpu() for part in parts])
+
+    try:
+        model.watch = watch
+        for pair in zip(streams[FLOAT].split(1), streams[CALIBRATED].split(1), strict=True):
+            _advance(model, index, dict(zip((FLOAT, CALIBRATED), pair, strict=True)))
+    finally:
+        model.watch = None
+    rows = []
+    for layer, (signal, plain, calibrated) in sums.items():
+        name = model.names[layer]
+        ratios = (10 * (signal.log10() - noise.log10()).item() for noise in (plain, calibrated))
+        rows.append(LayerReport(name, *ratios, reasons.get(name, "")))
+    return rows

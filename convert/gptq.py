@@ -1,127 +1,134 @@
-"""Ternary rounding of one matrix that accounts for the inputs it will see.
+"""Ternary rounding of one matrix that accounts for the inputs it gets.
 
-For calibration inputs X [tokens, K] all that matters is H = X^T X: the squared error of the outputs is
-|X (W - V)^T|^2 = sum over rows of (w - v) H (w - v)^T. Codes are chosen column by column, each one's error moved to the
-columns that are still free (GPTQ, arXiv 2210.17323), and then revisited in turn (cyclic coordinate descent, as in
-QuantEase, arXiv 2309.01885) with the scale refitted in between; ternary rounding errs so much that a second look pays.
+Let X [T, K] be what the layer sees in the float model, Y [T, K] what it will see in the rounded one, W its weight and V
+the rounded one. What is to be small is
+
+    |X W^T - Y V^T|^2 + damping |W - V|^2 = tr (V* - V) H (V* - V)^T + constant
+
+    H = Y^T Y + damping        C = Y^T X + damping        V* = W C^T H^-1
+
+so all that matters of the inputs are two [K, K] matrices. V* differs from W by what makes up for the errors of earlier
+layers (GPTAQ, arXiv 2504.02692). Codes are chosen column by column, the error of each moved to those that are still
+free (GPTQ, arXiv 2210.17323), largest inputs first. Then all columns are visited again in turn, each code set to the best one given
+all others (coordinate descent, arXiv 2309.01885), with the scale refitted in between by least squares: neither step can
+make the sum larger.
 """
 
 import torch
 from torch import Tensor
 
-from bitnet.kernels import ops
+from bitnet.kernels import reference
 
-BLOCK = 128  # columns whose errors are propagated at once
-
-
-def ternarize(weight: Tensor, h: Tensor, per_row: bool, *, damping: float = 0.01, sweeps: int = 8, candidates=(1.0,), order=False, use_gptq=True) -> tuple[Tensor, Tensor]:
-    w, h = weight.double().float(), h.clone()
-    dead = h.diagonal() <= 0
-    h[dead, dead] = 1
-    w = w.masked_fill(dead, 0)
-    best = None
-    base = best_scale(w, h.diagonal(), per_row)
-    plain = ops.quantize_weight(weight, per_row=per_row)
-    pc = plain[0].masked_fill(dead, 0)
-    tries = [(pc, plain[1])]
-    for c in candidates:
-        scale = base * c
-        codes = gptq(w, h, scale, damping, order) if use_gptq else round_codes(w, scale)
-        tries.append((codes, scale))
-    out = []
-    for i, (codes, scale) in enumerate(tries):
-        if i and sweeps >= 0:
-            scale = refit(w, h, codes, scale, per_row)
-            for _ in range(sweeps):
-                codes = sweep(w, h, codes, scale)
-                scale = refit(w, h, codes, scale, per_row)
-        out.append((codes, scale, errors(w, h, codes, scale)))
-    codes, scale, err = out[0]
-    for c2, s2, e2 in out[1:]:
-        if per_row:
-            better = (e2 < err) & (s2 > 0)
-            codes = torch.where(better[:, None], c2, codes)
-            scale = torch.where(better, s2, scale)
-            err = torch.where(better, e2, err)
-        elif e2.sum() < err.sum():
-            codes, scale, err = c2, s2, e2
-    return codes.to(torch.int8), 1 / (1 / scale)
+DAMPING = 0.01  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
+SWEEPS = 8
+BLOCK = 128  # columns whose errors are moved on together
 
 
-def round_codes(w, scale):
-    return (w / scale[:, None]).round().clamp(-1, 1)
+def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scale of a matrix, given its inputs before and after the rounding of earlier layers.
+
+    weight:  float32 [N, K]
+    h, c:    float32 [K, K]: Y^T Y and Y^T X
+    per_row: one scale a row instead of one for all
+    returns: codes int8 [N, K] and scale float32 [N] or [1]
+
+    The sum above is at most that of plain rounding (of each row, if per_row), which takes over where it is smaller.
+    """
+    order = h.diagonal().argsort(descending=True, stable=True)
+    mean = h.diagonal().mean()
+    damping = DAMPING * mean if mean > 0 else 1.0
+    h = h[order[:, None], order]
+    h.diagonal().add_(damping)
+    u = inverse_factor(h)
+    w = weight[:, order]
+    target = c[order[:, None], order] @ w.T
+    target += damping * w.T
+    target = (u.T @ (u @ target)).T.contiguous()
+
+    scale = best_scale(target, h.diagonal(), per_row)
+    codes = gptq(target, u, scale)
+    for _ in range(SWEEPS):
+        scale = refit(target, h, codes, scale)
+        before, codes = codes, sweep(target, h, codes, scale)
+        if torch.equal(codes, before):
+            break
+    scale = 1 / (1 / refit(target, h, codes, scale))  # as 1 / inv, like trained scales: Hub files store inv
+
+    plain, plain_scale = reference.quantize_weight(w, per_row=per_row)
+    worse = errors(target, h, codes, scale) - errors(target, h, plain.float(), plain_scale)
+    worse = worse >= 0 if per_row else worse.sum(0, keepdim=True) >= 0
+    codes = torch.where(worse[:, None], plain, codes.to(torch.int8))
+    return codes[:, order.argsort()], torch.where(worse, plain_scale, scale)
+
+
+def inverse_factor(h: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = H^-1, as float32; h [K, K] is positive definite."""
+    # the Cholesky factor of H, rows and columns reversed, is the inverse of U reversed: nothing is factored twice
+    lower = torch.linalg.cholesky(h.double().flip(0, 1))
+    eye = torch.eye(len(h), dtype=lower.dtype, device=h.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
 
 
 def best_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
-    """the scale that minimises sum d (w - scale*code)^2 over scale and codes, exactly: code = 1 above scale/2, so the
-    nonzero codes are the largest |w|; of each number of them the error is sum d w^2 - (sum d|w|)^2 / sum d."""
+    """The scale that minimises the sum of d (w - scale * code)^2 over all scales and codes: [N], or [1].
+
+    For a given scale the weights above half of it are the ones that get a code, so they are the largest; with the n
+    largest the sum falls by (sum of d|w|)^2 / (sum of d), taken over these n.
+    """
     size, d = w.abs(), d.expand_as(w)
     if not per_row:
         size, d = size.reshape(1, -1), d.reshape(1, -1)
     size, order = size.sort(dim=1, descending=True)
     d = d.gather(1, order).double()
-    a, b = (d * size).cumsum(1), d.cumsum(1)
-    at = (a * a / b).argmax(1, keepdim=True)
-    return (a / b).gather(1, at).squeeze(1).float().clamp(min=1e-8)
+    moment, mass = (d * size).cumsum(1), d.cumsum(1)
+    best = (moment.square() / mass).argmax(1, keepdim=True)
+    return (moment / mass).gather(1, best).squeeze(1).float().clamp(min=reference.EPS)
 
 
-def refit(w, h, codes, scale, per_row):
-    hc = codes.float() @ h
-    num, den = (w * hc).sum(1).double(), (codes * hc).sum(1).double()
-    if not per_row:
-        num, den = num.sum().view(1), den.sum().view(1)
-    s = num / den
-    return torch.where((den > 0) & (s > 0), s, scale.double()).float()
-
-
-def errors(w, h, codes, scale):
-    e = w - codes * scale[:, None]
-    return ((e @ h) * e).sum(1)
-
-
-def gptq(w, h, scale, damping, order=False):
-    k = w.shape[1]
-    if order:
-        perm = h.diagonal().argsort(descending=True, stable=True)
-        inv = perm.argsort()
-        return gptq(w[:, perm], h[perm][:, perm], scale, damping)[:, inv]
-    hd = h.double()
-    hd.diagonal().add_(damping * hd.diagonal().mean())
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hd)), upper=True).float()
-    w = w.clone()
-    codes = torch.empty_like(w)
-    s = scale.expand(w.shape[0])
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        part, block = w[:, start:end], u[start:end, start:end]
-        errs = torch.empty_like(part)
+def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """Codes (as float32) of w [N, K], column by column, with errors moved to later columns; u from inverse_factor."""
+    w, codes = w.clone(), torch.empty_like(w)
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        part, corner = w[:, start:end], u[start:end, start:end]
+        moved = torch.empty_like(part)
         for j in range(end - start):
-            column = part[:, j]
-            c = (column / s).round().clamp(-1, 1)
-            codes[:, start + j] = c
-            err = (column - c * s) / block[j, j]
-            part[:, j:] -= err[:, None] * block[j, j:]
-            errs[:, j] = err
-        w[:, end:] -= errs @ u[start:end, end:]
+            code = (part[:, j] / scale).round_().clamp_(-1, 1)
+            error = (part[:, j] - code * scale) / corner[j, j]
+            part[:, j:] -= error[:, None] * corner[j, j:]
+            codes[:, start + j], moved[:, j] = code, error
+        w[:, end:] -= moved @ u[start:end, end:]
     return codes
 
 
-def sweep(w, h, codes, scale):
-    s = scale.expand(w.shape[0])
+def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """New codes: each column's in turn the best ones, given those of all others."""
     codes = codes.clone()
-    r = (w - codes * s[:, None]) @ h
-    k = w.shape[1]
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        part, block = r[:, start:end], h[start:end, start:end]
-        deltas = torch.empty_like(part)
+    slope = (w - codes * scale[:, None]) @ h  # of the error along each column, negative and halved
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        part, corner = slope[:, start:end].clone(), h[start:end, start:end]
+        change = torch.empty_like(part)
         for j in range(end - start):
             old = codes[:, start + j]
-            new = (old + part[:, j] / (block[j, j] * s)).round().clamp(-1, 1)
-            delta = (new - old) * s
-            part -= delta[:, None] * block[j]
+            new = (old + part[:, j] / (corner[j, j] * scale)).round_().clamp_(-1, 1)
+            change[:, j] = (new - old) * scale
+            part -= change[:, j, None] * corner[j]
             codes[:, start + j] = new
-            deltas[:, j] = delta
-        r[:, :start] -= deltas @ h[start:end, :start]
-        r[:, end:] -= deltas @ h[start:end, end:]
+        slope -= change @ h[start:end]
     return codes
+
+
+def refit(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The scale that fits codes best, of each row or all; where there is none that is positive, the one given."""
+    product = codes @ h
+    above, below = (w * product).sum(1, dtype=torch.float64), (codes * product).sum(1, dtype=torch.float64)
+    if len(scale) != len(w):
+        above, below = above.sum(0, keepdim=True), below.sum(0, keepdim=True)
+    return torch.where((above > 0) & (below > 0), above / below, scale.double()).float()
+
+
+def errors(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The sum that is minimised, by row."""
+    difference = w - codes * scale[:, None]
+    return ((difference @ h) * difference).sum(1)
