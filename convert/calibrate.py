@@ -139,7 +139,7 @@ class _Model:
                 layer.context, layer.rounded = self, {}
         for name, module in self.model.named_modules():
             self.names[module] = name
-            module.register_forward_pre_hook(lambda module, _: self.load(module))
+            module.register_forward_pre_hook(self._about_to_run)
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(device)
         self.blocks = self._blocks()
@@ -154,8 +154,14 @@ class _Model:
             if low_bit and not any(name.startswith(f"{other}.") for other in lists):
                 lists[name] = module
         if len(lists) != 1:
-            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not one: {', '.join(lists)}")
+            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not in one {' '.join(lists)}")
         return list(*lists.values())
+
+    def _about_to_run(self, module: nn.Module, args: Any) -> None:
+        if not isinstance(module, _Passage):
+            # a block whole, since some modules use the weights of others without calling them
+            for part in module.modules() if module in self.blocks else (module,):
+                self.load(part)
 
     def load(self, module: nn.Module) -> None:
         """Read the parameters and stored buffers that this module itself holds."""

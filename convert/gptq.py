@@ -9,9 +9,9 @@ the rounded one. What is to be small is
 
 so all that matters of the inputs are two [K, K] matrices. V* differs from W by what makes up for the errors of earlier
 layers (GPTAQ, arXiv 2504.02692). Codes are chosen column by column, the error of each moved to those that are still
-free (GPTQ, arXiv 2210.17323), largest inputs first. Then all columns are visited again in turn, each code set to the best one given
-all others (coordinate descent, arXiv 2309.01885), with the scale refitted in between by least squares: neither step can
-make the sum larger.
+free (GPTQ, arXiv 2210.17323), largest inputs first. Then all columns are visited again in turn, each code set to the
+best one given all others (coordinate descent, QuantEase, arXiv 2309.01885), with the scale refitted in between by least
+squares: neither step can make the sum larger.
 """
 
 import torch
