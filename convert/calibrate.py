@@ -44,8 +44,8 @@ SETTINGS = "calibration.json"
 class LayerReport:
     """Signal-to-noise ratio of a layer's outputs on the calibration text, against the float model's, in dB.
 
-    plain, calibrated: with this layer rounded that way, behind calibrated earlier layers
-    reason:            why it got plain rounding only (the ratios are then equal); empty for the others
+    plain, calibrated: with this layer rounded that way, behind calibrated earlier layers; NaN where not measured
+    reason:            why it got plain rounding only; empty for the others
     """
 
     name: str
@@ -70,7 +70,7 @@ class Calibration:
 
     def __str__(self) -> str:
         lines = [("output SNR on the calibration text, dB", "plain", "calibrated", "")]
-        lines += [(row.name, f"{row.plain:.1f}", f"{row.calibrated:.1f}", row.reason) for row in self.layers]
+        lines += [(row.name, _decibels(row.plain), _decibels(row.calibrated), row.reason) for row in self.layers]
         width = max(len(line[0]) for line in lines)
         table = [f"{name:{width}}  {plain:>6}  {after:>10}  {reason}".rstrip() for name, plain, after, reason in lines]
         scores = [
@@ -78,6 +78,10 @@ class Calibration:
             for name in STREAMS
         ]
         return "\n".join([*table, f"{self.tokens:,} held-out tokens:", *scores])
+
+
+def _decibels(ratio: float) -> str:
+    return "-" if math.isnan(ratio) else f"{ratio:.1f}"
 
 
 class _Stop(Exception):
@@ -373,7 +377,7 @@ def calibrate(
     device, store, text = torch.device(device), Path(store), Path(text)
     _check(source, samples, length)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    texts, held_out = _read_text(text, tokenizer, samples, length, seed)
+    texts, held_out = read_text(text, tokenizer, samples, length, seed)
     reports: list[LayerReport] = []
     with torch.no_grad():
         model = _Model(source, device)
@@ -398,11 +402,16 @@ def calibrate(
             _advance(model, index, unseen)
             model.unload()
             bar.update(task, completed=index + 1)
+        # low-bit layers around the blocks
+        reports += [
+            LayerReport(model.names[layer], math.nan, math.nan, "outside the blocks") for layer in model.outside
+        ]
         losses = {}
         for stream, hidden in unseen.items():
             logits = (model.logits(ids, hidden[i : i + 1], stream)[0, :-1] for i, ids in enumerate(held_out))
             pairs = zip(logits, held_out[:, 1:].to(device), strict=True)
             losses[stream] = sum(F.cross_entropy(y.float(), ids, reduction="sum").item() for y, ids in pairs)
+        model.unload()
     size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in held_out)
     tokens = held_out[:, 1:].numel()
     bits = {stream: loss / size / math.log(2) for stream, loss in losses.items()}
@@ -445,7 +454,7 @@ def _check(source: Source, samples: int, length: int) -> None:
         raise ValueError(f"calibrate: length={length} is more than the {limit} positions of the model")
 
 
-def _read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Stretches of a text as ids, [samples, length] to calibrate on and ceil(samples / 4) others."""
     try:
         text = file.read_text(encoding="utf-8")

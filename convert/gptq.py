@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitnet.kernels import reference
 
-DAMPING = 0.01  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
+DAMPING = 0.1  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
 SWEEPS = 8
 BLOCK = 128  # columns whose errors are moved on together
 
