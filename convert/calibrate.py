@@ -4,11 +4,10 @@ Each decoder block is loaded alone, its low-bit layers are rounded so that their
 (gptq.py has the arithmetic), and its outputs become the inputs of the next block. Within a block, layers are rounded in
 the order in which they run, those that share an input together, so that each makes up for the errors before it.
 
-The text runs through versions of the model side by side ("streams"): with float weights, with plain absmean rounding,
-and with calibrated rounding. The last two quantize activations and multiply exactly as served.
+What it costs is measured on held-out stretches of the text; fine-tuning (of the float weights, not of these codes) is
+what closes the gap.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -20,23 +19,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bitnet.kernels import int8, layout, ops, reference
-from bitnet.linear import BitLinear, become
+from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 
+from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
 from .gptq import ternarize
 from .source import Quantized, Source
 
-FLOAT, PLAIN, CALIBRATED = STREAMS = "float", "plain", "calibrated"
 SETTINGS = "calibration.json"
 
 
@@ -84,267 +80,6 @@ def _decibels(ratio: float) -> str:
     return "-" if math.isnan(ratio) else f"{ratio:.1f}"
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-class _Layer(BitLinear):
-    """A low-bit layer that computes what the stream asks for."""
-
-    context: "_Model"
-    rounded: dict[str, Quantized]  # by stream
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.context.watch is not None:
-            self.context.watch(self, input)
-        return self.output(input, self.context.stream)
-
-    def output(self, input: Tensor, stream: str) -> Tensor:
-        """In float32, or exactly as it will be served."""
-        if stream not in self.rounded:
-            return F.linear(input, self.weight, self.bias)
-        x = input.reshape(-1, self.in_features)
-        y = int8.linear(x, *self.rounded[stream], self.bias, self.spec.activation_bits)
-        return y.view(*input.shape[:-1], self.out_features)
-
-
-class _Passage(nn.Module):
-    """What a decoder block is turned into to learn how the model calls it, or to have its output replaced."""
-
-    pass_on: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pass_on(self, args, kwargs)
-
-
-class _Model:
-    """A model in float32 whose tensors are read when a module that holds them is called, and dropped by `unload`.
-
-    stream: which version of the model runs
-    watch:  called with each low-bit layer and its input before it runs
-    """
-
-    def __init__(self, source: Source, device: torch.device) -> None:
-        config = copy.deepcopy(source.model.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with init_empty_weights(include_buffers=False):  # tables such as rotary frequencies get their values
-            self.model = type(source.model)._from_config(config, dtype=torch.float32).eval()
-        self.source, self.device = source, device
-        self.rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
-        self.calls: list[tuple[tuple[Any, ...] | None, dict[str, Any]]] = []  # arguments of each, but for these
-        self.stored = set(source.keys())
-        self.stream = FLOAT
-        self.watch: Callable[[_Layer, Tensor], None] | None = None
-        self.names: dict[nn.Module, str] = {}
-        for name, module in source.model.named_modules():
-            if isinstance(module, BitLinear):
-                layer = become(BitLinear.from_linear(self.model.get_submodule(name), module.spec), _Layer)
-                layer.context, layer.rounded = self, {}
-        for name, module in self.model.named_modules():
-            self.names[module] = name
-            module.register_forward_pre_hook(self._about_to_run)
-            for leaf, buffer in module._buffers.items():
-                module._buffers[leaf] = None if buffer is None else buffer.to(device)
-        self.blocks = self._blocks()
-        inside = {module for block in self.blocks for module in block.modules()}
-        self.outside = {module for module in self.names if isinstance(module, _Layer) and module not in inside}
-
-    def _blocks(self) -> list[nn.Module]:
-        """The decoder blocks: the one outermost nn.ModuleList that holds low-bit layers."""
-        lists: dict[str, nn.ModuleList] = {}
-        for name, module in self.model.named_modules():
-            low_bit = isinstance(module, nn.ModuleList) and any(isinstance(m, _Layer) for m in module.modules())
-            if low_bit and not any(name.startswith(f"{other}.") for other in lists):
-                lists[name] = module
-        if len(lists) != 1:
-            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not in one {' '.join(lists)}")
-        return list(*lists.values())
-
-    def _about_to_run(self, module: nn.Module, args: Any) -> None:
-        if not isinstance(module, _Passage):
-            # a block whole, since some modules use the weights of others without calling them
-            for part in module.modules() if module in self.blocks else (module,):
-                self.load(part)
-
-    def load(self, module: nn.Module) -> None:
-        """Read the parameters and stored buffers that this module itself holds."""
-        name = self.names[module]
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                value = self.read(f"{name}.{leaf}" if name else leaf, parameter.shape)
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and f"{name}.{leaf}" in self.stored:
-                module._buffers[leaf] = self.read(f"{name}.{leaf}", buffer.shape).to(buffer.dtype)
-        if isinstance(module, _Layer) and PLAIN not in module.rounded:
-            codes, scale = ops.quantize_weight(module.weight, kind=module.spec.weights, per_row=module.spec.per_row)
-            module.rounded[PLAIN] = Quantized(codes, scale)
-            if module in self.outside:
-                module.rounded[CALIBRATED] = module.rounded[PLAIN]
-
-    def read(self, key: str, shape: torch.Size) -> Tensor:
-        """A stored tensor in float32."""
-        if key not in self.stored:
-            key = self.model.all_tied_weights_keys.get(key, key)
-        if key not in self.stored:
-            raise ValueError(
-                f"calibrate: {self.source.path} stores no tensor {key} (fused expert weights are not supported); "
-                "convert it without calibration"
-            )
-        tensor = self.source.tensor(key)
-        if tensor.shape != shape:
-            raise ValueError(f"calibrate: {key} is {list(tensor.shape)}, but the model needs {list(shape)}")
-        tensor = tensor.to(self.device, torch.float32)
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"calibrate: {key} holds NaN or Inf; the checkpoint is damaged or its training diverged")
-        return tensor
-
-    def unload(self) -> None:
-        """Drop all tensors that were read."""
-        for module in self.names:
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            if isinstance(module, _Layer):
-                module.rounded.clear()
-
-    def embed(self, ids: Tensor, stream: str) -> Tensor:
-        """What enters the first block: [1, tokens, hidden], for ids [tokens]."""
-        self.stream = stream
-        return self._pass(ids, last=self.blocks[0]).cpu()
-
-    def logits(self, ids: Tensor, hidden: Tensor, stream: str) -> Tensor:
-        """What the model makes of the last block's output: [1, tokens, vocabulary]."""
-        self.stream = stream
-        return self._pass(ids, feed=hidden.to(self.device)).logits
-
-    def block(self, index: int, hidden: Tensor, stream: str) -> Tensor:
-        """A block's output for one text, called as the model calls it."""
-        self.stream = stream
-        args, kwargs = self.calls[index]
-        hidden = hidden.to(self.device)
-        if args is None:
-            out = self.blocks[index](**kwargs, hidden_states=hidden)
-        else:
-            out = self.blocks[index](hidden, *args, **kwargs)
-        self.rest = out[1:] if isinstance(out, tuple) else None
-        return out if self.rest is None else out[0]
-
-    def learn_calls(self, texts: Tensor) -> None:
-        """See from two texts [2, tokens] with which arguments the model calls its blocks; they must be the same."""
-        seen = []
-        try:
-            hidden = self.embed(texts[0], FLOAT)
-            self.calls = self._calls
-            self.block(0, hidden, FLOAT)  # for the form of what blocks return
-            for ids in texts:
-                self._pass(ids, last=self.blocks[-1])
-                seen.append(self._calls)
-        except (RuntimeError, NotImplementedError) as error:  # some weight is used without calling its module
-            raise self.refusal(str(error)) from error
-        self.unload()
-        self.calls = seen[0]
-        if len(self.calls) != len(self.blocks):
-            raise self.refusal(f"its {len(self.blocks)} blocks are called {len(self.calls)} times")
-        first, second = map(tree_leaves, seen)
-        if any(leaf is other for leaf in first for other in tree_leaves(self.rest) if isinstance(leaf, Tensor)):
-            raise self.refusal("they hand each other more than hidden states")
-        if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-            raise self.refusal("they are called with values that depend on the text")
-
-    def refusal(self, reason: str) -> ValueError:
-        return ValueError(
-            f"calibrate: the blocks of {type(self.model).__name__} cannot be run one by one ({reason}); "
-            "convert it without calibration"
-        )
-
-    def _pass(self, ids: Tensor, last: nn.Module | None = None, feed: Tensor | None = None) -> Any:
-        """Run the model around its blocks, which pass their input on, or `feed`; up to the block `last`'s input."""
-        self._calls: list[Any] = []
-        classes = [type(block) for block in self.blocks]
-
-        def pass_on(block: nn.Module, args: Any, kwargs: Any) -> Any:
-            kwargs = dict(kwargs)
-            if not args and "hidden_states" not in kwargs:
-                raise self.refusal("they do not take hidden states first")
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            self._calls.append((args[1:] if args else None, kwargs))
-            if block is last:
-                raise _Stop(hidden)
-            hidden = hidden if feed is None else feed
-            return hidden if self.rest is None else (hidden, *self.rest)
-
-        for block in self.blocks:
-            become(block, _Passage).pass_on = pass_on
-        try:
-            return self.model(input_ids=ids[None].to(self.device), use_cache=False)
-        except _Stop as stop:
-            return stop.args[0]
-        finally:
-            for block, cls in zip(self.blocks, classes, strict=True):
-                del block.pass_on
-                become(block, cls)
-
-    def layers(self, index: int) -> list[_Layer]:
-        """The low-bit layers of a block."""
-        return [module for module in self.blocks[index].modules() if isinstance(module, _Layer)]
-
-    def restore(self, index: int, results: dict[str, Quantized]) -> None:
-        """Give the layers of a block what an earlier run found."""
-        for layer in self.layers(index):
-            self.load(layer)
-            codes, scale = results.get(self.names[layer], layer.rounded[PLAIN])
-            layer.rounded[CALIBRATED] = Quantized(codes.to(self.device), scale.to(self.device))
-
-    def inputs(self, index: int, hidden: Tensor, stream: str, layer: _Layer) -> Tensor:
-        """The input [tokens, K] of one layer of a block for one text."""
-
-        def watch(module: _Layer, input: Tensor) -> None:
-            if module is layer:
-                raise _Stop(input)
-
-        try:
-            self.watch = watch
-            self.block(index, hidden, stream)
-        except _Stop as stop:
-            return stop.args[0].reshape(-1, layer.in_features)
-        finally:
-            self.watch = None
-        raise AssertionError(f"{self.names[layer]} ran for the first text only")
-
-    def groups(self, index: int, hidden: Tensor) -> tuple[list[list[_Layer]], dict[_Layer, str]]:
-        """The layers of a block in the order in which they run, those that share an input together; and those that
-        cannot be calibrated, with the reason."""
-        calls: list[tuple[_Layer, Tensor]] = []
-        try:
-            self.watch = lambda layer, input: calls.append((layer, input))
-            self.block(index, hidden, FLOAT)
-        finally:
-            self.watch = None
-        ran = [layer for layer, _ in calls]
-        tokens = hidden.shape[-2]
-        reasons: dict[_Layer, str] = {}
-        groups: list[list[_Layer]] = []
-        last = None
-        for layer in self.layers(index):
-            if layer.spec.weights != "ternary":
-                reasons[layer] = f"{layer.spec.weights} weights"
-            elif ran.count(layer) != 1:
-                reasons[layer] = f"ran {ran.count(layer)} times for the first text, not once"
-        for layer, input in calls:
-            if layer not in reasons and input.numel() != tokens * layer.in_features:
-                reasons[layer] = "does not see every token"
-            if layer in reasons:
-                continue
-            key = (input.data_ptr(), input.shape, input.stride(), layer.spec.activation_bits)
-            if key != last:
-                groups.append([])
-            groups[-1].append(layer)
-            last = key
-        return groups, reasons
-
-
 def calibrate(
     source: Source,
     text: str | Path,
@@ -380,7 +115,7 @@ def calibrate(
     texts, held_out = read_text(text, tokenizer, samples, length, seed)
     reports: list[LayerReport] = []
     with torch.no_grad():
-        model = _Model(source, device)
+        model = BlockModel(source, device)
         _open_store(store, _fingerprint(source, texts, held_out, device), len(model.blocks), resume)
         model.learn_calls(torch.stack([texts[0], held_out[0]]))
         seen = {stream: torch.cat([model.embed(ids, stream) for ids in texts]) for stream in (FLOAT, CALIBRATED)}
@@ -429,7 +164,7 @@ def calibrated(store: str | Path) -> dict[str, Quantized]:
     if not files or not all(file.exists() for file in files):
         done = sum(file.exists() for file in files)
         raise ValueError(f"{store}: holds {done} of {blocks or '?'} calibrated blocks; go on with resume")
-    results = {}
+    results: dict[str, Quantized] = {}
     for file in files:
         results |= _read_block(file)[0]
     return results
@@ -480,7 +215,7 @@ def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) 
 def _fingerprint(source: Source, texts: Tensor, held_out: Tensor, device: torch.device) -> str:
     """Changes with anything that decides the results, but for the tensors' values, told by their files' times."""
     files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
-    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    facts: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     facts += [[name, asdict(layer.spec)] for name, layer in source.layers().items()]
     facts += [texts.tolist(), held_out.tolist(), source.model.config.to_json_string(), device.type]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -508,8 +243,9 @@ def _write(file: Path, data: bytes) -> None:
     os.replace(scratch, file)
 
 
-def _save_block(file: Path, model: _Model, index: int, rows: list[LayerReport]) -> None:
-    tensors, sizes = {}, {}
+def _save_block(file: Path, model: BlockModel, index: int, rows: list[LayerReport]) -> None:
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
     for layer in model.layers(index):
         if CALIBRATED in layer.rounded and layer.rounded[CALIBRATED] is not layer.rounded[PLAIN]:
             name, (codes, scale) = model.names[layer], layer.rounded[CALIBRATED]
@@ -531,7 +267,7 @@ def _read_block(file: Path) -> tuple[dict[str, Quantized], list[LayerReport]]:
 
 
 def _round_block(
-    model: _Model, index: int, seen: dict[str, Tensor], advance: Callable[[float], None]
+    model: BlockModel, index: int, seen: dict[str, Tensor], advance: Callable[[float], None]
 ) -> dict[str, str]:
     """Round all layers of a block; returns the reasons why some got plain rounding, by name."""
     groups, reasons = model.groups(index, seen[FLOAT][:1])
@@ -547,9 +283,12 @@ def _round_block(
             h.addmm_(y.T, y)
             c.addmm_(y.T, x)
         if not bool(h.isfinite().all() & c.isfinite().all()):
-            raise ValueError(f"calibrate: the inputs of {model.names[leader]} hold NaN or Inf; the model overflows")
+            raise ValueError(f"calibrate: {model.names[leader]}: its inputs are NaN or too large to square in float32")
         for layer in group:
-            layer.rounded[CALIBRATED] = Quantized(*ternarize(layer.weight, h, c, layer.spec.per_row))
+            try:
+                layer.rounded[CALIBRATED] = Quantized(*ternarize(layer.weight, h, c, layer.spec.per_row))
+            except ValueError as error:
+                raise ValueError(f"calibrate: {model.names[layer]}: {error}") from None
         advance(1 / (len(groups) + 1))
     for layer in reasons:
         model.load(layer)
@@ -557,7 +296,7 @@ def _round_block(
     return {model.names[layer]: reason for layer, reason in reasons.items()}
 
 
-def _advance(model: _Model, index: int, streams: dict[str, Tensor]) -> None:
+def _advance(model: BlockModel, index: int, streams: dict[str, Tensor]) -> None:
     """Put the outputs of a block in the place of its inputs."""
     for stream, hidden in streams.items():
         for one in hidden.split(1):
@@ -565,13 +304,13 @@ def _advance(model: _Model, index: int, streams: dict[str, Tensor]) -> None:
 
 
 def _advance_and_compare(
-    model: _Model, index: int, streams: dict[str, Tensor], reasons: dict[str, str]
+    model: BlockModel, index: int, streams: dict[str, Tensor], reasons: dict[str, str]
 ) -> list[LayerReport]:
     """_advance, and how far the layers' outputs are from those of the float model."""
     sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in model.layers(index)}
-    wanted: dict[_Layer, Tensor] = {}
+    wanted: dict[Layer, Tensor] = {}
 
-    def watch(layer: _Layer, input: Tensor) -> None:
+    def watch(layer: Layer, input: Tensor) -> None:
         y = layer.output(input, model.stream)
         if model.stream == FLOAT:
             wanted[layer] = y
@@ -589,6 +328,6 @@ def _advance_and_compare(
     rows = []
     for layer, (signal, plain, calibrated) in sums.items():
         name = model.names[layer]
-        ratios = (10 * (signal.log10() - noise.log10()).item() for noise in (plain, calibrated))
-        rows.append(LayerReport(name, *ratios, reasons.get(name, "")))
+        before, after = (10 * (signal.log10() - noise.log10()).item() for noise in (plain, calibrated))
+        rows.append(LayerReport(name, before, after, reasons.get(name, "")))
     return rows

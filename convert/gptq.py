@@ -32,7 +32,7 @@ def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tens
     per_row: one scale a row instead of one for all
     returns: codes int8 [N, K] and scale float32 [N] or [1]
 
-    The sum above is at most that of plain rounding (of each row, if per_row), which takes over where it is smaller.
+    Raises ValueError where float32 does not hold the sums. The sum above is at most that of plain rounding (of each row, if per_row), which takes over where it is smaller.
     """
     order = h.diagonal().argsort(descending=True, stable=True)
     mean = h.diagonal().mean()
@@ -45,7 +45,7 @@ def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tens
     target += damping * w.T
     target = (u.T @ (u @ target)).T.contiguous()
 
-    scale = best_scale(target, h.diagonal(), per_row)
+    scale = first_scale(target, h.diagonal(), per_row)
     codes = gptq(target, u, scale)
     for _ in range(SWEEPS):
         scale = refit(target, h, codes, scale)
@@ -56,6 +56,8 @@ def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tens
 
     plain, plain_scale = reference.quantize_weight(w, per_row=per_row)
     worse = errors(target, h, codes, scale) - errors(target, h, plain.float(), plain_scale)
+    if not bool(worse.isfinite().all()):
+        raise ValueError(f"its outputs overflow float32 (weights are up to {weight.abs().max().item():.3g})")
     worse = worse >= 0 if per_row else worse.sum(0, keepdim=True) >= 0
     codes = torch.where(worse[:, None], plain, codes.to(torch.int8))
     return codes[:, order.argsort()], torch.where(worse, plain_scale, scale)
@@ -69,20 +71,15 @@ def inverse_factor(h: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
 
 
-def best_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
-    """The scale that minimises the sum of d (w - scale * code)^2 over all scales and codes: [N], or [1].
-
-    For a given scale the weights above half of it are the ones that get a code, so they are the largest; with the n
-    largest the sum falls by (sum of d|w|)^2 / (sum of d), taken over these n.
-    """
-    size, d = w.abs(), d.expand_as(w)
-    if not per_row:
-        size, d = size.reshape(1, -1), d.reshape(1, -1)
-    size, order = size.sort(dim=1, descending=True)
-    d = d.gather(1, order).double()
-    moment, mass = (d * size).cumsum(1), d.cumsum(1)
-    best = (moment.square() / mass).argmax(1, keepdim=True)
-    return (moment / mass).gather(1, best).squeeze(1).float().clamp(min=reference.EPS)
+def first_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
+    """A scale that is the best for its own codes, in the sum of d (w - scale * code)^2: [N], or [1]."""
+    size, dims = w.abs(), 1 if per_row else (0, 1)
+    scale = reference.EPS + size.mean(dims, keepdim=True)
+    for _ in range(20):  # codes for the scale (1 above half of it), scale for the codes
+        used = (size > scale / 2) * d
+        scale = (used * size).sum(dims, keepdim=True) / used.sum(dims, keepdim=True)
+        scale = scale.nan_to_num(0).clamp(min=reference.EPS)
+    return scale.reshape(-1)
 
 
 def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:

@@ -136,31 +136,26 @@ def test_columns_and_layers_without_input_are_rounded_by_their_weights() -> None
     assert int(clear.sum()) > 5
     assert torch.equal(codes[clear, 5].float(), (w[:, 5] / scale).round().clamp(-1, 1)[clear])
     codes, scale = gptq.ternarize(w, torch.zeros(32, 32), torch.zeros(32, 32), True)
-    torch.testing.assert_close(scale, gptq.best_scale(w, torch.ones(32), True))
+    torch.testing.assert_close(scale, gptq.first_scale(w, torch.ones(32), True))
     assert torch.equal(codes.float(), (w / scale[:, None]).round().clamp(-1, 1))
 
 
-def test_the_first_scale_is_the_best_of_all() -> None:
-    w, d = torch.randn(4, 9), torch.rand(9) + 0.1
-
-    def best(w: Tensor, d: Tensor) -> float:
-        """By trying every number of codes, and every scale for it."""
-        errors = {}
-        for threshold in w.abs().tolist():
-            codes = torch.where(w.abs() >= threshold, w.sign(), 0)
-            scale = ((d * w * codes).sum() / (d * codes * codes).sum()).item()
-            errors[(d * (w - scale * codes) ** 2).sum().item()] = scale
-        return errors[min(errors)]
-
-    torch.testing.assert_close(gptq.best_scale(w, d, True), torch.tensor([best(row, d) for row in w]))
-    torch.testing.assert_close(gptq.best_scale(w, d, False), torch.tensor([best(w.flatten(), d.repeat(4))]))
+@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+def test_the_first_scale_is_the_best_for_its_codes(per_row: bool) -> None:
+    w, d = torch.randn(4, 90), torch.rand(90) + 0.1
+    w[2] = 0
+    scale = gptq.first_scale(w, d, per_row)
+    codes = (w / scale[:, None]).round().clamp(-1, 1)
+    fit, mass = d * w * codes, d * codes * codes
+    best = fit.sum(1) / mass.sum(1) if per_row else (fit.sum() / mass.sum()).reshape(1)
+    torch.testing.assert_close(scale, best.nan_to_num(reference.EPS))
 
 
 def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
     w, x, _ = layer(6, 150, 300)  # more columns than are propagated at once
     h = x.T @ x
     h.diagonal().add_(0.01 * h.diagonal().mean())
-    scale = gptq.best_scale(w, h.diagonal(), True)
+    scale = gptq.first_scale(w, h.diagonal(), True)
     exact, free, slow = h.double().numpy(), w.double().numpy().copy(), np.zeros((6, 150))
     s = scale.double().numpy()
     for j in range(150):  # arXiv 2210.17323, eq. 2: fix one weight, move its error to the free ones
@@ -303,9 +298,10 @@ def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=257))
 
 
-def overflowing() -> PreTrainedModel:
+def overflowing(factor: float, *names: str) -> PreTrainedModel:
     model = llama(vocab_size=257)
-    model.model.layers[1].mlp.up_proj.weight.data *= 1e38
+    for name in names:
+        model.get_submodule(f"model.layers.1.mlp.{name}").weight.data *= factor
     return model
 
 
@@ -320,9 +316,11 @@ def damaged() -> PreTrainedModel:
     [
         (t5, "T5ForConditionalGeneration is not a decoder-only language model"),
         (gpt2, "GPT2LMHeadModel cannot be run one by one .low-bit layers are in 0 lists"),
-        (overflowing, r"the inputs of model.layers.1.mlp.down_proj hold NaN or Inf"),
+        (lambda: overflowing(1e38, "up_proj"), r"model.layers.1.mlp.up_proj: its outputs overflow float32"),
+        (lambda: overflowing(1e15, "gate_proj", "up_proj"), r"layers.1.mlp.down_proj: its inputs are NaN or too large"),
         (damaged, r"model.layers.1.mlp.up_proj.weight holds NaN or Inf"),
     ],
+    ids=["t5", "gpt2", "outputs", "inputs", "nan"],
 )
 def test_models_that_cannot_be_calibrated_are_refused(
     build: Callable[[], PreTrainedModel], message: str, text: Path, tmp_path: Path
