@@ -32,7 +32,8 @@ def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tens
     per_row: one scale a row instead of one for all
     returns: codes int8 [N, K] and scale float32 [N] or [1]
 
-    Raises ValueError where float32 does not hold the sums. The sum above is at most that of plain rounding (of each row, if per_row), which takes over where it is smaller.
+    The sum above is at most that of plain rounding (of each row, if per_row), which takes over where it is smaller.
+    Raises ValueError where float32 does not hold the sums.
     """
     order = h.diagonal().argsort(descending=True, stable=True)
     mean = h.diagonal().mean()
