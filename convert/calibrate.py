@@ -103,8 +103,9 @@ def calibrate(
     resume:   go on after the last finished block of `store`; otherwise it must be empty or missing
     progress: shows a bar with the blocks
 
-    Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, and either one
-    block in float32 with 20 * K^2 for its layer with the most inputs K, or the embedding or head in float32.
+    Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, on the CPU; and on
+    `device` either the embedding or the head in float32, or one block (6 a weight) with the arithmetic of one of its
+    layers [N, K], about 40 K^2 + 40 N K.
 
     Raises ValueError for models whose blocks cannot be run one by one, for text that is too short or not UTF-8, for
     NaN, and for a store that belongs to other inputs.
