@@ -117,8 +117,8 @@ def calibrate(
     reports: list[LayerReport] = []
     with torch.no_grad():
         model = BlockModel(source, device)
-        _open_store(store, _fingerprint(source, texts, held_out, device), len(model.blocks), resume)
         model.learn_calls(torch.stack([texts[0], held_out[0]]))
+        _open_store(store, _fingerprint(source, texts, held_out, device), len(model.blocks), resume)
         seen = {stream: torch.cat([model.embed(ids, stream) for ids in texts]) for stream in (FLOAT, CALIBRATED)}
         unseen = {stream: torch.cat([model.embed(ids, stream) for ids in held_out]) for stream in STREAMS}
         model.unload()
@@ -312,12 +312,12 @@ def _advance_and_compare(
     wanted: dict[Layer, Tensor] = {}
 
     def watch(layer: Layer, input: Tensor) -> None:
-        y = layer.output(input, model.stream)
         if model.stream == FLOAT:
-            wanted[layer] = y
-        elif wanted[layer].shape == y.shape:
-            plain = layer.output(input, PLAIN)
-            parts = (wanted[layer], wanted[layer] - plain, wanted[layer] - y)
+            wanted[layer] = layer.output(input, FLOAT)
+            return
+        y = wanted.pop(layer, None)
+        if y is not None and y.shape[:-1] == input.shape[:-1]:
+            parts = (y, y - layer.output(input, PLAIN), y - layer.output(input, CALIBRATED))
             sums[layer] += torch.stack([part.square().sum(dtype=torch.float64).cpu() for part in parts])
 
     try:
