@@ -4,8 +4,9 @@ Each decoder block is loaded alone, its low-bit layers are rounded so that their
 (gptq.py has the arithmetic), and its outputs become the inputs of the next block. Within a block, layers are rounded in
 the order in which they run, those that share an input together, so that each makes up for the errors before it.
 
-What it costs is measured on held-out stretches of the text; fine-tuning (of the float weights, not of these codes) is
-what closes the gap.
+What it costs is measured on held-out stretches of the text; training is what closes the gap. To train on from a result,
+set each latent weight to codes * scale / mean|codes|: absmean rounding gives back exactly these codes and, but for the
+last bits, this scale. From codes * scale alone it would make a smaller one.
 """
 
 import hashlib

@@ -350,3 +350,13 @@ def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_pat
     refuse("length=4096 is more than the 2048 positions", source, length=4096)
     refuse("rms_norm=True adds norms", FolderSource(folder, rms_norm=True))
     refuse("is low-bit already", FolderSource(low_bit(folder, tmp_path)))
+
+
+def test_latent_weights_made_from_codes_round_back_to_them() -> None:
+    w, x, y = layer(8, 32)
+    for per_row in (True, False):
+        codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, per_row)
+        share = codes.float().abs().mean(dim=1, keepdim=True) if per_row else codes.float().abs().mean()
+        again, scale_again = reference.quantize_weight(codes * scale[:, None] / share, per_row=per_row)
+        assert torch.equal(again, codes)
+        torch.testing.assert_close(scale_again, scale)
