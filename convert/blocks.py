@@ -74,7 +74,7 @@ class BlockModel:
         self.source, self.device = source, device
         self.rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self.calls: list[Any] = []  # of each block: itself, positional and other arguments but for hidden states
-        self.stored = set(source.keys())
+        self.stored = set(source.stored())
         self.stream = FLOAT
         self.watch: Callable[[Layer, Tensor], None] | None = None
         self.names: dict[nn.Module, str] = {}

@@ -30,7 +30,7 @@ Latent tensors are thus those of the float model: without quantization_config in
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from math import prod
 from typing import Any
@@ -39,7 +39,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -192,7 +198,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     # The weights of a task model, loaded into its bare base model, get names without a prefix: not compared.
     comparable = headers is not None and any(f"{name}.weight" in headers for name, _ in model.named_modules())
-    merged = _merged(model, headers) if comparable and headers else {}
+    parts = merged(model, headers) if comparable and headers else {}
     for name, module in _swappable(model, linear_only=config.linear_class != EXTENDED):
         stored = None
         if comparable and headers:
@@ -218,7 +224,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
                         part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
-            _compare(name, module, headers, merged, tied=config.embedding is not None and spec.weights == "int8")
+            _compare(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
     if config.embedding is not None:
         embedding = PackedEmbedding.from_embedding(model.get_submodule(config.embedding))  # type: ignore[arg-type]
         if comparable and headers is not None:
@@ -365,17 +371,37 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return {key: key if key in ours else rename_source_key(key, renamings, [])[0] for key in sorted(keys)}
 
 
-def _merged(model: nn.Module, headers: dict[str, TensorHeader]) -> dict[str, list[str]]:
+def stored_name(model: PreTrainedModel, key: str) -> str:
+    """The name that save_pretrained gives a tensor of the model: model_names the other way."""
+    transforms = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming) and not isinstance(t, PrefixChange)]
+    return rename_source_key(key, [transform.reverse_transform() for transform in renamings], [])[0]
+
+
+def merged(model: nn.Module, headers: Iterable[str]) -> dict[str, list[str]]:
     """The parameters that transformers merges from several tensors (an expert each) on load, and those tensors."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
+    found: dict[str, list[str]] = {}
+    if isinstance(model, PreTrainedModel):
+        converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+        for key in sorted(headers, key=dot_natural_key):  # expert 10 after expert 9
+            target, pattern = rename_source_key(key, [], converters)
+            if pattern is not None:
+                found.setdefault(target, []).append(key)
+    return found
+
+
+def merge(model: PreTrainedModel, target: str, parts: dict[str, Callable[[], Tensor]]) -> Tensor:
+    """One of the parameters that `merged` finds, made of its tensors as transformers does; parts: how to read them."""
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
-    merged: dict[str, list[str]] = {}
-    for key in headers:
-        target, pattern = rename_source_key(key, [], converters)
-        if pattern is not None:
-            merged.setdefault(target, []).append(key)
-    return merged
+    for converter in converters:
+        for key, read in parts.items():
+            name, pattern = rename_source_key(key, [], [converter])
+            if pattern is not None:
+                converter.add_tensor(name, key, pattern, read)
+        if converter.collected_tensors:
+            found = converter.convert(target, model=model, config=model.config)[target]
+            return found[0] if isinstance(found, list) else found
+    raise KeyError(target)
 
 
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
