@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout, ops
@@ -206,12 +206,14 @@ class FolderSource(Source):
         self.path = Path(path)
         headers = read_headers([str(file) for file in weight_files(path)])
         headers = dict(sorted(headers.items(), key=lambda item: (item[1].file, item[1].offset)))
-        self.config, renamed = hf.modernize(read_json(self.path / CONFIG), headers)
+        stored = read_json(self.path / CONFIG)
+        self.config, renamed = hf.modernize(stored, headers)
         headers = {name: headers[key] for key, name in renamed.items()}
         kind = self.config.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"{path}: model_type {kind!r} is none of transformers {transformers.__version__}'s models")
-        config = CONFIG_MAPPING[kind].from_dict(self.config)
+        as_it_is = self.config is stored
+        config = AutoConfig.from_pretrained(path) if as_it_is else CONFIG_MAPPING[kind].from_dict(self.config)
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config)
         names = hf.model_names(self.model, headers)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations import bitnet as stock
@@ -23,6 +24,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 import bitnet
 from bitnet.convert import hf
+from bitnet.convert.stream import convert_checkpoint
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import reference
 from bitnet.linear import BitConv1D, BitLayer
@@ -345,6 +347,31 @@ def test_an_int8_head_is_refused_or_runs_and_comes_back(name: str, tmp_path: Pat
     assert 0 < (y - expected).norm() / expected.norm() < 0.05
     bitnet.save(model, tmp_path)
     assert torch.equal(logits(bitnet.load(tmp_path), case.inputs), y)
+
+
+@pytest.mark.parametrize("to", ["hub", "latent", "bf16"])
+def test_conversion_on_disk_is_not_what_it_is_in_memory(case: Case, to: str, tmp_path: Path) -> None:
+    """Names, tensors, config: as if the model had been loaded, swapped, packed and saved."""
+    kind, config, _ = ZOO[case.name]
+    model = build(kind, config)
+    model.save_pretrained(tmp_path / "float")
+    convert_checkpoint(tmp_path / "float", tmp_path / "converted", to, console=Console(quiet=True))
+    bitnet.replace_linear(model)
+    if to == "bf16":
+        bitnet.pack(model)
+        bitnet.unpack(model, torch.bfloat16)
+        loaded = type(model).from_pretrained(tmp_path / "converted")
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key].bfloat16(), tensor.bfloat16()), key
+        return
+    if to == "hub":
+        bitnet.pack(model)
+    bitnet.save(model, tmp_path / "saved")
+    ours, saved = (load_file(tmp_path / folder / "model.safetensors") for folder in ("converted", "saved"))
+    assert ours.keys() == saved.keys()
+    assert all(ours[key].dtype == saved[key].dtype and torch.equal(ours[key], saved[key]) for key in saved)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("converted", "saved")]
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])
