@@ -162,7 +162,7 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
 
 def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
     """reference.quantize_weight for every step of training; never waits for a GPU."""
-    gpu = kind == "ternary" and _trains_on_gpu(weight)
+    gpu = kind == "ternary" and _on_triton(weight)
     native = kind == "ternary" and _is_plain(weight) and weight.is_cpu and weight.is_contiguous()
     native = native and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
     if not gpu and not (native and _choose("auto", "cpu", 8) == "cpu"):
@@ -174,21 +174,21 @@ def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, T
 
 def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
-    if bits == 8 and _trains_on_gpu(x):
+    if bits == 8 and _on_triton(x):
         return torch.ops.bitnet.quantize_activation(x, bits)
     return reference.quantize_activation(x, bits)
 
 
 def int_linear(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Codes q int8 [M, K] times codes int8 [N, K], rescaled: reference.rescale(reference.int_matmul(q, codes), ...)."""
-    if _trains_on_gpu(q):
+    if _on_triton(q):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     return reference.rescale(int8.int_matmul(q, codes), s, scale, bias, dtype)
 
 
 def dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     """q / s in dtype, for codes q int8 [M, K]."""
-    if _trains_on_gpu(q) and not torch.compiler.is_compiling():  # a compiler fuses it by itself
+    if _on_triton(q) and not torch.compiler.is_compiling():  # a compiler fuses it by itself
         return torch.ops.bitnet.gpu_dequantize(q, s, dtype)
     return (q / s).to(dtype)
 
@@ -197,7 +197,7 @@ def _is_plain(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter)
 
 
-def _trains_on_gpu(t: Tensor) -> bool:
+def _on_triton(t: Tensor) -> bool:
     return t.is_cuda and _is_plain(t) and _triton_is_chosen()
 
 
@@ -348,7 +348,7 @@ def _ternary_linear(
 
 
 def _quantize_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    if bits != 8 or not x.is_cuda or not _triton_is_chosen():
+    if bits != 8 or not _on_triton(x):
         return reference.quantize_activation(x, bits)
     from .triton_quantize import quantize_activation
 

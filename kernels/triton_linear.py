@@ -180,9 +180,9 @@ def _gemv(
             q = q.to(tl.int32)
             total += q
             word = tl.sum((q & 255) << (8 * tl.arange(0, 4))[None, :], 1)
-            codes = codes + (tl.where(token_s > 0, word, 0),)
-        scales = scales + (token_s,)
-        sums = sums + (tl.where(token_s > 0, tl.sum(tl.sum(total, 1), 0), 0),)
+            codes = codes + (tl.where(token_s > 0, word, 0),)  # type: ignore[assignment]
+        scales = scales + (token_s,)  # type: ignore[assignment]
+        sums = sums + (tl.where(token_s > 0, tl.sum(tl.sum(total, 1), 0), 0),)  # type: ignore[assignment]
     for turn in tl.static_range(REPEAT):
         packed = ahead
         following = rows + BLOCK_N

@@ -1,0 +1,375 @@
+"""The Triton kernels run: on a GPU where there is one, and in Triton's interpreter, on the CPU, everywhere else.
+
+Triton decides at import which of the two it does. So where there is no GPU the tests below skip, and one test runs this
+file again in a process whose TRITON_INTERPRET is set. Against two oracles: kernels/reference.py and tests/oracle.py.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import DTYPES, grid
+from shapes import AWKWARD, REAL, SHAPES
+from torch import Tensor
+
+from bitnet import BitLinear, PackedBitLinear
+from bitnet.kernels import layout, ops, reference, triton_layout
+from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from bitnet.kernels import triton_configs as configs  # noqa: E402
+from bitnet.kernels import triton_linear as linear  # noqa: E402
+from bitnet.kernels import triton_quantize as quantize  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WHY = "no GPU here; test_everything_in_the_interpreter runs this without one"
+NO_GPU = not INTERPRETED and ops._BACKENDS["triton"].missing(torch.device("cuda"), 8)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+runs = pytest.mark.skipif(bool(NO_GPU), reason=f"{WHY} ({NO_GPU})")
+on_gpu = pytest.mark.skipif(bool(NO_GPU) or INTERPRETED, reason=f"needs a GPU ({NO_GPU or 'this is the interpreter'})")
+if not INTERPRETED:
+    runs, on_gpu = (lambda mark: lambda test: pytest.mark.gpu(mark(test)))(runs), pytest.mark.gpu
+each_planes = pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8], ids=["2_bits", "base3", "int8"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
+
+SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
+DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
+NAMES = {TWO_BITS: "triton", BASE3: "triton-base3", INT8: "triton"}
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if INTERPRETED:
+        monkeypatch.setattr(linear, "gpu_of", lambda device: SMALL_GPU)
+        monkeypatch.setattr(ops, "_on_triton", lambda t: True)
+        from triton.runtime import interpreter
+
+        convert = interpreter._convert_float
+
+        def rounded(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+            """The interpreter cuts bits off where hardware (cvt.rn, see test_triton_aot.py) rounds to nearest even."""
+            if (source, target) != (triton.language.float32, triton.language.bfloat16):
+                return convert(data, source, target, mode)
+            return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
+
+        monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    with np.errstate(all="ignore"):  # the interpreter computes in numpy, which has opinions on NaN and Inf
+        yield
+
+
+def weights(n: int, k: int, planes: int) -> Tensor:
+    """Codes of a weight for this layout, int8 [N, K]."""
+    low, high = (-127, 128) if planes == INT8 else (-1, 2)
+    return torch.randint(low, high, (n, k), dtype=torch.int8)
+
+
+def prepack(codes: Tensor, planes: int) -> Tensor:
+    stored = codes if planes == INT8 else layout.pack_ternary(codes)
+    return triton_layout.prepack(stored.to(DEVICE), len(codes), planes)
+
+
+def on_device(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(DEVICE)
+
+
+def check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, planes: int) -> None:
+    """The bound layer gives the oracle's very bits."""
+    n, k = codes.shape
+    run = triton_layout.bind(prepack(codes, planes), scale.to(DEVICE), on_device(bias), n, k, bits, planes)
+    y = run(x.to(DEVICE))
+    assert y.dtype == x.dtype
+    assert torch.equal(y.cpu(), oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, bits))
+
+
+# The whole of this file, without a GPU
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_everything_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Layouts: plain torch, anywhere
+
+
+@each_planes
+@pytest.mark.parametrize(("n", "k"), sorted({(n, k) for _, n, k in SHAPES}))
+def test_prepacked_bytes_are_where_the_layout_says_and_come_back(planes: int, n: int, k: int) -> None:
+    codes = weights(n, k, planes)
+    stored = codes if planes == INT8 else layout.pack_ternary(codes)
+    packed = triton_layout.prepack(stored, n, planes)
+    assert tuple(packed.shape) == (n, triton_layout.row_bytes(k, planes))
+    assert torch.equal(triton_layout.unprepack(packed, n, k, planes), codes)
+    for feature in {0, k // 2, k - 1}:
+        block, plane, j = feature // (32 * planes), feature // 32 % planes, feature % 32
+        byte = packed[:, 32 * block + j].int()
+        digit = {
+            INT8: byte,
+            TWO_BITS: (byte >> 2 * plane & 3) - 1,
+            BASE3: (byte * 3**plane % 256 * 3 >> 8) - 1,  # the next digit of a fraction of 256
+        }[planes]
+        assert digit.tolist() == codes[:, feature].tolist()
+
+
+# Products
+
+
+@runs
+@each_planes
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_accumulators_are_exact_and_the_same_again(planes: int, m: int, n: int, k: int) -> None:
+    """In one program a tile and in three, whatever order these arrive in."""
+    q, codes = torch.randint(-128, 128, (m, k), dtype=torch.int8), weights(n, k, planes)
+    packed = prepack(codes, planes)
+    for config in DOTS:
+        for _ in range(1 if INTERPRETED else 3):
+            found = linear.int_matmul(q.to(DEVICE), packed, n, planes, config)
+            assert found.dtype == torch.int32
+            assert torch.equal(found.cpu(), reference.int_matmul(q, codes))
+
+
+@runs
+@pytest.mark.parametrize("planes", [TWO_BITS, INT8], ids=["2_bits", "int8"])
+def test_accumulators_are_exact_at_the_extremes(planes: int) -> None:
+    """Sums beyond 2^24, where float32 stops counting, and a token's sum of codes as large as it gets."""
+    k = 70_001
+    q = torch.full((2, k), -128, dtype=torch.int8)
+    q[1, ::2] = 127
+    codes = torch.ones(3, k, dtype=torch.int8)
+    codes[1] = -1
+    codes[2, 5] = 0
+    config = configs.Dot(32, 16, 1024, 4, 2, split=2)
+    found = linear.int_matmul(q.to(DEVICE), prepack(codes, planes), 3, planes, config)
+    assert found.tolist() == (q.long() @ codes.long().T).tolist()
+
+
+@runs
+@each_planes
+@each_bits
+@each_dtype
+@pytest.mark.parametrize(("m", "n", "k"), AWKWARD[1:5])
+def test_output_has_the_oracles_bits(planes: int, bits: int, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, codes = grid(m, k).to(dtype), weights(n, k, planes)
+    check(x, codes, torch.rand(n) + 0.1, torch.randn(n).to(dtype), bits, planes)
+
+
+@runs
+@each_planes
+@pytest.mark.parametrize(("m", "n", "k"), [AWKWARD[0], *AWKWARD[5:], REAL])
+def test_output_has_the_oracles_bits_at_larger_shapes(planes: int, m: int, n: int, k: int) -> None:
+    check(grid(m, k).bfloat16(), weights(n, k, planes), torch.rand(1) + 0.1, None, 8, planes)
+
+
+@runs
+@each_planes
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, quantized: bool) -> None:
+    """The GEMV with more rows and tokens than there are, from floats and from codes."""
+    n, k = 11, 200
+    codes, x, scale = weights(n, k, planes), torch.randn(tokens, k), torch.rand(n) + 0.1
+    layer = linear.Layer(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    y = torch.empty(tokens, n, device=DEVICE)
+    q, s = reference.quantize_activation(x)
+    given = (q.to(DEVICE), s.to(DEVICE)) if quantized else (x.to(DEVICE), None)
+    linear.multiply(configs.Gemv(4, 2, 4), layer, *given, y)
+    assert torch.equal(y.cpu(), reference.ternary_linear(x, codes, scale))
+
+
+@runs
+@pytest.mark.parametrize("planes", [TWO_BITS, BASE3], ids=["2_bits", "base3"])
+def test_unpacking_first_changes_nothing(planes: int) -> None:
+    n, k = 37, 330
+    codes, x, scale = weights(n, k, planes), torch.randn(5, k), torch.rand(1) + 0.1
+    layer = linear.Layer(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    assert torch.equal(linear.unpack(layer).cpu(), codes)
+    y = torch.empty(5, n, device=DEVICE)
+    linear.multiply(configs.Dot(32, 16, 128, 4, 2, dense=True), layer, x.to(DEVICE), None, y)
+    assert torch.equal(y.cpu(), reference.ternary_linear(x, codes, scale))
+
+
+STRIDED: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: grid(12, 6).T,
+    "every_other_column": lambda: grid(6, 24)[:, ::2],
+    "every_other_row": lambda: grid(12, 12)[::2],
+    "expanded": lambda: grid(1, 12).expand(6, 12),
+    "three_dims_permuted": lambda: grid(3, 2, 12).transpose(0, 1),
+    "no_rows_of_three": lambda: grid(2, 0, 12),
+    "vector": lambda: grid(12),
+    "float64": lambda: grid(2, 12).double(),
+}
+
+
+@runs
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED.keys())
+def test_strides_and_leading_dims_do_not_matter(make: Callable[[], Tensor]) -> None:
+    check(make(), weights(5, 12, TWO_BITS), torch.rand(5) + 0.1, torch.randn(5), 8, TWO_BITS)
+
+
+@runs
+@pytest.mark.parametrize("m", [2, 5], ids=["gemv", "dot"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_or_inf_stays_in_its_token(bad: float, m: int) -> None:
+    x, codes, scale = grid(m, 12), weights(6, 12, TWO_BITS), torch.ones(1)
+    x[1, 7] = bad
+    run = triton_layout.bind(prepack(codes, TWO_BITS), scale.to(DEVICE), None, 6, 12, 8, TWO_BITS)
+    y = run(x.to(DEVICE)).cpu()
+    assert y[1].isnan().all()
+    others = [i for i in range(m) if i != 1]
+    assert torch.equal(y[others], oracle.linear(x[others], codes.numpy().astype(np.int64), scale.numpy(), None, 8))
+
+
+# Quantizers
+
+
+@runs
+@each_dtype
+def test_every_bit_pattern_of_an_activation_has_the_references_code(dtype: torch.dtype) -> None:
+    """Subnormal numbers, NaN, Inf and the largest included, each beside tokens of all sizes; of float32 a sample."""
+    if dtype == torch.float32:
+        x = torch.randint(-(2**31), 2**31 - 1, (64, 200), dtype=torch.int32).view(torch.float32)
+        x[32:] *= 1e-30  # large values hide what becomes of small ones
+        x[:8, 0], x[:8, 1:] = torch.tensor(3e38), x[:8, 1:].nan_to_num(0, 0, 0)
+    else:
+        x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    q, s, sums = quantize.quantize(x.to(DEVICE), sums=True)
+    expected_q, expected_s = reference.quantize_activation(x)
+    assert s is not None
+    assert sums is not None
+    assert torch.equal(s.cpu().view(torch.int32), expected_s.view(torch.int32)) or torch.equal(
+        s.cpu().nan_to_num(-1), expected_s.nan_to_num(-1)
+    )
+    assert torch.equal(q.cpu(), expected_q)
+    assert sums.tolist() == expected_q.sum(1).tolist()
+
+
+@runs
+def test_activation_ties_round_to_even() -> None:
+    x = torch.tensor([[127.0, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5, 126.5]])  # s = 1 exactly
+    assert quantize.quantize_activation(x.to(DEVICE))[0].tolist() == [[127, 0, 0, 2, -2, 2, -2, 126]]
+
+
+@runs
+def test_rows_longer_than_a_block_are_quantized_whole() -> None:
+    x = torch.randn(2, 9000)
+    x[0, -1], x[1, 4096] = 9, -9
+    q, s = quantize.quantize_activation(x.to(DEVICE))
+    for found, expected in zip((q, s), reference.quantize_activation(x), strict=True):
+        assert torch.equal(found.cpu(), expected)
+    found = quantize.dequantize(q, s, torch.bfloat16)
+    assert torch.equal(found.cpu(), (q.cpu() / s.cpu()).bfloat16())
+
+
+@runs
+@each_dtype
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+def test_codes_of_a_latent_weight_are_the_references(dtype: torch.dtype, per_row: bool) -> None:
+    w = grid(33, 130).to(dtype)  # sums of these are exact in any order, so that the means agree
+    w[:, :8] = torch.tensor([0.5, -0.5, 1.5, -1.5, 3e4, -3e4, 2.0**-14, 0]).to(dtype)
+    for view in (w, w[::2], w[:, ::3], w.T):
+        inv = reference.inverse_scale(view, "ternary", per_row)
+        found = quantize.ternary_codes(view.to(DEVICE), inv.to(DEVICE))
+        assert torch.equal(found.cpu(), reference.quantize_weight(view, "ternary", per_row)[0])
+
+
+# Training
+
+
+@runs
+@each_dtype
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize("m", [0, 7])
+def test_the_training_product_has_the_references_bits(dtype: torch.dtype, per_row: bool, m: int) -> None:
+    n, k = 30, 130
+    q, codes = torch.randint(-128, 128, (m, k), dtype=torch.int8), weights(n, k, TWO_BITS)
+    s, scale = torch.rand(m, 1) + 0.1, torch.rand(n if per_row else 1) + 0.1
+    for bias in (None, torch.randn(n)):
+        args = (q, s, codes, scale, bias)
+        y = torch.ops.bitnet.gpu_int_linear(*map(on_device, args), dtype)
+        assert torch.equal(y.cpu(), reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype))
+
+
+@runs
+@each_dtype
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+def test_a_training_step_equals_the_reference_path(
+    dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients, bit for bit: the same float products on the same operands."""
+    layer = BitLinear(40, 24, device=DEVICE, dtype=dtype, per_row=per_row)
+    x, gy = grid(2, 9, 40).to(DEVICE, dtype), grid(2, 9, 24).to(DEVICE, dtype)
+    called = []
+    multiply = linear._launch_dot
+    monkeypatch.setattr(linear, "_launch_dot", lambda *args: called.append(1) or multiply(*args))
+
+    def step() -> list[Tensor]:
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(gy)
+        return [y.detach(), *(t.grad for t in (leaf, layer.weight, layer.bias))]
+
+    mine = step()
+    assert called
+    monkeypatch.setattr(ops, "_on_triton", lambda t: False)
+    for found, expected in zip(mine, step(), strict=True):
+        assert torch.equal(found, expected)
+
+
+SAMPLES: dict[str, Callable[[], tuple]] = {
+    "gpu_ternary_codes": lambda: (torch.randn(6, 40), torch.ones(6, 1)),
+    "gpu_dequantize": lambda: (weights(3, 40, INT8), torch.ones(3, 1), torch.bfloat16),
+    "gpu_int_linear": lambda: (
+        weights(3, 40, INT8), torch.ones(3, 1), weights(6, 40, INT8), torch.ones(6), torch.ones(6), torch.float16,
+    ),
+    "quantize_activation": lambda: (torch.randn(3, 40), 8),
+    "ternary_linear": lambda: (
+        torch.randn(3, 40), prepack(weights(6, 40, TWO_BITS), TWO_BITS), torch.ones(1), None, 6, 8, "triton",
+    ),
+}  # fmt: skip
+
+
+@runs
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_keep_torchs_rules(name: str) -> None:
+    args = [on_device(value) if isinstance(value, Tensor) else value for value in SAMPLES[name]()]
+    torch.library.opcheck(getattr(torch.ops.bitnet, name).default, args)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_know_their_shapes_without_data_on_cuda(name: str) -> None:
+    """What torch.compile sees: fake tensors on a GPU that need not exist."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    args = [value.cpu() if isinstance(value, Tensor) else value for value in FAKE_SAMPLES[name]]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [torch.empty_like(a, device="cuda") if isinstance(a, Tensor) else a for a in args]
+        found = getattr(torch.ops.bitnet, name)(*fakes)
+    for one, shape in zip(found if isinstance(found, tuple) else [found], OUTPUTS[name], strict=True):
+        assert one.is_cuda
+        assert (list(one.shape), one.dtype) == shape
+
+
+PACKED = torch.zeros(6, 32, dtype=torch.uint8)
+FAKE_SAMPLES: dict[str, tuple] = {
+    name: make() for name, make in SAMPLES.items() if name != "ternary_linear"
+} | {"ternary_linear": (torch.randn(3, 40), PACKED, torch.ones(1), None, 6, 8, "triton")}  # fmt: skip
+OUTPUTS: dict[str, list[tuple[list[int], torch.dtype]]] = {
+    "gpu_ternary_codes": [([6, 40], torch.int8)],
+    "gpu_dequantize": [([3, 40], torch.bfloat16)],
+    "gpu_int_linear": [([3, 6], torch.float16)],
+    "quantize_activation": [([3, 40], torch.int8), ([3, 1], torch.float32)],
+    "ternary_linear": [([3, 6], torch.float32)],
+}
