@@ -18,6 +18,7 @@ import torch
 from oracle import DTYPES, grid
 from shapes import AWKWARD, REAL, SHAPES
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.kernels import layout, ops, reference, triton_layout
@@ -33,14 +34,24 @@ WHY = "no GPU here; test_everything_in_the_interpreter runs this without one"
 NO_GPU = not INTERPRETED and ops._BACKENDS["triton"].missing(torch.device("cuda"), 8)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-runs = pytest.mark.skipif(bool(NO_GPU), reason=f"{WHY} ({NO_GPU})")
-on_gpu = pytest.mark.skipif(bool(NO_GPU) or INTERPRETED, reason=f"needs a GPU ({NO_GPU or 'this is the interpreter'})")
-if not INTERPRETED:
-    runs, on_gpu = (lambda mark: lambda test: pytest.mark.gpu(mark(test)))(runs), pytest.mark.gpu
+
+def runs(test: Callable) -> Callable:
+    """For tests of kernels: on a GPU, or interpreted."""
+    marked = pytest.mark.skipif(bool(NO_GPU), reason=f"{WHY} ({NO_GPU})")(test)
+    return marked if INTERPRETED else pytest.mark.gpu(marked)
+
+
+def on_gpu(test: Callable) -> Callable:
+    """For tests of what only a GPU has."""
+    why = "needs a GPU; this is the interpreter" if INTERPRETED else f"needs a GPU ({NO_GPU})"
+    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED or bool(NO_GPU), reason=why)(test))
+
+
 each_planes = pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8], ids=["2_bits", "base3", "int8"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
 
+REALLY_ON_TRITON = ops._on_triton
 SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
 DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 NAMES = {TWO_BITS: "triton", BASE3: "triton-base3", INT8: "triton"}
@@ -373,3 +384,239 @@ OUTPUTS: dict[str, list[tuple[list[int], torch.dtype]]] = {
     "quantize_activation": [([3, 40], torch.int8), ([3, 1], torch.float32)],
     "ternary_linear": [([3, 6], torch.float32)],
 }
+
+
+def test_a_compiled_training_step_on_cuda_has_no_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced whole, forward and backward, with fake tensors on a GPU that need not exist, through our operators."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(ops, "_triton_is_chosen", lambda: True)
+    monkeypatch.setattr(ops, "_on_triton", REALLY_ON_TRITON)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        layer = BitLinear(40, 24, device="cuda", dtype=torch.bfloat16)
+        x = torch.empty(3, 40, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
+        compiled(x).sum().backward()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.is_cuda
+    torch._dynamo.reset()
+    for name in ("gpu_ternary_codes", "quantize_activation", "gpu_int_linear"):
+        assert f"bitnet.{name}.default" in seen
+
+
+# Choosing
+
+
+def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops._choose.cache_clear()
+    cuda = torch.device("cuda")
+    assert "triton" not in ops.choose_backend("auto", torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="cannot run on cpu: it runs on CUDA and ROCm GPUs; on cpu choose 'auto'"):
+        ops.choose_backend("triton", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert ops.choose_backend("auto", cuda) == "triton"
+    assert ops.choose_backend("auto", cuda, bits=1.6) == "triton-base3"
+    assert ops.choose_backend("auto", cuda, activation_bits=None) == "torch"
+    with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float"):
+        ops.choose_backend("triton", cuda, None)
+    for name in ("get_device_capability", "is_available"):
+        ops._choose.cache_clear()
+        monkeypatch.setattr(torch.cuda, name, {"is_available": lambda: False}.get(name, lambda device=None: (7, 5)))
+        why = "torch sees no GPU" if name == "is_available" else "needs compute capability 8.0.*this GPU has 7.5"
+        with pytest.raises(RuntimeError, match=why):
+            ops.choose_backend("triton", cuda)
+        assert ops.choose_backend("auto", cuda) == "torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
+    ops._choose.cache_clear()
+    with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
+        ops.choose_backend("triton", cuda)
+    monkeypatch.undo()
+    ops._choose.cache_clear()
+
+
+@pytest.mark.parametrize(("n", "k"), [(65, 40), (64, 600), (63, 40)], ids=["row_more", "block_more", "row_less"])
+@each_planes
+def test_a_layer_of_another_size_than_its_weight_is_refused(planes: int, n: int, k: int) -> None:
+    codes = weights(64, 40, planes)
+    weight = triton_layout.prepack(codes if planes == INT8 else layout.pack_ternary(codes), 64, planes)
+    with pytest.raises(ValueError, match="weight is prepacked as"):
+        triton_layout.bind(weight, torch.ones(1), None, n, k, 8, planes)
+    for scale, bias in [(torch.ones(63), None), (torch.ones(1), torch.ones(65))]:
+        with pytest.raises(ValueError, match="do not fit 64 rows"):
+            triton_layout.bind(weight, scale, bias, 64, 40, 8, planes)
+
+
+@runs
+def test_x_on_another_device_is_refused() -> None:
+    run = triton_layout.bind(prepack(weights(4, 8, TWO_BITS), TWO_BITS), torch.ones(1, device=DEVICE), None, 4, 8, 8, 4)
+    with pytest.raises(ValueError, match=r"x is on meta, but this layer is on .*move one of them"):
+        run(torch.empty(2, 8, device="meta"))
+
+
+# What only a GPU has
+
+REAL_SHAPES = [
+    (1, 4096, 14336),
+    (4, 2560, 2560),
+    (16, 14336, 4096),
+    (64, 4096, 4096),
+    (300, 6912, 2560),
+    (4096, 4096, 4096),
+]
+
+
+def packed_layer(n: int, k: int, **options: Any) -> PackedBitLinear:
+    """A layer with random weights on the GPU."""
+    layer = PackedBitLinear(k, n, device="cuda", dtype=torch.bfloat16, **options)
+    if layer.weight.dtype == torch.int8:
+        layer.weight.random_(-127, 128)
+    else:
+        layer.weight.copy_(layout.pack_ternary(torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")))
+    layer.weight_scale.uniform_(0.1, 1)
+    layer.bias.normal_()
+    return layer
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [{}, {"bits": 1.6}, {"weights": "int8", "per_row": True}], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
+def test_real_layers_have_the_references_bits_twice(m: int, n: int, k: int, options: dict[str, Any]) -> None:
+    layer = packed_layer(n, k, **options)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+        assert layer.prepack()[1] == ("triton-base3" if "bits" in options else "triton")
+        assert torch.equal(y, reference.ternary_linear(x, layer.codes(), layer.weight_scale, layer.bias))
+        for _ in range(3):
+            assert torch.equal(y, layer(x))
+
+
+@on_gpu
+@each_planes
+def test_every_candidate_configuration_is_exact(planes: int) -> None:
+    gpu = configs.gpu_of(torch.device("cuda"))
+    n, k = 1000, 4160
+    codes = weights(n, k, planes)
+    layer = linear.Layer(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
+    for m in (1, 4, 16, 64, 700):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        expected = reference.ternary_linear(x, codes.cuda(), layer.scale)
+        for config in configs.candidates(gpu, m, n, k, planes):
+            y = torch.empty_like(expected)
+            try:
+                linear.multiply(config, layer, x, None, y)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            assert torch.equal(y, expected), config
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_a_captured_layer_follows_its_input(m: int) -> None:
+    layer = packed_layer(1024, 4096)
+    x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(y, reference.ternary_linear(x, layer.codes(), layer.weight_scale, layer.bias))
+
+
+@on_gpu
+def test_streams_do_not_share_scratch() -> None:
+    layer = packed_layer(512, 8192)
+    xs = [torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    streams = [torch.cuda.Stream() for _ in xs]
+    with torch.no_grad():
+        expected = [layer(x) for x in xs]
+        torch.cuda.synchronize()
+        found: list[list[Tensor]] = [[] for _ in xs]
+        for _ in range(50):
+            for stream, x, ys in zip(streams, xs, found, strict=True):
+                with torch.cuda.stream(stream):
+                    ys.append(layer(x))
+        torch.cuda.synchronize()
+    for ys, want in zip(found, expected, strict=True):
+        assert all(torch.equal(y, want) for y in ys)
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [1, 16])
+def test_a_compiled_layer_is_one_graph_and_equals_eager(m: int) -> None:
+    layer = packed_layer(512, 1024)
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+    torch._dynamo.reset()
+
+
+@on_gpu
+def test_training_is_captured_and_compiled() -> None:
+    """No host synchronisation in a step (a capture would fail), and inductor keeps the accumulators."""
+    layer = BitLinear(512, 256, device="cuda", dtype=torch.bfloat16)
+    layer.weight.data.copy_(grid(256, 512))  # sums are exact: a compiler may reorder them
+    x, gy = torch.randn(64, 512, device="cuda").bfloat16(), torch.randn(64, 256, device="cuda").bfloat16()
+
+    def step(layer: Callable) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        return [y.detach(), *torch.autograd.grad(y, (leaf, weight), gy)]
+
+    weight = layer.weight
+    expected = step(layer)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(layer)
+    graph.replay()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    torch._dynamo.reset()
+    compiled = step(torch.compile(layer, fullgraph=True))
+    assert torch.equal(compiled[0], expected[0])
+    for one, other in zip(compiled[1:], expected[1:], strict=True):
+        assert (one - other).float().norm() <= 2**-7 * other.float().norm()  # bf16 products of other tilings
+    torch._dynamo.reset()
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("m", [1, 16])
+def test_a_layer_on_the_second_gpu_runs_there(m: int) -> None:
+    layer = packed_layer(512, 1024).to("cuda:1")
+    x = torch.randn(m, 1024, device="cuda:1", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.device == torch.device("cuda:1")
+    assert torch.equal(y, reference.ternary_linear(x, layer.codes(), layer.weight_scale, layer.bias))
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [1, 16])
+def test_offsets_beyond_two_billion_bytes_are_not_cut(m: int) -> None:
+    """int8 [300000, 8192]: 2.46e9 bytes. The last rows differ from what 32-bit offsets would read."""
+    n, k = 300_000, 8192
+    codes = torch.zeros(n, k, dtype=torch.int8, device="cuda")
+    codes[-3:] = torch.randint(-127, 128, (3, k), dtype=torch.int8, device="cuda")
+    run = triton_layout.bind(codes, torch.ones(1, device="cuda"), None, n, k, 8, INT8)
+    x = torch.randn(m, k, device="cuda")
+    y = run(x)
+    assert torch.equal(y[:, -3:], reference.ternary_linear(x, codes[-3:], torch.ones(1, device="cuda")))
+    assert not y[:, :-3].any()
