@@ -179,10 +179,9 @@ def _gemv(
                 q = activation_codes(q, token_s)
             q = q.to(tl.int32)
             total += q
-            word = tl.sum((q & 255) << (8 * tl.arange(0, 4))[None, :], 1)
-            codes = codes + (tl.where(token_s > 0, word, 0),)  # type: ignore[assignment]
+            codes = codes + (tl.sum((q & 255) << (8 * tl.arange(0, 4))[None, :], 1),)  # type: ignore[assignment]
         scales = scales + (token_s,)  # type: ignore[assignment]
-        sums = sums + (tl.where(token_s > 0, tl.sum(tl.sum(total, 1), 0), 0),)  # type: ignore[assignment]
+        sums = sums + (tl.sum(tl.sum(total, 1), 0),)  # type: ignore[assignment]
     for turn in tl.static_range(REPEAT):
         packed = ahead
         following = rows + BLOCK_N

@@ -37,8 +37,9 @@ def activation_scale(bits):
 
 @triton.jit
 def activation_codes(x, s):
-    """round(x s) as int32. |x s| <= 127 needs no clamp. For NaN and Inf (s is NaN or 0) the caller puts 0."""
-    return (x.to(tl.float32) * s + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    """round(x s) as int32, and 0 in a token with NaN or Inf, whose s is NaN or 0. |x s| <= 127 needs no clamp."""
+    codes = (x.to(tl.float32) * s + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    return tl.where(s > 0, codes, 0)
 
 
 @triton.jit
@@ -67,7 +68,6 @@ def _quantize(
         for start in range(0, K, BLOCK):
             k = start + columns
             codes = activation_codes(tl.load(x + k, mask=k < K, other=0.0), scale)
-            codes = tl.where(scale > 0, codes, 0)
             tl.store(q + k, codes.to(tl.int8), mask=k < K)
             total += codes
     if sums is not None:
