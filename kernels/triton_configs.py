@@ -117,15 +117,15 @@ def _gemv(gpu: Gpu, n: int, size: int) -> Gemv:
 
 
 def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
-    """The power of two that gives each processor two programs, of at least one step each; 1 above 64 tokens.
+    """Parts of K so that each processor has about two programs, all with as many steps; 1 above 64 tokens.
 
     There the partial sums, 4 bytes for each output and part, would outweigh the weights.
     """
     if m > 64:
         return 1
-    tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
-    wanted = min(2 * gpu.processors // tiles, -(-k // tile.block_k), 16)
-    return 1 << max(wanted, 1).bit_length() - 1
+    tiles, steps = -(-n // tile.block_n) * -(-m // tile.block_m), -(-k // tile.block_k)
+    most = max(1, min(2 * gpu.processors // tiles, steps, 16))
+    return -(-steps // -(-steps // most))
 
 
 def choose(gpu: Gpu, m: int, n: int, k: int, planes: int) -> Config:

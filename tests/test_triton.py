@@ -386,7 +386,7 @@ OUTPUTS: dict[str, list[tuple[list[int], torch.dtype]]] = {
 
 
 def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced whole, on fake tensors of a GPU that need not exist, through our operators. (Gradients need a real one.)"""
+    """Traced whole, on fake tensors of a GPU that need not exist, through our operators. Gradients need a real one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(ops, "_triton_is_chosen", lambda: True)

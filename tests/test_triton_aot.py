@@ -223,6 +223,22 @@ def build_ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> 
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
 
 
+def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> None:
+    """The last program of a tile may only add up what all threads of the others have stored."""
+    types = {"q": "*i8", "s": "*fp32", "sums": "*i32", "w": "*u8", "scale": "*fp32", "y": "*bf16", "partial": "*i32"}
+    types |= {"counters": "*i32", "m": "i32", "n": "i32", "q_stride": "i32"}
+    constants = {"K": K, "PLANES": 4, "BYTES": K // 4, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_B": 64, "SPLIT": 4}
+    source = build_ptx(linear._dot, types, {**constants, "GROUP": 16, "PER_ROW": False, "ASM": True})
+    pattern = r"st\.global|bar\.sync|atom\.\S+|ld\.global\.cg"
+    order = [re.sub(r"atom.*acq_rel.*", "count", found.group()) for found in re.finditer(pattern, source)]
+    count = order.index("count")
+    assert "st.global" in order[:count]
+    assert order[count - 1] == "bar.sync"
+    assert order[count + 1] == "bar.sync"  # the count reaches all threads
+    assert "ld.global.cg" in order[count:]
+    assert "ld.global.cg" not in order[:count]
+
+
 # The assembly strings, run by a PTX machine of a few lines
 
 
