@@ -500,13 +500,12 @@ def test_real_layers_have_the_references_bits_twice(m: int, n: int, k: int, opti
 
 
 @on_gpu
-@each_planes
-def test_every_candidate_configuration_is_exact(planes: int) -> None:
-    gpu = configs.gpu_of(torch.device("cuda"))
+def test_every_candidate_configuration_is_exact() -> None:
+    gpu, planes = configs.gpu_of(torch.device("cuda")), TWO_BITS
     n, k = 1000, 4160
     codes = weights(n, k, planes)
     layer = linear.Layer(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
-    for m in (1, 4, 16, 64, 700):
+    for m in (1, 16, 700):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         expected = reference.ternary_linear(x, codes.cuda(), layer.scale)
         for config in configs.candidates(gpu, m, n, k, planes):
