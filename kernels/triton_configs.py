@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .triton_layout import INT8, row_bytes
+from .triton_layout import BASE3, INT8, row_bytes
 
 
 class Gemv(NamedTuple):
@@ -95,20 +95,25 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
-def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int) -> Config:
-    """The configuration for m tokens where nothing was tuned."""
-    size = row_bytes(k, planes)
-    # above 2 tokens the integer units cannot follow memory; rows beyond 16 KB would not fit registers
-    if m <= 2 and size <= 16384:
+def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
+    """The configuration for m tokens where nothing was tuned; per_row says that each row has a scale."""
+    size, amd = row_bytes(k, planes), family(gpu.arch) == "gfx"
+    # longer rows would not fit registers, nor would two tokens on AMD; with three the integer units fall behind memory
+    if size <= {1: 2048 if amd else 16384, 2: 0 if amd else 2048}.get(m, 0):
         return _gemv(gpu, n, size)
-    tile = next((tile for most, tile in _TILES[family(gpu.arch)] if m <= most), _TILES[family(gpu.arch)][-1][1])
+    tiles = _TILES[family(gpu.arch)]
+    tile = next((tile for most, tile in tiles if m <= most), tiles[-1][1])
     if planes == INT8 and tile.block_k > 128:
         tile = tile._replace(block_k=128)  # four times the bytes a feature
+    if planes == BASE3 and 16 < m <= 64:
+        tile = tile._replace(block_k=128)  # decoding takes more registers
+    if per_row and tile.block_n * tile.block_m > 2048 * tile.warps:
+        tile = tile._replace(block_n=128, warps=8)  # a division for each output takes registers, too
     return tile._replace(split=_split(gpu, tile, m, n, k))
 
 
 def _gemv(gpu: Gpu, n: int, size: int) -> Gemv:
-    """128 bytes of weights a thread and turn; as many turns as leave four programs a processor, for one wave."""
+    """128 bytes of weights a thread and turn (64 on AMD); turns so that four programs a processor make one wave."""
     words = max(triton.next_power_of_2(size // 4), 32)
     warps = 8 if words > 512 else 4
     block_n = max(1, min(32, 1024 * warps // words))
@@ -128,10 +133,10 @@ def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
     return -(-steps // -(-steps // most))
 
 
-def choose(gpu: Gpu, m: int, n: int, k: int, planes: int) -> Config:
+def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
     """The tuned configuration for bucket(m) if there is one, else the heuristic's."""
     m = bucket(m)
-    return tuned(gpu.name).get((m, n, k, planes)) or heuristic(gpu, m, n, k, planes)
+    return tuned(gpu.name).get((m, n, k, planes)) or heuristic(gpu, m, n, k, planes, per_row)
 
 
 def candidates(gpu: Gpu, m: int, n: int, k: int, planes: int) -> list[Config]:

@@ -323,7 +323,7 @@ class Layer(NamedTuple):
 def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
     """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
     device, n, k = layer.weight.device, layer.n, layer.k
-    gpu = gpu_of(device)
+    gpu, per_row = gpu_of(device), layer.scale.numel() > 1
 
     def linear(x: Tensor) -> Tensor:
         if x.dtype not in FLOATS:  # float64 and exotic ones: the definition computes in float32, too
@@ -335,7 +335,7 @@ def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
         if len(rows):
             if bits == 4:
                 rows, s = reference.quantize_activation(rows, 4)
-            multiply(choose(gpu, len(rows), n, k, layer.planes), layer, rows, s, y)
+            multiply(choose(gpu, len(rows), n, k, layer.planes, per_row), layer, rows, s, y)
         return y
 
     return linear
@@ -379,7 +379,9 @@ def int_linear(
     if len(q):
         n, k = codes.shape
         layer = Layer(codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8)
-        config = choose(gpu_of(q.device), max(len(q), 256), n, k, INT8)  # unsplit: nobody has zeroed counters
+        config = choose(
+            gpu_of(q.device), max(len(q), 256), n, k, INT8, scale.numel() > 1
+        )  # unsplit: nobody has zeroed counters
         assert isinstance(config, Dot)
         _launch_dot(config, layer, q.contiguous(), s.contiguous(), None, y, None)
     return y

@@ -7,6 +7,7 @@ that kernels/triton_configs.py would choose on such a GPU.
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def gpu(arch: str) -> configs.Gpu:
 
 def dot(arch: str, m: int, planes: int, n: int = N, k: int = K, **options: Any) -> tuple[Program, configs.Dot]:
     """The matrix kernel as chosen for m tokens, and its configuration."""
-    config = configs.heuristic(gpu(arch), m, n, k, planes)
+    config = configs.heuristic(gpu(arch), m, n, k, planes, options.get("PER_ROW", False))
     assert isinstance(config, configs.Dot)
     types = {"q": "*i8", "s": "*fp32", "w": "*i8" if planes == INT8 else "*u8", "scale": "*fp32", "y": "*bf16"}
     types |= {"m": "i32", "n": "i32", "q_stride": "i32"} | ({} if planes == INT8 else {"sums": "*i32"})
@@ -172,6 +173,22 @@ def test_products_run_on_tensor_cores_with_no_conversion_in_the_loop(
     assert MATRIX[arch] in program.assembly
     assert program.loop_conversions() == 0
     assert config.split > 1 if m == 16 else m < 4096 or config.split == 1  # both ways of finishing a tile are here
+
+
+TIGHT: dict[str, tuple[str, Callable[[str], Program]]] = {
+    "a_division_each_output": ("sm_90", lambda arch: dot(arch, 4096, TWO_BITS, 6912, 2560, PER_ROW=True)[0]),
+    "base3_at_64_tokens": ("sm_80", lambda arch: dot(arch, 64, BASE3)[0]),
+    "long_rows": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 1, 8192, 28672)),
+    "two_tokens": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 2, 14336, 8192)),
+    "plain_dot_products": ("gfx942", lambda arch: gemv(arch, TWO_BITS, 1, 14336, 8192)),
+}
+
+
+@pytest.mark.parametrize(("arch", "make"), TIGHT.values(), ids=TIGHT.keys())
+def test_what_takes_most_registers_has_enough(
+    arch: str, make: Callable[[str], Program], capfd: pytest.CaptureFixture[str]
+) -> None:
+    check(make(arch), arch, capfd)
 
 
 def unpacking(program: Program) -> int:
