@@ -294,8 +294,8 @@ def _unpack(
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Packed rows to codes int8 [N, K]."""
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
     packed = tl.load(w + rows * BYTES + b, mask=(rows < n) & (b < BYTES), other=0)
     if PLANES == 4:
         planes = two_bit_planes(packed, ASM)
@@ -392,7 +392,7 @@ def unpack(layer: Layer) -> Tensor:
     codes = torch.empty(layer.n, layer.k, dtype=torch.int8, device=layer.weight.device)
     size = layer.weight.shape[1]
     with torch.cuda.device_of(codes):
-        _unpack[triton.cdiv(size, 128), triton.cdiv(layer.n, 16)](
+        _unpack[triton.cdiv(layer.n, 16), triton.cdiv(size, 128)](
             layer.weight, codes, layer.n, K=layer.k, PLANES=layer.planes, BYTES=size,
             BLOCK_N=16, BLOCK_B=128, ASM=_assembly(codes),
         )  # fmt: skip
