@@ -618,3 +618,41 @@ def test_offsets_beyond_two_billion_bytes_are_not_cut(m: int) -> None:
     y = run(x)
     assert torch.equal(y[:, -3:], reference.ternary_linear(x, codes[-3:], torch.ones(1, device="cuda")))
     assert not y[:, :-3].any()
+
+
+# Tuning
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_everything_in_the_interpreter runs this")
+def test_tuning_measures_checks_and_keeps_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bitnet import tune
+
+    def seconds(calls: list[Callable], rounds: int) -> Tensor:
+        calls[0]()
+        timed.append(len(calls))
+        return torch.full((3,), 1e-3 / len(timed), dtype=torch.float64)  # later candidates are faster
+
+    timed: list[int] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
+    with pytest.raises(RuntimeError, match="there is nothing to tune here"):
+        tune.tune(["12x40"], [1], device="cpu")
+    cache = type("properties", (), {"L2_cache_size": 100})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    monkeypatch.setattr(ops, "_BACKENDS", {"triton": ops._BACKENDS["triton"]._replace(missing=lambda *args: None)})
+    monkeypatch.setattr(configs, "gpu_of", lambda device: SMALL_GPU)
+    monkeypatch.setattr(tune, "graph_seconds", seconds)
+    configs.tuned.cache_clear()
+    path = tune.tune(["12x40", "12x40"], [1, 9, 16], device="cpu")
+    assert path == tmp_path / "bitnet" / "triton.json"
+    for m in (1, 16):
+        best = configs.candidates(SMALL_GPU, m, 12, 40, TWO_BITS)[-1]
+        assert configs.choose(SMALL_GPU, m, 12, 40, TWO_BITS) == best
+        assert f"12 x 40, up to {m} tokens" in capsys.readouterr().out or m > 1
+    multiply = linear.multiply
+    monkeypatch.setattr(linear, "multiply", lambda c, layer, x, s, y: (multiply(c, layer, x, s, y), y.add_(1)))
+    with pytest.raises(RuntimeError, match="gives wrong results for 1 tokens and 12 x 40 weights"):
+        tune.tune(["12x40"], [1], device="cpu")
+    configs.tuned.cache_clear()
