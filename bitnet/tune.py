@@ -49,7 +49,7 @@ def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, dev
             first = times.get(configs.heuristic(gpu, m, n, k, kind))
             gain = "" if first is None else f", {first / times[best]:.2f} times as fast as untuned"
             progress.console.print(f"{n} x {k}, up to {m} tokens: {1e6 * times[best]:.1f} µs{gain}; {best}")
-    print(f"kept in {path}, which layers read when they are next loaded")
+    print(f"kept in {path}, which programs read when they start")
     return path
 
 

@@ -59,10 +59,7 @@ _TILES: dict[str, list[tuple[int, Dot]]] = {
         (16, Dot(128, 16, 512, 8, 4)),  # 80 KB, 114 registers: two programs a processor, 96 KB of weights in flight
         (32, Dot(128, 32, 256, 8, 5)),  # 72 KB: as above with half the step, for the wider activations
         (64, Dot(128, 64, 256, 8, 4)),  # 88 KB, 110 registers: two programs
-        (
-            512,
-            Dot(128, 128, 128, 4, 4),
-        ),  # 76 KB, 228 registers x 128 threads: two programs, one unpacks, one multiplies
+        (512, Dot(128, 128, 128, 4, 4)),  # 76 KB, 228 registers, 4 warps: one program unpacks, another multiplies
         (4096, Dot(256, 128, 128, 8, 4)),  # 88 KB, 240 registers: one program; L2 reads are what limits, X above all
     ],
     "sm_100": [
@@ -157,9 +154,7 @@ def candidates(gpu: Gpu, m: int, n: int, k: int, planes: int) -> list[Config]:
         found += [tile._replace(stages=tile.stages + 1), tile._replace(stages=tile.stages - 1)]
         found += [tile._replace(block_n=128 if tile.block_n == 64 else 64)]
     if 2 < m <= 128:
-        found += [tile._replace(split=2 * tile.split)] + (
-            [tile._replace(split=tile.split // 2)] if tile.split > 1 else []
-        )
+        found += [tile._replace(split=split) for split in (2 * tile.split, tile.split // 2) if split]
     if m > 64:
         found += [tile._replace(block_m=64 if tile.block_m == 128 else 128), tile._replace(warps=12 - tile.warps)]
     if m > 512 and planes != INT8:

@@ -379,9 +379,8 @@ def int_linear(
     if len(q):
         n, k = codes.shape
         layer = Layer(codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8)
-        config = choose(
-            gpu_of(q.device), max(len(q), 256), n, k, INT8, scale.numel() > 1
-        )  # unsplit: nobody has zeroed counters
+        m = max(len(q), 256)  # never split: nobody has zeroed counters
+        config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
         assert isinstance(config, Dot)
         _launch_dot(config, layer, q.contiguous(), s.contiguous(), None, y, None)
     return y

@@ -29,14 +29,13 @@ from bitnet.kernels import triton_linear as linear  # noqa: E402
 from bitnet.kernels import triton_quantize as quantize  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WHY = "no GPU here; test_everything_in_the_interpreter runs this without one"
 NO_GPU = not INTERPRETED and ops._BACKENDS["triton"].missing(torch.device("cuda"), 8)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def runs(test: Callable) -> Callable:
     """For tests of kernels: on a GPU, or interpreted."""
-    marked = pytest.mark.skipif(bool(NO_GPU), reason=f"{WHY} ({NO_GPU})")(test)
+    marked = pytest.mark.skipif(bool(NO_GPU), reason=f"{NO_GPU}; test_everything_in_the_interpreter runs this")(test)
     return marked if INTERPRETED else pytest.mark.gpu(marked)
 
 
@@ -53,7 +52,6 @@ each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
 REALLY_ON_TRITON = ops._on_triton
 SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
 DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
-NAMES = {TWO_BITS: "triton", BASE3: "triton-base3", INT8: "triton"}
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,9 @@ class Program(NamedTuple):
     def loop_conversions(self) -> int:
         """convert_layout operations inside of the loop over K, which is the one that multiplies."""
         loops = re.findall(r"scf\.for.*?^    }", self.ttgir, re.M | re.S)
-        return sum(loop.count("convert_layout") for loop in loops if "dot" in loop or "mma" in loop)
+        found = [loop.count("convert_layout") for loop in loops if "dot" in loop or "mma" in loop]
+        assert found
+        return sum(found)
 
 
 def build(
