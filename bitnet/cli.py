@@ -11,6 +11,7 @@ EPILOG = """examples:
   bitnet serve quickstart/ternary           the same model behind an OpenAI-compatible API
   bitnet inspect quickstart/ternary         its layers and codes, and whether anything is wrong with them
   bitnet convert SRC DST --to base3         the same weights in another form
+  bitnet tune my-model-1.58                 on a GPU: measure which kernel configurations suit its layers
 """
 
 
@@ -129,6 +130,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
     serve.add_argument("options", nargs=argparse.REMAINDER, help="options of `transformers serve`")
 
+    tune = commands.add_parser(
+        "tune",
+        help="on a GPU: measure a handful of kernel configurations for a model's layers, and keep the fastest",
+        description="The Triton kernels come with configurations that were chosen without measuring. This measures\n"
+        "up to 8 for each shape and number of tokens and keeps the fastest, for this kind of GPU and this\n"
+        "version of Triton, in ~/.cache/bitnet/triton.json (under XDG_CACHE_HOME if that is set). Results do\n"
+        "not change, not by a bit; nothing is ever tuned while a model runs.",
+        epilog="examples:\n"
+        "  bitnet tune my-model-1.58                     every shape in a checkpoint\n"
+        "  bitnet tune 14336x4096 4096x14336 --tokens 1  shapes, out_features x in_features; one token at a time\n"
+        "Numbers of tokens share configurations up to 1, 2, 4, 16, 32, 64, 128, 256, 512, 1024, 2048 and beyond.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("targets", nargs="+", metavar="DIR|NxK", help="checkpoint directories, or shapes like 14336x4096")
+    tune.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 4096], metavar="M", help="(default: %(default)s)"
+    )
+    tune.add_argument("--base3", action="store_true", help="tune the 1.6-bit form instead of the 2-bit one")
+    tune.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (default: %(default)s)")
+
     args = parser.parse_args(argv)
     try:
         if args.command == "info":
@@ -168,6 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .serve import serve as run_server
 
             run_server(args.checkpoint, args.options)
+        elif args.command == "tune":
+            from .tune import tune as tune_kernels
+
+            tune_kernels(args.targets, args.tokens, args.base3, args.device)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has gone

@@ -37,7 +37,7 @@ class PackedBitLinear(Packed):
     """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
 
     Takes nn.Linear's arguments, then the options of QuantSpec, `backend` ("auto" or a name that bitnet.backends()
-    lists), and `bits`: 2, or 1.6 for a fifth less memory traffic where the CPU can (elsewhere 2 with a warning).
+    lists), and `bits`: 2, or 1.6 for a fifth less memory traffic where the backend can (elsewhere 2 with a warning).
     Freshly built it holds zeros. Buffers:
 
     weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"

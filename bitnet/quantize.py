@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import int8, ops, reference
+from .kernels import ops, reference
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class _QuantizedLinear(torch.autograd.Function):
             ctx.save_for_backward(x2, None, codes, scale)
             y = reference.float_linear(x2, codes, scale, bias)
         else:
-            q, s = reference.quantize_activation(x2, bits)
+            q, s = ops.quantize_tokens(x2, bits)
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
-            y = reference.rescale(int8.int_matmul(q, codes), s, scale, bias, x.dtype)
+            y = ops.int_linear(q, s, codes, scale, bias, x.dtype)
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return y.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -100,7 +100,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = reference.grad_input(gy, codes, scale).reshape(*grad_y.shape[:-1], codes.shape[1])
         if ctx.needs_input_grad[1]:
-            xq = q if s is None else (q / s).to(gy.dtype)
+            xq = q if s is None else ops.dequantize(q, s, gy.dtype)
             grad_w = (gy.T @ xq).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_b = gy.sum(0).to(ctx.bias_dtype)

@@ -24,7 +24,7 @@ class TensorHeader(NamedTuple):
     offset: int  # of its first byte in the file
 
 
-def read_headers(files: list[str | Path] | list[str]) -> dict[str, TensorHeader]:
+def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
     """Names, dtypes and shapes in safetensors files. Raises ValueError for a file that is cut short or another kind."""
     headers: dict[str, TensorHeader] = {}
     for file in map(Path, files):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, int8, reference
+from . import cpu, int8, reference, triton_layout
 from .layout import check_packed, check_stored, codes_of, pack_ternary, packed_rows, validate_packed
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
@@ -52,10 +52,23 @@ def _cpu(layout: int) -> Backend:
     )
 
 
-# In the order in which "auto" prefers them.
+def _triton(planes: int) -> Backend:
+    return Backend(
+        partial(triton_layout.description, planes),
+        missing=triton_layout.missing,
+        prepack=partial(triton_layout.prepack, planes=planes),
+        unprepack=partial(triton_layout.unprepack, planes=planes),
+        bind=partial(triton_layout.bind, planes=planes),
+    )
+
+
+# In the order in which "auto" prefers them. NAME-base3 stores 1.6 bits a weight; "auto" never comes to it, because NAME
+# runs wherever it does.
 _BACKENDS = {
     "cpu": _cpu(cpu.TWO_BITS),
-    "cpu-base3": _cpu(cpu.BASE3),  # never chosen by "auto": where it runs, "cpu" does
+    "cpu-base3": _cpu(cpu.BASE3),
+    "triton": _triton(triton_layout.TWO_BITS),
+    "triton-base3": _triton(triton_layout.BASE3),
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's int8 matmul",
         missing=lambda device, bits: None,
@@ -101,19 +114,16 @@ def check_backend(backend: str) -> None:
 def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, bits: float = 2) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
-    bits: 1.6 turns "cpu" into "cpu-base3" if that can run, and warns if it cannot
+    bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
     name = _choose(backend, device.type, activation_bits)
-    if bits == 1.6 and name != "cpu-base3":
-        why = (
-            _BACKENDS["cpu-base3"].missing(device, activation_bits)
-            if name == "cpu"
-            else "that backend has no such form"
-        )
+    if bits == 1.6 and not name.endswith("-base3"):
+        base3 = _BACKENDS.get(f"{name}-base3")
+        why = base3.missing(device, activation_bits) if base3 else "that backend has no such form"
         if why is None:
-            return "cpu-base3"
+            return f"{name}-base3"
         warnings.warn(f"bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2)
     return name
 
@@ -151,13 +161,52 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
     return torch.ops.bitnet.quantize_weight(weight, kind, per_row)
 
 
+# What a training step is made of: unchecked, and in fewer passes than the reference's where that is possible.
+
+
 def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
-    """reference.quantize_weight for every step of training: unchecked, and in fewer passes where that is possible."""
-    if not _native(weight, kind):
+    """reference.quantize_weight for every step of training; never waits for a GPU."""
+    gpu = kind == "ternary" and _on_triton(weight)
+    if not gpu and not _native(weight, kind):
         codes, scale = reference.quantize_weight(weight, kind, per_row)
         return codes.contiguous(), scale  # also of a transposed view: the order of float sums depends on it
-    inv = _native_inverse(weight, per_row)
-    return cpu.ternary_codes(weight, inv), (1 / inv).reshape(-1)
+    inv = _inverse(torch.ops.bitnet.gpu_magnitudes(weight) if gpu else cpu.magnitudes(weight), weight, per_row)
+    codes = torch.ops.bitnet.gpu_ternary_codes(weight, inv) if gpu else cpu.ternary_codes(weight, inv)
+    return codes, (1 / inv).reshape(-1)
+
+
+def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """reference.quantize_activation of x [M, K]."""
+    if bits == 8 and _on_triton(x):
+        return torch.ops.bitnet.quantize_activation(x, bits)
+    return reference.quantize_activation(x, bits)
+
+
+def int_linear(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Codes q int8 [M, K] times codes int8 [N, K], rescaled: reference.rescale(reference.int_matmul(q, codes), ...)."""
+    if _on_triton(q):
+        return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
+    return reference.rescale(int8.int_matmul(q, codes), s, scale, bias, dtype)
+
+
+def dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """q / s in dtype, for codes q int8 [M, K]."""
+    if _on_triton(q) and not torch.compiler.is_compiling():  # a compiler fuses it by itself
+        return torch.ops.bitnet.gpu_dequantize(q, s, dtype)
+    return (q / s).to(dtype)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter)
+
+
+def _on_triton(t: Tensor) -> bool:
+    return t.is_cuda and _is_plain(t) and _triton_is_chosen()
+
+
+@torch.compiler.assume_constant_result
+def _triton_is_chosen() -> bool:
+    return _choose("auto", "cuda", 8) == "triton"
 
 
 def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
@@ -169,7 +218,7 @@ def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tenso
     if not _native(weight, "ternary") or weight.ndim != 2 or 0 in weight.shape:
         codes, scale = quantize_weight(weight, per_row=per_row)
         return pack_ternary(codes), scale
-    inv = _native_inverse(weight, per_row)
+    inv = _inverse(cpu.magnitudes(weight), weight, per_row)
     scale = (1 / inv).reshape(-1)
     if not bool(scale.isfinite().all()):
         quantize_weight(weight)  # raises, and says how many values are NaN or Inf
@@ -178,14 +227,13 @@ def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tenso
 
 def _native(weight: Tensor, kind: str) -> bool:
     """Whether the CPU library can quantize this weight."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu and weight.is_contiguous()
+    plain = _is_plain(weight) and weight.is_cpu and weight.is_contiguous()
     able = plain and kind == "ternary" and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
     return able and _choose("auto", "cpu", 8) == "cpu"
 
 
-def _native_inverse(weight: Tensor, per_row: bool) -> Tensor:
-    """reference.inverse_scale for ternary weights."""
-    sums = cpu.magnitudes(weight)
+def _inverse(sums: Tensor, weight: Tensor, per_row: bool) -> Tensor:
+    """reference.inverse_scale for ternary weights, from the sum of |weight| over each row."""
     return reference.inverse_of_mean(sums / weight.shape[1] if per_row else sums.sum() / weight.numel())
 
 
@@ -315,6 +363,12 @@ _LIBRARY.define(
     "ternary_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt out_features, int? activation_bits,"
     " str backend) -> Tensor"
 )
+_LIBRARY.define("gpu_magnitudes(Tensor weight) -> Tensor")
+_LIBRARY.define("gpu_ternary_codes(Tensor weight, Tensor inv) -> Tensor")
+_LIBRARY.define(
+    "gpu_int_linear(Tensor q, Tensor s, Tensor codes, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define("gpu_dequantize(Tensor q, Tensor s, ScalarType dtype) -> Tensor")
 _LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
 _LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int layout) -> Tensor")
 
@@ -323,6 +377,40 @@ def _ternary_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None, backend: str
 ) -> Tensor:
     return bind(weight, scale, bias, n, x.shape[-1], bits, backend)(x)
+
+
+def _quantize_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    if bits != 8 or not _on_triton(x):
+        return reference.quantize_activation(x, bits)
+    from .triton_quantize import quantize_activation
+
+    return quantize_activation(x)
+
+
+def _gpu_magnitudes(weight: Tensor) -> Tensor:
+    from .triton_quantize import magnitudes
+
+    return magnitudes(weight)
+
+
+def _gpu_ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
+    from .triton_quantize import ternary_codes
+
+    return ternary_codes(weight, inv)
+
+
+def _gpu_int_linear(
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    from .triton_linear import int_linear
+
+    return int_linear(q, s, codes, scale, bias, dtype)
+
+
+def _gpu_dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    from .triton_quantize import dequantize
+
+    return dequantize(q, s, dtype)
 
 
 def _contiguous(quantize: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -336,8 +424,13 @@ def _contiguous(quantize: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 
 
 _LIBRARY.impl("quantize_weight", _contiguous(reference.quantize_weight), "CompositeExplicitAutograd")
-_LIBRARY.impl("quantize_activation", _contiguous(reference.quantize_activation), "CompositeExplicitAutograd")
+_LIBRARY.impl("quantize_activation", _contiguous(_quantize_activation), "CompositeExplicitAutograd")
 _LIBRARY.impl("ternary_linear", _ternary_linear, "CompositeExplicitAutograd")
+# for CUDA; also on the CPU, where Triton's interpreter runs them in tests
+_LIBRARY.impl("gpu_magnitudes", _gpu_magnitudes, "CompositeExplicitAutograd")
+_LIBRARY.impl("gpu_ternary_codes", _gpu_ternary_codes, "CompositeExplicitAutograd")
+_LIBRARY.impl("gpu_int_linear", _gpu_int_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("gpu_dequantize", _gpu_dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
 _LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
 
@@ -356,6 +449,26 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("bitnet::ternary_linear", lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, bits: int | None, backend: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+@torch.library.register_fake("bitnet::gpu_magnitudes", lib=_LIBRARY)
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.float64)
+
+
+@torch.library.register_fake("bitnet::gpu_ternary_codes", lib=_LIBRARY)
+def _(weight: Tensor, inv: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.int8)
+
+
+@torch.library.register_fake("bitnet::gpu_int_linear", lib=_LIBRARY)
+def _(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(q.shape[0], codes.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("bitnet::gpu_dequantize", lib=_LIBRARY)
+def _(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
 
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
@@ -394,6 +507,8 @@ __all__ = [
     "bind",
     "check_backend",
     "choose_backend",
+    "dequantize",
+    "int_linear",
     "linear_prepacked",
     "needs_operator",
     "pack_latent",
@@ -401,6 +516,7 @@ __all__ = [
     "prepack",
     "quantize_activation",
     "quantize_latent",
+    "quantize_tokens",
     "quantize_weight",
     "ternary_linear",
 ]

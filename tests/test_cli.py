@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitnet
 from bitnet import cli
+from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
 from bitnet.quickstart import VOCABULARY, build_tokenizer
+from bitnet.tune import shapes_of
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,14 @@ def test_generate_streams_what_the_model_says(checkpoint: Path, capsys: pytest.C
         (["generate", "CHECKPOINT", "x", "--backend", "abacus"], "unknown backend 'abacus'"),
         (["serve", "no/such/dir"], "no/such/dir: no config.json there"),
         (["quickstart", "--steps", "0"], "--steps must be at least 1"),
+        (["tune", "no/such/dir"], "no/such/dir: no config.json there"),
+        (["tune", "8x0"], "8x0: an empty shape"),
+        (["tune", "8x8", "--tokens", "1", "0"], "--tokens must be at least 1, got 0"),
+        pytest.param(
+            ["tune", "CHECKPOINT"],
+            "there is nothing to tune here: torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -82,6 +92,18 @@ def test_mistakes_end_in_one_line_and_status_1(
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
     assert error[-1].startswith(f"bitnet {arguments[0]}: ")
+
+
+def test_tune_finds_the_shapes_of_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    shapes = {(16, 16, TWO_BITS), (24, 16, TWO_BITS), (16, 24, TWO_BITS)}
+    assert set(shapes_of(str(checkpoint), TWO_BITS)) == shapes
+    model = bitnet.load(checkpoint)
+    bitnet.pack(model, head="int8")
+    assert set(shapes_of(str(bitnet.save(model, tmp_path / "head")), TWO_BITS)) == {*shapes, (VOCABULARY, 16, INT8)}
+    assert shapes_of("512x40", BASE3) == [(512, 40, BASE3)]
+    base3 = bitnet.save(bitnet.load(checkpoint), tmp_path / "base3", bits=1.6)
+    with pytest.raises(ValueError, match=r"give the shapes instead.*bitnet tune 14336x4096"):
+        shapes_of(str(base3), TWO_BITS)
 
 
 def test_quickstart_leaves_models_report_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """results.csv: one row a measured figure, with what it was measured on."""
 
 import csv
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,14 +19,27 @@ FILE = Path(__file__).with_name("results.csv")
 def conditions() -> dict[str, str]:
     """Date, commit, hardware and versions: the same for all rows of a run. Call it before anything changes."""
     hardware, versions = info.hardware(), info.versions()
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=FILE.parent).stdout.strip()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
+    return _now() | {
         "hardware": f"{hardware['cpu']}, {cpu.isas()[0]}",
         "versions": f"torch {versions['torch']}, python {versions['python']}, llama-cpp-python {ggml.version()}",
     }
+
+
+def gpu_conditions() -> dict[str, str]:
+    """The same for what ran on the first GPU."""
+    hardware, versions = info.hardware(), info.versions()
+    return _now() | {
+        "hardware": hardware["gpu 0"],
+        "versions": f"torch {versions['torch']}, triton {versions['triton']}, python {versions['python']}",
+    }
+
+
+def _now() -> dict[str, str]:
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=FILE.parent).stdout.strip()
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
 
 
 def row(what: dict[str, Any], seconds: Tensor, nbytes: float | None, common: dict[str, str]) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+"""Which kernel with which tile sizes multiplies M tokens by an N x K weight: a table, a heuristic, and what was tuned.
+
+Nothing is ever tuned while a model runs. `bitnet tune` measures a handful of candidates and writes the best to file(),
+which is read once per process; for what is not in it `heuristic` decides. No entry below has been measured on a GPU
+yet: the reasons are counts of registers, shared memory and bytes, from kernels compiled for each architecture.
+"""
+
+import json
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .triton_layout import BASE3, INT8, row_bytes
+
+
+class Gemv(NamedTuple):
+    """A dot product a row, activations quantized by every program; block_n * repeat rows a program."""
+
+    block_n: int
+    repeat: int
+    warps: int
+
+
+class Dot(NamedTuple):
+    """Tensor cores, one tile of block_n rows x block_m tokens a program."""
+
+    block_n: int
+    block_m: int
+    block_k: int  # features a step
+    warps: int
+    stages: int  # steps in flight
+    split: int = 1  # programs that share a tile, each a part of K
+    dense: bool = False  # unpack the weight to int8 first, in a kernel of its own
+
+
+Config = Gemv | Dot
+
+
+class Gpu(NamedTuple):
+    """What configurations depend on."""
+
+    name: str  # as the vendor writes it
+    arch: str  # "sm_90", "gfx942"
+    processors: int
+
+
+BUCKETS = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # numbers of tokens that share a configuration
+
+# (largest M, tile), in rising M. The weight is the first operand, so block_n is the side that tensor cores fix (64 or
+# 128 rows) and block_m the free one. Where few tokens meet many weights, wide steps (512 features: whole 128-byte lines
+# of packed weights) and deep pipelines keep memory busy; a large block_n halves how often the activations are read.
+_TILES: dict[str, list[tuple[int, Dot]]] = {
+    "sm_90": [
+        (16, Dot(128, 16, 512, 8, 4)),  # 80 KB, 114 registers: two programs a processor, 96 KB of weights in flight
+        (32, Dot(128, 32, 256, 8, 5)),  # 72 KB: as above with half the step, for the wider activations
+        (64, Dot(128, 64, 256, 8, 4)),  # 88 KB, 110 registers: two programs
+        (512, Dot(128, 128, 128, 4, 4)),  # 76 KB, 228 registers, 4 warps: one program unpacks, another multiplies
+        (4096, Dot(256, 128, 128, 8, 4)),  # 88 KB, 240 registers: one program; L2 reads are what limits, X above all
+    ],
+    "sm_100": [
+        (16, Dot(128, 16, 512, 8, 3)),  # 56 KB; accumulators live in tensor memory
+        (64, Dot(128, 64, 256, 8, 3)),  # 64 KB
+        (4096, Dot(128, 128, 256, 8, 3)),  # steps of 128 features would convert layouts in the loop
+    ],
+    "sm_80": [  # and all other NVIDIA GPUs: at most 99 KB of shared memory a program on 8.6, 8.9 and 12.0
+        (16, Dot(128, 16, 512, 8, 3)),  # 48 KB, 64 registers
+        (64, Dot(128, 64, 256, 8, 3)),  # 48 KB, 128 registers
+        (4096, Dot(128, 128, 128, 8, 3)),  # 40 KB, 150 registers
+    ],
+    "gfx": [  # 64 KB of shared memory, wavefronts of 64
+        (16, Dot(64, 16, 512, 4, 2)),  # 124 registers
+        (64, Dot(64, 32, 256, 4, 2)),  # 114 registers
+        (4096, Dot(128, 128, 128, 8, 2)),  # 96 registers
+    ],
+}
+
+
+def family(arch: str) -> str:
+    """The key of _TILES for an architecture."""
+    if arch.startswith("gfx"):
+        return "gfx"
+    return {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(arch, "sm_80")
+
+
+def bucket(m: int) -> int:
+    """The first of BUCKETS that holds m tokens; the last for all beyond."""
+    return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
+
+
+def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
+    """The configuration for m tokens where nothing was tuned; per_row says that each row has a scale."""
+    amd = family(gpu.arch) == "gfx"
+    # longer rows would not fit registers, nor would two tokens on AMD; with three the integer units fall behind memory
+    if k <= {1: 8192 if amd else 32768, 2: 0 if amd else 8192}.get(m, 0):
+        return _gemv(gpu, n, row_bytes(k, planes))
+    tiles = _TILES[family(gpu.arch)]
+    tile = next((tile for most, tile in tiles if m <= most), tiles[-1][1])
+    if planes == INT8 and tile.block_k > 128:
+        tile = tile._replace(block_k=128)  # four times the bytes a feature
+    if planes == BASE3 and 16 < m <= 64:
+        tile = tile._replace(block_k=128)  # decoding takes more registers
+    if per_row and tile.block_n * tile.block_m > 2048 * tile.warps:
+        tile = tile._replace(block_n=128, warps=8)  # a division for each output takes registers, too
+    return tile._replace(split=_split(gpu, tile, m, n, k))
+
+
+def _gemv(gpu: Gpu, n: int, size: int) -> Gemv:
+    """128 bytes of weights a thread and turn (64 on AMD); turns so that three programs a processor make one wave.
+
+    Each turn spreads the cost of quantizing the token: on sm_90, K = 4096, a weight takes 2.1 instructions with one
+    turn, 1.6 with two, 1.3 with four; memory at full speed leaves time for 1.9 on an H200.
+    """
+    words = max(triton.next_power_of_2(size // 4), 32)
+    warps = 8 if words > 512 else 4
+    block_n = max(1, min(32, 1024 * warps // words))
+    repeat = max(1, min(8, n // (block_n * 3 * gpu.processors)))
+    return Gemv(block_n, 1 << repeat.bit_length() - 1, warps)
+
+
+def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
+    """Parts of K so that each processor has about two programs, all with as many steps; 1 above 64 tokens.
+
+    There the partial sums, 4 bytes for each output and part, would outweigh the weights.
+    """
+    if m > 64:
+        return 1
+    tiles, steps = -(-n // tile.block_n) * -(-m // tile.block_m), -(-k // tile.block_k)
+    most = max(1, min(2 * gpu.processors // tiles, steps, 16))
+    return -(-steps // -(-steps // most))
+
+
+def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
+    """The tuned configuration for bucket(m) if there is one, else the heuristic's."""
+    m = bucket(m)
+    return tuned(gpu.name).get((m, n, k, planes)) or heuristic(gpu, m, n, k, planes, per_row)
+
+
+def candidates(gpu: Gpu, m: int, n: int, k: int, planes: int) -> list[Config]:
+    """At most 8 configurations worth measuring for m tokens, the heuristic's first."""
+    first = heuristic(gpu, m, n, k, planes)
+    found: list[Config] = [first]
+    if m <= 4 and k <= 32768:
+        gemv = _gemv(gpu, n, row_bytes(k, planes))
+        found += [gemv._replace(repeat=r) for r in (1, 2, 4, 8)]
+        found += [gemv._replace(block_n=max(1, gemv.block_n // 2)), gemv._replace(warps=12 - gemv.warps)]
+    tile = first if isinstance(first, Dot) else heuristic(gpu, 4, n, k, planes)
+    assert isinstance(tile, Dot)
+    if m > 2:
+        found += [tile._replace(stages=tile.stages + 1), tile._replace(stages=tile.stages - 1)]
+        found += [tile._replace(block_n=128 if tile.block_n == 64 else 64)]
+    if 2 < m <= 128:
+        found += [tile._replace(split=split) for split in (2 * tile.split, tile.split // 2) if split]
+    if m > 64:
+        found += [tile._replace(block_m=64 if tile.block_m == 128 else 128), tile._replace(warps=12 - tile.warps)]
+    if m > 512 and planes != INT8:
+        found += [tile._replace(dense=True), tile._replace(dense=True, block_n=128, block_m=256)]
+    return list(dict.fromkeys(found))[:8]
+
+
+# What `bitnet tune` found
+
+
+def file() -> Path:
+    """Where tuned configurations are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet" / "triton.json"
+
+
+Key = tuple[int, int, int, int]  # bucket, N, K, planes
+
+
+def _section(gpu_name: str) -> str:
+    return f"{gpu_name}, triton {triton.__version__}"
+
+
+def _read() -> dict[str, dict[str, list]]:
+    try:
+        return json.loads(file().read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@lru_cache
+def tuned(gpu_name: str) -> dict[Key, Config]:
+    """What was tuned on such a GPU with this version of Triton; an unreadable file is reported and not used."""
+    try:
+        section = _read().get(_section(gpu_name), {})
+        return {_key(name): _config(*values) for name, values in section.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        warnings.warn(f"{file()} is damaged ({error}); run `bitnet tune` again, or delete it", stacklevel=2)
+        return {}
+
+
+def save(gpu_name: str, found: dict[Key, Config]) -> Path:
+    """Add configurations to the file, which appears complete or not at all; returns its path."""
+    path = file()
+    everything = _read()
+    section = everything.setdefault(_section(gpu_name), {})
+    section.update({",".join(map(str, key)): [type(c).__name__.lower(), *c] for key, c in found.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(everything, indent=1))
+    new.replace(path)
+    tuned.cache_clear()
+    return path
+
+
+def _key(name: str) -> Key:
+    m, n, k, planes = map(int, name.split(","))
+    return m, n, k, planes
+
+
+def _config(kind: str, *values: int) -> Config:
+    return {"gemv": Gemv, "dot": Dot}[kind](*values)
+
+
+@lru_cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU a tensor is on."""
+    properties = torch.cuda.get_device_properties(device)
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+    return Gpu(properties.name, arch, properties.multi_processor_count)

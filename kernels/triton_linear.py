@@ -1,0 +1,447 @@
+"""Triton kernels of the packed linear layer, y = (q . codes) * (scale / s) + bias, and their launchers.
+
+_gemv, for a token or two. A program takes block_n x repeat whole rows of packed weights; a thread's 16-byte load is 64
+  weights of one row, rows of a tile are spread over registers. The program quantizes the tokens itself (every program
+  does: cheaper than a kernel before it) and keeps their codes in registers, so that a weight costs 0.44 instructions of
+  unpacking (a shift and a mask a word and plane, for 16 weights) and 0.25 of dp4a. Bytes: N B of weights, and 2 K a
+  program from L2.
+_dot, for any number of tokens, on tensor cores. It computes codes . q^T: as first operand the weights go from shared
+  memory through registers, where they are unpacked, into the matrix instruction; tiles of q stay in shared memory. The
+  planes' order in memory makes that a thread's own affair: no layout conversion inside the loop. Bytes: N B times the
+  number of token tiles, M K times the number of row tiles, mostly from L2.
+  With few tokens, split > 1 programs share a tile: each stores its int32 sums, the last to arrive (a counter a tile,
+  which the quantizer has set to zero in the kernel before) adds them up and finishes. Integers: the order is no matter,
+  two runs give the same bits. All scratch memory is the call's own, so streams and CUDA graphs need no care.
+_unpack, for thousands of tokens where a configuration says so: int8 codes once, then _dot on those.
+
+Zero points: packed codes are code + 1, so the token's sum of codes is subtracted from each accumulator.
+One body serves all layouts (PLANES, see triton_layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
+or the same in Triton, for AMD and the interpreter, which knows no assembly.
+
+Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .triton_configs import Config, Dot, Gemv, choose, gpu_of
+from .triton_layout import INT8
+from .triton_quantize import activation_codes, activation_scale, largest_bits, quantize, rows_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
+
+# Assembly. $0.. are the outputs, then the inputs; registers are 32 bits: four bytes of packed weights or codes.
+
+_TWO_BITS = tl.constexpr("""{
+.reg .b32 t;
+and.b32 $0, $4, 0x03030303;
+shr.u32 t, $4, 2;
+and.b32 $1, t, 0x03030303;
+shr.u32 t, $4, 4;
+and.b32 $2, t, 0x03030303;
+shr.u32 t, $4, 6;
+and.b32 $3, t, 0x03030303;
+}""")
+# the even and the odd bytes times 3^(p + 1), in 16 bits each; their upper bytes, side by side, are T_p
+_BASE3 = tl.constexpr("""{
+.reg .b32 even, odd, a, b, t, u;
+and.b32 even, $5, 0x00FF00FF;
+shr.u32 odd, $5, 8;
+and.b32 odd, odd, 0x00FF00FF;
+mul.lo.u32 a, even, 3;
+mul.lo.u32 b, odd, 3;
+prmt.b32 t, a, b, 0x7351;
+mov.b32 $0, t;
+mul.lo.u32 a, even, 9;
+mul.lo.u32 b, odd, 9;
+prmt.b32 u, a, b, 0x7351;
+mad.lo.s32 $1, t, -3, u;
+mul.lo.u32 a, even, 27;
+mul.lo.u32 b, odd, 27;
+prmt.b32 t, a, b, 0x7351;
+mad.lo.s32 $2, u, -3, t;
+mul.lo.u32 a, even, 81;
+mul.lo.u32 b, odd, 81;
+prmt.b32 u, a, b, 0x7351;
+mad.lo.s32 $3, t, -3, u;
+mul.lo.u32 a, even, 243;
+mul.lo.u32 b, odd, 243;
+prmt.b32 t, a, b, 0x7351;
+mad.lo.s32 $4, u, -3, t;
+}""")
+_DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+
+
+@triton.jit
+def two_bit_planes(w, ASM: tl.constexpr):
+    """Bytes [R, B] to the four planes of codes + 1, int8 [R, B] each."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _TWO_BITS, "=r,=r,=r,=r,r", [w], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        return (w & 3).to(tl.int8), (w >> 2 & 3).to(tl.int8), (w >> 4 & 3).to(tl.int8), (w >> 6).to(tl.int8)
+
+
+@triton.jit
+def base3_planes(w, ASM: tl.constexpr):
+    """Bytes [R, B] to the five planes of codes + 1, int8 [R, B] each."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _BASE3, "=r,=r,=r,=r,=r,r", [w],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        v = w.to(tl.int32)
+        a, b, c, d, e = v * 3 >> 8, v * 9 >> 8, v * 27 >> 8, v * 81 >> 8, v * 243 >> 8
+        b3, c3, d3, e3 = b - 3 * a, c - 3 * b, d - 3 * c, e - 3 * d
+        return a.to(tl.int8), b3.to(tl.int8), c3.to(tl.int8), d3.to(tl.int8), e3.to(tl.int8)
+
+
+@triton.jit
+def in_order(a, b, c, d):
+    """Four planes [R, B] as one tile [R, 4 B] in the order of the features."""
+    R: tl.constexpr = a.shape[0]
+    B: tl.constexpr = a.shape[1]
+    both = tl.join(tl.join(a, c), tl.join(b, d))  # [R, B, 2, 2]; the last two axes are bits 1 and 0 of the plane
+    return both.reshape(R, B // 32, 32, 4).permute(0, 1, 3, 2).reshape(R, 4 * B)
+
+
+@triton.jit
+def thirds(w, power):
+    """(byte * power) >> 8 for each byte of int32 words."""
+    even = (w & 0x00FF00FF) * power
+    odd = (w >> 8 & 0x00FF00FF) * power
+    return (even >> 8 & 0x00FF00FF) | (odd & ~0x00FF00FF)
+
+
+@triton.jit
+def word_plane(w, p: tl.constexpr, PLANES: tl.constexpr):
+    """Plane p of int32 words of packed bytes, as words of four codes."""
+    if PLANES == 1:
+        return w
+    elif PLANES == 4:
+        return w >> 2 * p & 0x03030303
+    elif p == 0:
+        return thirds(w, 3)
+    else:
+        return thirds(w, 3 ** (p + 1)) - 3 * thirds(w, 3**p)
+
+
+@triton.jit
+def dot4(a, b, acc, ASM: tl.constexpr):
+    """acc + the sum of the four products of signed bytes."""
+    if ASM:
+        return tl.inline_asm_elementwise(_DOT4, "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        for i in tl.static_range(4):
+            acc += (a << 24 - 8 * i >> 24) * (b << 24 - 8 * i >> 24)
+        return acc
+
+
+@triton.jit(do_not_specialize=["m"])
+def _gemv(
+    x, s, w, scale, bias, y, m, n, x_stride,
+    K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+    REPEAT: tl.constexpr, BLOCK_W: tl.constexpr, PER_ROW: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """m <= TOKENS tokens of floats, or of codes where there is s; w: int32 words. See the top of this file."""
+    words = tl.arange(0, BLOCK_W)
+    inside = (words < BYTES // 4)[None, :]
+    k = (words // 8 * (32 * PLANES) + words % 8 * 4)[:, None] + tl.arange(0, 4)[None, :]  # of plane 0
+    rows = tl.program_id(0).to(tl.int64) * (BLOCK_N * REPEAT) + tl.arange(0, BLOCK_N)
+    # rows and tokens beyond the end repeat the last one; they are not stored
+    ahead = tl.load(w + tl.minimum(rows, n - 1)[:, None] * (BYTES // 4) + words[None, :], mask=inside, other=0)
+    codes = ()
+    scales = ()
+    sums = ()
+    for t in tl.static_range(TOKENS):
+        token = tl.minimum(t, m - 1).to(tl.int64)
+        if s is None:
+            bits = tl.zeros([BLOCK_W, 4], tl.int32)
+            for p in tl.static_range(PLANES):
+                v = tl.load(x + token * x_stride + k + 32 * p, mask=k + 32 * p < K, other=0.0)
+                bits = tl.maximum(bits, largest_bits(v))
+            token_s = activation_scale(tl.max(tl.max(bits, 1), 0))
+        else:
+            token_s = tl.load(s + token)
+        total = tl.zeros([BLOCK_W, 4], tl.int32)
+        for p in tl.static_range(PLANES):
+            q = tl.load(x + token * x_stride + k + 32 * p, mask=k + 32 * p < K, other=0)
+            if s is None:
+                q = activation_codes(q, token_s)
+            q = q.to(tl.int32)
+            total += q
+            codes = codes + (tl.sum((q & 255) << (8 * tl.arange(0, 4))[None, :], 1),)  # type: ignore[assignment]
+        scales = scales + (token_s,)  # type: ignore[assignment]
+        sums = sums + (tl.sum(tl.sum(total, 1), 0),)  # type: ignore[assignment]
+    for turn in tl.static_range(REPEAT):
+        packed = ahead
+        following = rows + BLOCK_N
+        if turn + 1 < REPEAT:
+            ahead = tl.load(
+                w + tl.minimum(following, n - 1)[:, None] * (BYTES // 4) + words[None, :], mask=inside, other=0
+            )
+        if PER_ROW:
+            row_scale = tl.load(scale + rows, mask=rows < n, other=1.0)
+        else:
+            row_scale = tl.load(scale)
+        for t in tl.static_range(TOKENS):
+            acc = tl.zeros([BLOCK_N, BLOCK_W], tl.int32)
+            for p in tl.static_range(PLANES):
+                acc = dot4(word_plane(packed, p, PLANES), codes[t * PLANES + p][None, :], acc, ASM)
+            sum_of_row = tl.sum(acc, 1)
+            if PLANES != 1:
+                sum_of_row -= sums[t]
+            v = sum_of_row.to(tl.float32) * tl.div_rn(row_scale, scales[t])
+            if bias is not None:
+                v += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)
+            tl.store(y + t * n + rows, v.to(y.dtype.element_ty), mask=rows < tl.where(m > t, n, 0))
+        rows = following
+
+
+@triton.jit(do_not_specialize=["m"])
+def _dot(
+    q, s, sums, w, scale, bias, y, partial, counters, m, n, q_stride,
+    K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PER_ROW: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes q times packed rows w; without s the accumulators themselves. See the top of this file."""
+    STEPS: tl.constexpr = (BYTES + BLOCK_B * SPLIT - 1) // (BLOCK_B * SPLIT)
+    EVEN: tl.constexpr = BYTES == BLOCK_B * SPLIT * STEPS and K == BYTES * PLANES
+    split = tl.program_id(0) % SPLIT
+    tile = tl.program_id(0) // SPLIT
+    n_tiles = tl.cdiv(n, BLOCK_N)
+    group = tile // (GROUP * n_tiles)
+    width = tl.minimum(tl.cdiv(m, BLOCK_M) - group * GROUP, GROUP)
+    m_tile = group * GROUP + tile % (GROUP * n_tiles) % width
+    n_tile = tile % (GROUP * n_tiles) // width
+
+    rows = n_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = m_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # rows and tokens beyond the end repeat the last one; they are not stored
+    first = split * STEPS * BLOCK_B
+    b = tl.arange(0, BLOCK_B)
+    w_at = w + tl.minimum(rows, n - 1)[:, None] * BYTES + (first + b)[None, :]
+    q_at = q + tl.minimum(tokens, m - 1)[:, None] * q_stride + first * PLANES
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for step in range(STEPS):
+        byte = first + step * BLOCK_B
+        if EVEN:
+            packed = tl.load(w_at)
+        else:
+            packed = tl.load(w_at, mask=(byte + b)[None, :] < BYTES, other=0)
+        if PLANES == 5:  # no power of two: a product for each plane
+            planes = base3_planes(packed, ASM)
+            for p in tl.static_range(5):
+                k = b // 32 * 160 + p * 32 + b % 32
+                codes = tl.load(q_at + k[None, :], mask=(byte * 5 + k)[None, :] < K, other=0)
+                acc = tl.dot(planes[p], codes.T, acc, out_dtype=tl.int32)
+        else:
+            k = tl.arange(0, BLOCK_B * PLANES)
+            if EVEN:
+                codes = tl.load(q_at + k[None, :])
+            else:
+                codes = tl.load(q_at + k[None, :], mask=(byte * PLANES + k)[None, :] < K, other=0)
+            if PLANES == 4:
+                low, second, third, high = two_bit_planes(packed, ASM)
+                packed = in_order(low, second, third, high)
+            acc = tl.dot(packed, codes.T, acc, out_dtype=tl.int32)
+        w_at += BLOCK_B
+        q_at += BLOCK_B * PLANES
+
+    last = True
+    if SPLIT > 1:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+        part = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
+        part += partial + tile.to(tl.int64) * (SPLIT * SIZE)
+        tl.store(part + split * SIZE, acc)
+        tl.debug_barrier()  # every thread's stores before the one that counts
+        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            for i in range(SPLIT):
+                acc += tl.load(part + i * SIZE, cache_modifier=".cg")
+    if last:
+        inside = (rows[:, None] < n) & (tokens[None, :] < m)
+        y_at = y + tokens[None, :] * n + rows[:, None]
+        if PLANES != 1:
+            acc -= tl.load(sums + tokens, mask=tokens < m, other=0)[None, :]
+        if s is None:
+            tl.store(y_at, acc, mask=inside)
+        else:
+            token_s = tl.load(s + tokens, mask=tokens < m, other=1.0)[None, :]
+            if PER_ROW:
+                factor = tl.div_rn(tl.load(scale + rows, mask=rows < n, other=1.0)[:, None], token_s)
+            else:
+                factor = tl.div_rn(tl.load(scale), token_s)
+            v = acc.to(tl.float32) * factor
+            if bias is not None:
+                v += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+            tl.store(y_at, v.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unpack(
+    w, codes, n, K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Packed rows to codes int8 [N, K]."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    packed = tl.load(w + rows * BYTES + b, mask=(rows < n) & (b < BYTES), other=0)
+    if PLANES == 4:
+        planes = two_bit_planes(packed, ASM)
+    else:
+        planes = base3_planes(packed, ASM)
+    for p in tl.static_range(PLANES):
+        k = b // 32 * (32 * PLANES) + 32 * p + b % 32
+        tl.store(codes + rows * K + k, planes[p] - 1, mask=(rows < n) & (k < K))
+
+
+# Launchers
+
+
+class Layer(NamedTuple):
+    """A prepacked weight and what belongs to it; scale and bias are contiguous."""
+
+    weight: Tensor  # triton_layout.py
+    scale: Tensor
+    bias: Tensor | None
+    n: int
+    k: int
+    planes: int
+
+
+def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
+    """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
+    device, n, k = layer.weight.device, layer.n, layer.k
+    gpu, per_row = gpu_of(device), layer.scale.numel() > 1
+
+    def linear(x: Tensor) -> Tensor:
+        if x.dtype not in FLOATS:  # float64 and exotic ones: the definition computes in float32, too
+            return linear(x.float()).to(x.dtype)
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, but this layer is on {device}; move one of them")
+        y = x.new_empty(*x.shape[:-1], n)
+        rows, s = rows_of(x, k), None
+        if len(rows):
+            if bits == 4:
+                rows, s = reference.quantize_activation(rows, 4)
+            multiply(choose(gpu, len(rows), n, k, layer.planes, per_row), layer, rows, s, y)
+        return y
+
+    return linear
+
+
+def multiply(config: Config, layer: Layer, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized to 8 bits, or codes with their s."""
+    if isinstance(config, Gemv):
+        _launch_gemv(config, layer, x, s, y)
+        return
+    if config.dense and layer.planes != INT8:
+        layer = layer._replace(weight=unpack(layer), planes=INT8)
+    workspace = _workspace(config, len(x), layer.n, x.device)
+    if s is None or layer.planes != INT8 or workspace is not None:
+        x, own_s, sums = quantize(x, layer.planes != INT8, _counters(config, workspace), aligned=True)
+        s = s if own_s is None else own_s
+    else:
+        sums = None
+    _launch_dot(config, layer, x, s, sums, y, workspace)
+
+
+def int_matmul(q: Tensor, weight: Tensor, n: int, planes: int, config: Dot) -> Tensor:
+    """reference.int_matmul of codes q int8 [M, K] and prepacked ones, on tensor cores: int32 [M, N]."""
+    y = torch.empty(len(q), n, dtype=torch.int32, device=q.device)
+    layer = Layer(weight, torch.empty(1, device=q.device), None, n, q.shape[1], planes)
+    if len(q):
+        workspace = _workspace(config, len(q), n, q.device)
+        q, _, sums = quantize(q, True, _counters(config, workspace), aligned=True)
+        _launch_dot(config, layer, q, None, sums, y, workspace)
+    return y
+
+
+def int_linear(
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) in one kernel: [M, N].
+
+    q: int8 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N] or None
+    """
+    y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
+    if len(q):
+        n, k = codes.shape
+        layer = Layer(codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8)
+        m = max(len(q), 256)  # never split: nobody has zeroed counters
+        config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
+        assert isinstance(config, Dot)
+        _launch_dot(config, layer, q.contiguous(), s.contiguous(), None, y, None)
+    return y
+
+
+def unpack(layer: Layer) -> Tensor:
+    """The codes of a packed layer, int8 [N, K], in one pass."""
+    codes = torch.empty(layer.n, layer.k, dtype=torch.int8, device=layer.weight.device)
+    size = layer.weight.shape[1]
+    with torch.cuda.device_of(codes):
+        _unpack[triton.cdiv(layer.n, 16), triton.cdiv(size, 128)](
+            layer.weight, codes, layer.n, K=layer.k, PLANES=layer.planes, BYTES=size,
+            BLOCK_N=16, BLOCK_B=128, ASM=_assembly(codes),
+        )  # fmt: skip
+    return codes
+
+
+def _assembly(x: Tensor) -> bool:
+    """Whether NVIDIA's assembly can be used; tensors on the CPU are here only in the interpreter."""
+    return x.is_cuda and torch.version.hip is None
+
+
+def _launch_gemv(config: Gemv, layer: Layer, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+    words = layer.weight.shape[1] // 4
+    with torch.cuda.device_of(x):
+        _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
+            x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, len(x), layer.n, x.stride(0),
+            K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
+            BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
+            PER_ROW=layer.scale.numel() > 1, ASM=_assembly(x), num_warps=config.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _launch_dot(
+    config: Dot, layer: Layer, q: Tensor, s: Tensor | None, sums: Tensor | None, y: Tensor, workspace: Tensor | None
+) -> None:
+    n, planes = layer.n, layer.planes
+    with torch.cuda.device_of(q):
+        _dot[_tiles(config, len(q), n) * config.split,](
+            q, s, sums, layer.weight, layer.scale, layer.bias, y, workspace, _counters(config, workspace),
+            len(q), n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4),
+            SPLIT=config.split, GROUP=_GROUP, PER_ROW=layer.scale.numel() > 1, ASM=_assembly(q),
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _tiles(config: Dot, m: int, n: int) -> int:
+    return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+
+
+def _workspace(config: Dot, m: int, n: int, device: torch.device) -> Tensor | None:
+    """int32: the partial sums of all programs, then a counter for each tile; None where nothing is shared."""
+    if config.split == 1:
+        return None
+    size = config.split * config.block_n * config.block_m + 1
+    return torch.empty(_tiles(config, m, n) * size, dtype=torch.int32, device=device)
+
+
+def _counters(config: Dot, workspace: Tensor | None) -> Tensor | None:
+    if workspace is None:
+        return None
+    size = config.split * config.block_n * config.block_m
+    return workspace[workspace.numel() // (size + 1) * size :]

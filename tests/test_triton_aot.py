@@ -1,0 +1,394 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here: what the compiler made of them.
+
+Triton's wheel brings the assembler and the disassembler, so none of this needs a driver. The configurations are those
+that kernels/triton_configs.py would choose on such a GPU.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from bitnet.kernels import triton_configs as configs  # noqa: E402
+from bitnet.kernels import triton_linear as linear  # noqa: E402
+from bitnet.kernels import triton_quantize as quantize  # noqa: E402
+from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
+MATRIX = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA", "sm_120": "IMMA", "gfx942": "v_mfma_i32_"}
+if triton.__version__.startswith("3.6."):
+    MATRIX["sm_100"] = "IMMA"  # that version has no int8 products in tensor memory
+K, N = 4096, 14336
+
+each_arch = pytest.mark.parametrize("arch", ARCHS)
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter has replaced the compiler")
+
+
+class Program(NamedTuple):
+    """A kernel's binary, in words."""
+
+    ttgir: str
+    assembly: str  # SASS, or AMD's
+    usage: dict[str, int]
+
+    def opcodes(self) -> list[str]:
+        return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", self.assembly, re.M)
+
+    def loop_conversions(self) -> int:
+        """convert_layout operations inside of the loop over K, which is the one that multiplies."""
+        loops = re.findall(r"scf\.for.*?^    }", self.ttgir, re.M | re.S)
+        found = [loop.count("convert_layout") for loop in loops if "dot" in loop or "mma" in loop]
+        assert found
+        return sum(found)
+
+
+def build(
+    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3
+) -> Program:
+    """Compile for one GPU. types: of the arguments; those not named are constants, None by default."""
+    asm = {"ASM": not arch.startswith("gfx")} if "ASM" in kernel.arg_names else {}
+    values = {name: None for name in kernel.arg_names if name not in types} | constants | asm
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    index = kernel.arg_names.index
+    aligned = [
+        name for name, t in types.items() if t.startswith("*") or name in ("n", "x_stride", "q_stride", "w_stride")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(index(name),): value for name, value in values.items()},
+        attrs={(index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    gfx = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if gfx else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=target, options=options)
+    if gfx:
+        text = compiled.asm["amdgcn"]
+        usage = {
+            name: int(value)
+            for name, value in re.findall(r"\.(\w+_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+        }
+        return Program(compiled.asm["ttgir"], text, usage | {"SHARED": compiled.metadata.shared})
+    binary = Path(triton.knobs.cache.dir) / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    text = run("-sass", binary)
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", run("-res-usage", binary))}
+    usage["spills"] = len(re.findall(r"\b(?:STL|LDL)\b", text))
+    return Program(compiled.asm["ttgir"], text, usage | {"SHARED": compiled.metadata.shared})
+
+
+def run(option: str, binary: Path) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", option, binary], capture_output=True, text=True, check=True).stdout
+
+
+def gpu(arch: str) -> configs.Gpu:
+    return configs.Gpu("some GPU", arch, 304 if arch.startswith("gfx") else 132)
+
+
+def dot(arch: str, m: int, planes: int, n: int = N, k: int = K, **options: Any) -> tuple[Program, configs.Dot]:
+    """The matrix kernel as chosen for m tokens, and its configuration."""
+    config = configs.heuristic(gpu(arch), m, n, k, planes, options.get("PER_ROW", False))
+    assert isinstance(config, configs.Dot)
+    types = {"q": "*i8", "s": "*fp32", "w": "*i8" if planes == INT8 else "*u8", "scale": "*fp32", "y": "*bf16"}
+    types |= {"m": "i32", "n": "i32", "q_stride": "i32"} | ({} if planes == INT8 else {"sums": "*i32"})
+    if config.split > 1:
+        types |= {"partial": "*i32", "counters": "*i32"}
+    constants = {"K": k, "PLANES": planes, "BYTES": row_bytes(k, planes), "BLOCK_N": config.block_n}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_B": config.block_k // (1 if planes == INT8 else 4)}
+    constants |= {"SPLIT": config.split, "GROUP": 16, "PER_ROW": False} | options
+    return build(linear._dot, arch, types, constants, config.warps, config.stages), config
+
+
+def gemv(arch: str, planes: int, tokens: int = 1, n: int = N, k: int = K) -> Program:
+    """The kernel for one or two tokens as chosen."""
+    config = configs.heuristic(gpu(arch), tokens, n, k, planes)
+    assert isinstance(config, configs.Gemv)
+    types = {"x": "*bf16", "w": "*i32", "scale": "*fp32", "y": "*bf16", "m": "i32", "n": "i32", "x_stride": "i32"}
+    size = row_bytes(k, planes)
+    constants = {"K": k, "PLANES": planes, "BYTES": size, "TOKENS": tokens, "BLOCK_N": config.block_n}
+    constants |= {"REPEAT": config.repeat, "BLOCK_W": triton.next_power_of_2(size // 4), "PER_ROW": False}
+    return build(linear._gemv, arch, types, constants, config.warps)
+
+
+def check(program: Program, arch: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing in local memory, shared memory within the GPU's, and no word from the compiler."""
+    usage = dict(program.usage)
+    limit = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}[arch] << 10
+    assert usage.pop("SHARED") <= limit
+    assert usage.pop("REG", 0) <= 255
+    assert set(usage.values()) == {0}, usage
+    assert capfd.readouterr().err == ""
+
+
+@each_arch
+def test_row_kernels_compile_without_stack(arch: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pointers = {"q": "*i8", "s": "*fp32", "sums": "*i32", "counters": "*i32", "x_stride": "i32", "q_stride": "i32"}
+    rows = {"K": K, "BLOCK": 4096}
+    check(build(quantize._quantize, arch, {"x": "*bf16", **pointers}, {"COUNTERS": 448, **rows}), arch, capfd)
+    types = {"w": "*bf16", "inv": "*fp32", "codes": "*i8", "w_stride": "i32"}
+    check(build(quantize._ternary_codes, arch, types, {"PER_ROW": False, **rows}), arch, capfd)
+    check(build(quantize._magnitudes, arch, {"w": "*bf16", "sums": "*fp64", "w_stride": "i32"}, rows), arch, capfd)
+    check(build(quantize._dequantize, arch, {"q": "*i8", "s": "*fp32", "x": "*bf16"}, rows), arch, capfd)
+    for planes in (TWO_BITS, BASE3):
+        constants = {"K": K, "PLANES": planes, "BYTES": row_bytes(K, planes), "BLOCK_N": 16, "BLOCK_B": 128}
+        check(build(linear._unpack, arch, {"w": "*u8", "codes": "*i8", "n": "i32"}, constants), arch, capfd)
+
+
+@each_arch
+@pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8])
+def test_gemv_compiles_without_stack_and_with_wide_loads(
+    arch: str, planes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = gemv(arch, planes)
+    check(program, arch, capfd)
+    assert ("global_load_dwordx4" if arch.startswith("gfx") else "LDG.E.128") in program.assembly
+    if not arch.startswith("gfx"):
+        assert "IDP.4A.S8.S8" in program.opcodes()
+
+
+@each_arch
+@pytest.mark.parametrize(
+    ("m", "planes"), [(16, TWO_BITS), (64, TWO_BITS), (4096, TWO_BITS), (16, BASE3), (4096, INT8)],
+    ids=["16", "64", "4096", "16_base3", "4096_int8"],
+)  # fmt: skip
+def test_products_run_on_tensor_cores_with_no_conversion_in_the_loop(
+    arch: str, m: int, planes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program, config = dot(arch, m, planes)
+    check(program, arch, capfd)
+    assert MATRIX[arch] in program.assembly
+    assert program.loop_conversions() == 0
+    assert config.split > 1 if m == 16 else m < 4096 or config.split == 1  # both ways of finishing a tile are here
+
+
+TIGHT: dict[str, tuple[str, Callable[[str], Program]]] = {
+    "a_division_each_output": ("sm_90", lambda arch: dot(arch, 4096, TWO_BITS, 6912, 2560, PER_ROW=True)[0]),
+    "base3_at_64_tokens": ("sm_80", lambda arch: dot(arch, 64, BASE3)[0]),
+    "long_rows": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 1, 8192, 28672)),
+    "two_tokens": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 2, 14336, 8192)),
+    "plain_dot_products": ("gfx942", lambda arch: gemv(arch, TWO_BITS, 1, 14336, 8192)),
+}
+
+
+@pytest.mark.parametrize(("arch", "make"), TIGHT.values(), ids=TIGHT.keys())
+def test_what_takes_most_registers_has_enough(
+    arch: str, make: Callable[[str], Program], capfd: pytest.CaptureFixture[str]
+) -> None:
+    check(make(arch), arch, capfd)
+
+
+def unpacking(program: Program) -> int:
+    """Instructions that take two-bit codes apart: masks with 0x03030303, and shifts by 2, 4 and 6."""
+    masks = re.findall(r"LOP3\.LUT [^;]*\b0x3030303\b", program.assembly)
+    shifts = re.findall(r"SHF\.R\.[US]32\.HI [^;]*, 0x[246], [^;]*;", program.assembly)
+    return len(masks) + len(shifts)
+
+
+def test_unpacking_costs_less_than_half_an_instruction_a_weight() -> None:
+    """Counted in SASS for sm_90, against the multiplications that follow.
+
+    A dp4a multiplies 4 weights of a thread. An IGMMA multiplies 64 rows x 32 features, held by 128 threads: 16 weights
+    each. Plain Triton takes 2.5 instructions a weight.
+    """
+    program = gemv("sm_90", TWO_BITS)
+    weights = 4 * program.opcodes().count("IDP.4A.S8.S8")
+    assert weights
+    assert 0.4 < unpacking(program) / weights <= 0.5
+    for m in (16, 64, 4096):
+        program, _ = dot("sm_90", m, TWO_BITS)
+        weights = 16 * sum("IGMMA" in opcode for opcode in program.opcodes())
+        assert weights
+        assert 0.4 < unpacking(program) / weights <= 0.5
+
+
+def test_scales_are_divided_and_rounded_as_ieee_says() -> None:
+    """No flushing of subnormal numbers, no approximate division, no fused product and sum, bf16 rounded to nearest."""
+    types = {"x": "*bf16", "q": "*i8", "s": "*fp32", "x_stride": "i32", "q_stride": "i32"}
+    source = build_ptx(quantize._quantize, types, {"COUNTERS": 0, "K": K, "BLOCK": 4096})
+    assert "div.rn.f32" in source
+    assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", source)
+    types = {"q": "*i8", "s": "*fp32", "sums": "*i32", "w": "*u8", "scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
+    types |= {"m": "i32", "n": "i32", "q_stride": "i32"}
+    constants = {"K": K, "PLANES": 4, "BYTES": K // 4, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_B": 64, "SPLIT": 1}
+    source = build_ptx(linear._dot, types, {**constants, "GROUP": 16, "PER_ROW": True, "ASM": True})
+    assert "div.rn.f32" in source
+    assert "cvt.rn.bf16" in source
+    assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", source)
+
+
+def build_ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
+    values = {name: None for name in kernel.arg_names if name not in types} | constants
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+
+
+def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> None:
+    """The last program of a tile may only add up what all threads of the others have stored."""
+    types = {"q": "*i8", "s": "*fp32", "sums": "*i32", "w": "*u8", "scale": "*fp32", "y": "*bf16", "partial": "*i32"}
+    types |= {"counters": "*i32", "m": "i32", "n": "i32", "q_stride": "i32"}
+    constants = {"K": K, "PLANES": 4, "BYTES": K // 4, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_B": 64, "SPLIT": 4}
+    source = build_ptx(linear._dot, types, {**constants, "GROUP": 16, "PER_ROW": False, "ASM": True})
+    pattern = r"st\.global|bar\.sync|atom\.\S+|ld\.global\.cg"
+    order = [re.sub(r"atom.*acq_rel.*", "count", found.group()) for found in re.finditer(pattern, source)]
+    count = order.index("count")
+    assert "st.global" in order[:count]
+    assert order[count - 1] == "bar.sync"
+    assert order[count + 1] == "bar.sync"  # the count reaches all threads
+    assert "ld.global.cg" in order[count:]
+    assert "ld.global.cg" not in order[:count]
+
+
+# The assembly strings, run by a PTX machine of a few lines
+
+
+def execute(source: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
+    """Run an assembly string on arrays of 32-bit registers, uint32."""
+    registers: dict[str, np.ndarray] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+
+    def value(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.uint32(int(name, 0) & 0xFFFFFFFF)
+
+    for line in source.replace("{", "").replace("}", "").split(";"):
+        opcode, _, operands = line.strip().partition(" ")
+        names = [name.strip() for name in operands.split(",")]
+        if opcode in ("", ".reg"):
+            continue
+        a, *rest = (value(name) for name in names[1:])
+        if opcode == "and.b32":
+            result = a & rest[0]
+        elif opcode == "shr.u32":
+            result = a >> rest[0]
+        elif opcode == "mov.b32":
+            result = a
+        elif opcode == "mul.lo.u32":
+            result = a * rest[0]
+        elif opcode == "mad.lo.s32":
+            result = a * rest[0] + rest[1]
+        elif opcode == "prmt.b32":
+            pool = [a >> 8 * i & 255 for i in range(4)] + [rest[0] >> 8 * i & 255 for i in range(4)]
+            result = sum((pool[int(rest[1]) >> 4 * i & 7] << np.uint32(8 * i) for i in range(4)), np.uint32(0))
+        elif opcode == "dp4a.s32.s32":
+            products = [signed(a, i) * signed(rest[0], i) for i in range(4)]
+            result = (sum(products) + rest[1].view(np.int32)).astype(np.int32).view(np.uint32)
+        else:
+            raise AssertionError(f"no such instruction here: {opcode}")
+        registers[names[0]] = np.asarray(result, dtype=np.uint32)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def signed(word: np.ndarray, i: int) -> np.ndarray:
+    return (word >> 8 * i & 255).astype(np.uint8).view(np.int8).astype(np.int64)
+
+
+def words() -> np.ndarray:
+    """Every byte in every place of a word, beside random others."""
+    rng = np.random.default_rng(0)
+    found = rng.integers(0, 256, (4, 256, 4), dtype=np.uint8)
+    for place in range(4):
+        found[place, :, place] = np.arange(256)
+    return found.reshape(-1, 4)
+
+
+@pytest.mark.parametrize("planes", [TWO_BITS, BASE3])
+def test_assembly_unpacks_like_the_plain_path(planes: int) -> None:
+    packed = words()
+    source = linear._TWO_BITS if planes == TWO_BITS else linear._BASE3
+    found = [
+        word.view(np.uint8).reshape(-1, 4) for word in execute(source.value, [packed.view(np.uint32)[:, 0]], planes)
+    ]
+    wide = packed.astype(np.int64)
+    if planes == TWO_BITS:
+        expected = [wide >> 2 * p & 3 for p in range(4)]
+    else:
+        expected = [(wide * 3 ** (p + 1) >> 8) - 3 * (wide * 3**p >> 8) for p in range(5)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one == other).all()
+
+
+def test_assembly_adds_four_signed_products() -> None:
+    a, b = words(), words()[::-1].copy()
+    acc = np.arange(len(a), dtype=np.int32) - 500
+    found = execute(linear._DOT4.value, [a.view(np.uint32)[:, 0], b.view(np.uint32)[:, 0], acc.view(np.uint32)], 1)[0]
+    assert (found.view(np.int32) == acc + (a.view(np.int8).astype(int) * b.view(np.int8).astype(int)).sum(1)).all()
+
+
+# Configurations
+
+
+@each_arch
+def test_every_shape_has_a_configuration_that_fits(arch: str) -> None:
+    """Pipelines within the GPU's shared memory, by the bytes of their tiles; at most 8 candidates, all different."""
+    limit = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}[arch] << 10
+    for m in configs.BUCKETS:
+        for n, k in [(1, 1), (30, 130), (2560, 2560), (1024, 4096), (4096, 14336), (28672, 8192), (64, 300000)]:
+            for planes in (TWO_BITS, BASE3, INT8):
+                config = configs.heuristic(gpu(arch), m, n, k, planes)
+                if isinstance(config, configs.Dot):
+                    size = (
+                        config.block_n * config.block_k // (1 if planes == INT8 else 4)
+                        + config.block_m * config.block_k
+                    )
+                    assert size * (config.stages - 1) <= limit
+                else:
+                    assert k <= 32768
+                found = configs.candidates(gpu(arch), m, n, k, planes)
+                assert found[0] == config
+                assert len(found) == len(set(found)) <= 8
+
+
+def test_tuned_configurations_are_kept_per_gpu_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs.tuned.cache_clear()
+    mine, other = gpu("sm_90"), configs.Gpu("another GPU", "sm_90", 132)
+    best = configs.Dot(64, 16, 256, 4, 3, split=4)
+    assert configs.save(mine.name, {(16, N, K, TWO_BITS): best}) == tmp_path / "bitnet" / "triton.json"
+    configs.save(mine.name, {(1, N, K, TWO_BITS): configs.Gemv(8, 2, 4)})
+    assert configs.choose(mine, 9, N, K, TWO_BITS) == best  # 9 tokens are in the bucket of 16
+    assert configs.choose(mine, 1, N, K, TWO_BITS) == configs.Gemv(8, 2, 4)
+    assert configs.choose(mine, 17, N, K, TWO_BITS) == configs.heuristic(mine, 32, N, K, TWO_BITS)
+    assert configs.choose(other, 9, N, K, TWO_BITS) == configs.heuristic(other, 16, N, K, TWO_BITS)
+    configs.tuned.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "0")
+    assert configs.choose(mine, 9, N, K, TWO_BITS) == configs.heuristic(mine, 16, N, K, TWO_BITS)
+    configs.tuned.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"some GPU, triton V": {"1,2": ["dot", 1]}}', '{"some GPU, triton V": 3}']
+)
+def test_a_damaged_cache_is_reported_and_not_used(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "bitnet").mkdir()
+    (tmp_path / "bitnet" / "triton.json").write_text(text.replace("V", triton.__version__))
+    configs.tuned.cache_clear()
+    with pytest.warns(UserWarning, match="is damaged.*bitnet tune"):
+        assert configs.choose(gpu("sm_90"), 16, N, K, TWO_BITS) == configs.heuristic(gpu("sm_90"), 16, N, K, TWO_BITS)
+    configs.tuned.cache_clear()
+
+
+def test_importing_the_package_imports_no_kernel() -> None:
+    """The first layer that runs on a GPU does; before that, Triton is not needed and its import not waited for."""
+    code = "import bitnet.packed, sys; print([m for m in sys.modules if m.startswith('bitnet.kernels.triton_')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "['bitnet.kernels.triton_layout']"
