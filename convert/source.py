@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from bitnet.kernels import ops
 from bitnet.linear import BitLinear
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from . import hf
 from .checkpoint import TensorHeader, read_headers, weight_files
@@ -64,8 +64,14 @@ class Source:
         """One of keys(), as it is stored."""
         raise NotImplementedError
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Of tensor(key), without reading it."""
+        raise NotImplementedError
+
     def quantized(self, name: str) -> Quantized:
         """Codes and scale of the low-bit layer `name`: those stored, or those its float weight is rounded to.
+
+        An int8 embedding (PackedEmbedding) counts, too.
 
         Raises ValueError naming the layer for NaN or Inf, or bytes that encode no weight.
         """
@@ -134,14 +140,22 @@ class FolderSource(Source):
     def tensor(self, key: str) -> Tensor:
         return read_tensor(self.headers[key])
 
+    def dtype(self, key: str) -> torch.dtype:
+        return DTYPES[self.headers[key].dtype]
+
     def quantized(self, name: str) -> Quantized:
-        layer = self.layers()[name]
+        layer = self.model.get_submodule(name)
         weight = self.tensor(f"{name}.weight")
         try:
             if isinstance(layer, BitLinear) and f"{name}.weight_scale" not in self.headers:
                 return Quantized(*ops.quantize_weight(weight, kind=layer.spec.weights, per_row=layer.spec.per_row))
             assert self.settings is not None
             scale = self.tensor(f"{name}.weight_scale")
-            return Quantized(*hf.stored_codes(weight, scale, layer.in_features, layer.out_features, self.settings))
+            if isinstance(layer, PackedEmbedding):
+                shape = layer.embedding_dim, layer.num_embeddings
+            else:
+                assert isinstance(layer, BitLinear | PackedBitLinear)
+                shape = layer.in_features, layer.out_features
+            return Quantized(*hf.stored_codes(weight, scale, *shape, self.settings))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
