@@ -196,7 +196,7 @@ def plan(source: Source, kind: str) -> tuple[dict[str, Value], dict[str, Entry]]
         entries = _entries(source, family, ternary)
     except ValueError as error:
         raise ValueError(f"{source.path}: {kind} cannot hold this model: {error}") from None
-    metadata["general.name"] = source.path.resolve().stem
+    metadata["general.name"] = source.path.resolve().name.removesuffix(".gguf")
     if isinstance(source, GgufSource):
         tokenizer = {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}
     else:
@@ -224,8 +224,8 @@ def _described(config: Any, family: Family, ternary: str) -> dict[str, Value]:
     if family.arch == "bitnet" and not config.tie_word_embeddings:
         raise ValueError("`bitnet` uses the input embedding as output head, and this model has a head of its own")
     window = getattr(config, "sliding_window", None)
-    layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if layers and window is not None and window < config.max_position_embeddings:
+    slides = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ["all"])
+    if slides and window is not None and window < config.max_position_embeddings:
         raise ValueError(f"`{arch}` attends to the whole context, not to a sliding window of {window}")
     metadata: dict[str, Value] = {"general.architecture": arch, "general.quantization_version": 2}
     metadata["general.file_type"] = ggml.TERNARY[ternary].file_type
@@ -284,7 +284,7 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
 def _quantized_entry(source: Source, module: str, ternary: str, rows: Tensor | None) -> Entry:
     layer = source.model.get_submodule(module)
     if isinstance(layer, PackedEmbedding):
-        spec, shape = QuantSpec("int8", per_row=True), (layer.num_embeddings, layer.embedding_dim)
+        spec, shape = QuantSpec("int8", per_row=True), tuple(layer.weight.shape)
     else:
         assert isinstance(layer, BitLinear | PackedBitLinear)
         spec, shape = layer.spec, (layer.out_features, layer.in_features)

@@ -152,10 +152,10 @@ class FolderSource(Source):
             assert self.settings is not None
             scale = self.tensor(f"{name}.weight_scale")
             if isinstance(layer, PackedEmbedding):
-                shape = layer.embedding_dim, layer.num_embeddings
+                rows, columns = layer.weight.shape
             else:
                 assert isinstance(layer, BitLinear | PackedBitLinear)
-                shape = layer.in_features, layer.out_features
-            return Quantized(*hf.stored_codes(weight, scale, *shape, self.settings))
+                rows, columns = layer.out_features, layer.in_features
+            return Quantized(*hf.stored_codes(weight, scale, columns, rows, self.settings))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
