@@ -152,7 +152,7 @@ def write_gguf(
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
-        note.unlink()
+        note.unlink(missing_ok=True)
     except BaseException:
         if not resume:
             partial.unlink(missing_ok=True)
@@ -208,14 +208,12 @@ def _described(config: Any, family: Family, ternary: str) -> dict[str, Value]:
     """general.* and the architecture's own metadata; raises ValueError for what its graph would compute otherwise."""
     arch, act = family.arch, config.hidden_act
     heads, width = config.num_attention_heads, config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or width // heads
+    head_dim = _head_dim(config)
     if act not in family.activations:
         raise ValueError(f"llama.cpp's `{arch}` runs {' or '.join(family.activations)}, not {act}")
     if ternary == "I2_S":
         if arch not in ("llama", "bitnet"):
-            raise ValueError(
-                f"bitnet.cpp, which alone reads I2_S, is not known to run `{arch}` with it; take gguf-tq2_0"
-            )
+            raise ValueError(f"bitnet.cpp, which alone reads I2_S, is not known to run `{arch}`; take gguf-tq2_0")
         arch = BITNET_CPP[act] if arch == "bitnet" else arch
     elif act == "relu2":
         raise ValueError("llama.cpp's `bitnet` runs silu, not relu2, which only bitnet.cpp does; take gguf-i2_s")
@@ -258,6 +256,8 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     stored = [key for key in source.keys() if key not in left_out]  # noqa: SIM118
     if missing := sorted(state.keys() - set(stored) - left_out):
         raise ValueError(f"the checkpoint has no tensor {missing[0]}")
+    if inside := [module for module, layer in layers.items() if layer.spec.rms_norm]:
+        raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
     entries = {}
     if config.rope_parameters["rope_type"] == "llama3":
         factors = _rope_factors(config)
@@ -267,11 +267,8 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         if leaf == "weight_scale":
             continue
         name = _translate(module, family.modules)
-        bias = leaf == "bias" and name is not None and (name.endswith("_norm") or _leaf(name) in family.biases)
-        if name is None or leaf not in ("weight", "bias") or (leaf == "bias" and not bias):
-            owner = model.get_submodule(module.removesuffix(".rms_norm"))
-            if isinstance(owner, BitLinear | PackedBitLinear) and owner.rms_norm is not None:
-                raise ValueError(f"{module.removesuffix('.rms_norm')} has an RMSNorm inside the layer")
+        known = leaf == "weight" or (leaf == "bias" and name is not None and _leaf(name) in family.biases)
+        if name is None or not known:
             raise ValueError(f"the graph of `{family.arch}` has no place for {key}")
         rows = _row_order(name, config, family)
         if leaf == "weight" and (module in layers or isinstance(model.get_submodule(module), PackedEmbedding)):
@@ -288,8 +285,6 @@ def _quantized_entry(source: Source, module: str, ternary: str, rows: Tensor | N
     else:
         assert isinstance(layer, BitLinear | PackedBitLinear)
         spec, shape = layer.spec, (layer.out_features, layer.in_features)
-    if spec.rms_norm:
-        raise ValueError(f"{module} has an RMSNorm inside the layer")
     if spec.activation_bits != 8:
         bits = "float" if spec.activation_bits is None else f"{spec.activation_bits}-bit"
         raise ValueError(f"{module} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
@@ -342,19 +337,24 @@ def _translate(module: str, names: dict[str, str]) -> str | None:
     return None if name is None else name.format(number)
 
 
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _row_order(name: str, config: Any, family: Family) -> Tensor | None:
     """Which row of transformers' matrix stands in each row of GGUF's; None where it is the same."""
     leaf = _leaf(name)
     if family.permuted and leaf in ("attn_q", "attn_k"):
         # transformers rotates value i of a head with value i + d/2, llama.cpp with i + 1: the halves are interleaved
         count = config.num_attention_heads if leaf == "attn_q" else config.num_key_value_heads
-        return torch.arange(count * config.head_dim).view(count, 2, -1).transpose(1, 2).reshape(-1)
+        return torch.arange(count * _head_dim(config)).view(count, 2, -1).transpose(1, 2).reshape(-1)
     return None
 
 
 def _rope_factors(config: Any) -> Tensor:
     """What llama.cpp divides the rotary frequencies by, float32 [head_dim / 2], for the type llama3."""
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    head_dim = _head_dim(config)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
     return plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
 
 

@@ -110,7 +110,7 @@ def test_scales_that_are_none_are_refused(name: str, value: float) -> None:
 
 def test_scales_that_differ_within_a_row_are_refused() -> None:
     data = gguf.quants.quantize(torch.randn(2, 512).numpy(), gguf.GGMLQuantizationType.TQ2_0).reshape(-1)
-    with pytest.raises(ValueError, match="differ within a row.*--to bf16"):
+    with pytest.raises(ValueError, match=r"differ within a row.*--to bf16"):
         ggml.scales("TQ2_0", data, 2)
 
 
