@@ -9,7 +9,18 @@ EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
   bitnet generate quickstart/ternary "def "  continue a prompt with it
   bitnet serve quickstart/ternary           the same model behind an OpenAI-compatible API
+  bitnet inspect quickstart/ternary         its layers and codes, and whether anything is wrong with them
+  bitnet convert SRC DST --to base3         the same weights in another form
 """
+
+
+# The forms `bitnet convert` writes: convert/stream.py's TARGETS, in words; importing that here would take seconds.
+FORMS = {
+    "hub": "packed, 2 bits a weight, in the Hub's `bitnet` format, which stock transformers loads, too",
+    "base3": "packed, 1.6 bits a weight; loads with this package only",
+    "latent": "float weights, marked for training in 1.58 bit",
+    "bf16": "codes x scale in bfloat16, for any runtime; activations are no longer quantized",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +65,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--backend", default="auto", help="of the packed layers; see `bitnet info` (default: %(default)s)"
     )
 
+    convert = commands.add_parser(
+        "convert",
+        help="turn a checkpoint on disk into another form, whatever its size",
+        description="Converts a checkpoint tensor by tensor, in bounded memory. SRC is a Hugging Face checkpoint "
+        "folder: a float model, or a `bitnet` one in any published form. DST must not exist yet, and exists only when "
+        "it is complete.",
+        epilog="forms:\n" + "".join(f"  {name:<8} {what}\n" for name, what in FORMS.items()) + "\n"
+        "A float model is rounded, not trained: expect nonsense from the result until it is fine-tuned.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("source", metavar="SRC", help="a checkpoint folder")
+    convert.add_argument("target", metavar="DST", help="a folder that does not exist yet")
+    convert.add_argument(
+        "--to", choices=FORMS, required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}; see below"
+    )
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of the files (default: %(default)s)")
+    convert.add_argument("--resume", action="store_true", help="go on with a conversion that was interrupted")
+    swap = convert.add_argument_group("of a float model, which layers become low-bit, and how")
+    swap.add_argument("--skip", action="append", metavar="REGEX", help="layers to leave alone besides head and routers")
+    swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")
+    swap.add_argument("--per-row", action="store_true", help="one scale per output row instead of one per matrix")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in a checkpoint, layer by layer, and what is wrong with it",
+        description="Reads a checkpoint once and prints, for every matrix, its shape, bits a weight, scale, the shares "
+        "of -1, 0 and +1 and their entropy; then the totals and the problems found (exit status 1 if there are any).",
+    )
+    inspect.add_argument("checkpoint", metavar="PATH", help="a checkpoint folder")
+    inspect.add_argument("--plot", metavar="FILE.png", help="draw shares, entropies and scales by depth")
+    inspect.add_argument(
+        "--diff",
+        metavar="OTHER",
+        help="compare with another checkpoint instead, tensor by tensor (exit status 1 if they differ)",
+    )
+
     serve = commands.add_parser(
         "serve",
         help="an OpenAI-compatible API for a checkpoint (chat, completions, streaming)",
@@ -80,6 +127,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
             options = {name: value for name, value in vars(args).items() if name not in ("command", "prompt")}
             generate_text(prompt=prompt, **options)
+        elif args.command == "convert":
+            from .convert.stream import convert_checkpoint
+
+            options = {name: value for name, value in vars(args).items() if name != "command"}
+            convert_checkpoint(**options)
+        elif args.command == "inspect":
+            from .convert.inspection import diff_checkpoints, inspect_checkpoint
+
+            if args.diff:
+                comparison = diff_checkpoints(args.checkpoint, args.diff)
+                print(comparison)
+                return int(bool(comparison.differences))
+            found = inspect_checkpoint(args.checkpoint)
+            print(found)
+            if args.plot:
+                found.plot(args.plot)
+            return int(bool(found.problems))
         elif args.command == "serve":
             from .serve import serve as run_server
 
@@ -89,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"bitnet {args.command}: {error}", file=sys.stderr)
+        text = str(error).removeprefix(f"{args.command}: ")
+        print(f"bitnet {args.command}: {text}", file=sys.stderr)
         return 1
     return 0
 

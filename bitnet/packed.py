@@ -198,6 +198,8 @@ def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:
     Raises ValueError for NaN or Inf weights.
     """
     spec = layer.spec
+    if spec.weights == "ternary":
+        return ops.pack_latent(layer.weight.detach(), per_row=spec.per_row)
     codes, scale = ops.quantize_weight(layer.weight.detach(), kind=spec.weights, per_row=spec.per_row)
     return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
 

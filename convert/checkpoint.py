@@ -60,7 +60,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory}: no {CONFIG} there; is it a checkpoint directory?")
     if (directory / INDEX).is_file():
-        shards = sorted(set(_read_json(directory / INDEX)["weight_map"].values()))
+        shards = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
         missing = [shard for shard in shards if not (directory / shard).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -150,7 +150,7 @@ def load(
 
     files = weight_files(directory)
     headers = read_headers([str(file) for file in files])
-    config = _read_json(Path(directory) / CONFIG)
+    config = read_json(Path(directory) / CONFIG)
     if model is None:
         if not config.get("architectures"):
             raise ValueError(
@@ -178,7 +178,7 @@ def load(
     return model.eval()
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except ValueError as error:

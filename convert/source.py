@@ -1,21 +1,24 @@
 """A checkpoint read one tensor at a time: what conversion, calibration and inspection start from."""
 
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from bitnet.kernels import ops
+from bitnet.kernels import layout, ops
 from bitnet.linear import BitLinear
-from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packed import PackedBitLinear
 
 from . import hf
-from .checkpoint import TensorHeader, read_headers, weight_files
-from .swap import replace_linear
+from .checkpoint import CONFIG, read_headers, read_json, weight_files
+from .swap import Report, replace_linear
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,6 +32,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# Of a checkpoint folder, what is not weights goes along, but for these.
+NOT_COPIED = re.compile(r"\..*|config\.json|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|index\.json)")
+
+PIECE = 1 << 22  # elements
 
 
 class Quantized(NamedTuple):
@@ -48,47 +56,77 @@ class Source:
 
     path: Path
     model: PreTrainedModel
+    config: dict[str, Any]  # as in config.json
+    plain: bool  # nothing in it is low-bit yet: layers() are those that the swap would take, as `report` says
+    report: Report | None
 
-    def keys(self) -> list[str]:
-        """Names of all stored tensors, as the model's state_dict has them."""
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Every stored tensor in the order of the files: dtype as safetensors spells it, and shape.
+
+        Names are those of the model's state_dict; file_key has the ones in the files.
+        """
         raise NotImplementedError
-
-    def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
-        """The low-bit layers of the skeleton by name, but for those tied to another tensor, which have none stored."""
-        stored = set(self.keys())
-        modules = self.model.named_modules()
-        layers = {name: module for name, module in modules if isinstance(module, BitLinear | PackedBitLinear)}
-        return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
 
     def tensor(self, key: str) -> Tensor:
-        """One of keys(), as it is stored."""
+        """A stored tensor as it is."""
         raise NotImplementedError
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Of tensor(key), without reading it."""
-        raise NotImplementedError
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        """The same, flat and piece by piece."""
+        yield from self.tensor(key).view(-1).split(PIECE)
 
     def quantized(self, name: str) -> Quantized:
         """Codes and scale of the low-bit layer `name`: those stored, or those its float weight is rounded to.
-
-        An int8 embedding (PackedEmbedding) counts, too.
 
         Raises ValueError naming the layer for NaN or Inf, or bytes that encode no weight.
         """
         raise NotImplementedError
 
+    def copy_other_files(self, folder: Path) -> None:
+        """Write what belongs to the model besides config and weights (the tokenizer, say) to a folder."""
+        raise NotImplementedError
 
-def read_tensor(header: TensorHeader) -> Tensor:
-    """Read one tensor of a safetensors file into memory of its own (a mapping would count, and stay, as memory)."""
-    tensor = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+    def fingerprint(self) -> Any:
+        """What tells this source from another, or from a later state of itself; JSON."""
+        raise NotImplementedError
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """quantized(name) in the Hub layout, uint8 [ceil(N/4), K]; 8-bit codes as they are."""
+        codes, scale = self.quantized(name)
+        return codes if self.layers()[name].spec.weights == "int8" else layout.pack_ternary(codes), scale
+
+    def file_key(self, key: str) -> str:
+        """The name that a tensor has in files of this model: some families keep older ones than state_dict's."""
+        return key
+
+    def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
+        """The low-bit layers of the skeleton by name, but for those tied to another tensor, which have none stored."""
+        stored = self.stored()
+        modules = self.model.named_modules()
+        layers = {name: module for name, module in modules if isinstance(module, BitLinear | PackedBitLinear)}
+        return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
+
+    def missing(self) -> list[str]:
+        """What the model needs and the checkpoint lacks, a line each."""
+        stored, tied = self.stored(), self.model.all_tied_weights_keys
+        return [f"there is no tensor {key}" for key in self.model.state_dict() if key not in stored and key not in tied]
+
+    def nbytes(self, key: str) -> int:
+        """Size of a stored tensor."""
+        dtype, shape = self.stored()[key]
+        return DTYPES[dtype].itemsize * torch.Size(shape).numel()
+
+
+def read_into(tensor: Tensor, file: Path, offset: int) -> Tensor:
+    """Fill a contiguous tensor with bytes of a file. (A mapping of the file would count, and stay, as memory.)"""
     if tensor.numel():
         view = tensor.view(-1).view(torch.uint8).numpy().data
-        with header.file.open("rb", buffering=0) as stream:
-            stream.seek(header.offset)
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
             while view:
                 count = stream.readinto(view)
                 if not count:
-                    raise OSError(f"{header.file}: ended {len(view):,} bytes early while it was read")
+                    raise OSError(f"{file}: ended {len(view):,} bytes early while it was read")
                 view = view[count:]
     return tensor
 
@@ -115,12 +153,18 @@ class FolderSource(Source):
     def __init__(self, path: str | Path, *, skip: Any = None, include: Any = None, **options: Any) -> None:
         self.path = Path(path)
         headers = read_headers([str(file) for file in weight_files(path)])
-        config = AutoConfig.from_pretrained(path)
+        headers = dict(sorted(headers.items(), key=lambda item: (item[1].file, item[1].offset)))
+        self.config, renamed = hf.modernize(read_json(self.path / CONFIG), headers)
+        headers = {name: headers[key] for key, name in renamed.items()}
+        kind = self.config.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"{path}: model_type {kind!r} is none of transformers {transformers.__version__}'s models")
+        config = CONFIG_MAPPING[kind].from_dict(self.config)
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config)
         names = hf.model_names(self.model, headers)
-        self.stored = dict(zip(names, names.values(), strict=True))  # name in the file -> name in the model
-        self.headers = {name: headers[key] for key, name in names.items()}
+        self.headers = {names[key]: header for key, header in headers.items()}
+        self.file_keys = {name: key for key, name in names.items()}
         self.settings: hf.BitNetConfig | None = None
         self.report = None
         if settings is None:
@@ -133,29 +177,68 @@ class FolderSource(Source):
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
+        self.plain = settings is None
+        self._layers = super().layers()
 
-    def keys(self) -> list[str]:
-        return list(self.headers)
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (header.dtype, header.shape) for name, header in self.headers.items()}
+
+    def file_key(self, key: str) -> str:
+        return self.file_keys[key]
+
+    def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
+        return self._layers
 
     def tensor(self, key: str) -> Tensor:
-        return read_tensor(self.headers[key])
+        header = self.headers[key]
+        return read_into(torch.empty(header.shape, dtype=DTYPES[header.dtype]), header.file, header.offset)
 
-    def dtype(self, key: str) -> torch.dtype:
-        return DTYPES[self.headers[key].dtype]
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        header, dtype = self.headers[key], DTYPES[self.headers[key].dtype]
+        count = torch.Size(header.shape).numel()
+        for start in range(0, count, PIECE):
+            piece = torch.empty(min(PIECE, count - start), dtype=dtype)
+            yield read_into(piece, header.file, header.offset + start * dtype.itemsize)
 
     def quantized(self, name: str) -> Quantized:
-        layer = self.model.get_submodule(name)
-        weight = self.tensor(f"{name}.weight")
-        try:
-            if isinstance(layer, BitLinear) and f"{name}.weight_scale" not in self.headers:
+        layer, weight = self._layers[name], self.tensor(f"{name}.weight")
+        with naming(name):
+            if self._latent(name):
                 return Quantized(*ops.quantize_weight(weight, kind=layer.spec.weights, per_row=layer.spec.per_row))
             assert self.settings is not None
             scale = self.tensor(f"{name}.weight_scale")
-            if isinstance(layer, PackedEmbedding):
-                rows, columns = layer.weight.shape
-            else:
-                assert isinstance(layer, BitLinear | PackedBitLinear)
-                rows, columns = layer.out_features, layer.in_features
-            return Quantized(*hf.stored_codes(weight, scale, columns, rows, self.settings))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            return Quantized(*hf.stored_codes(weight, scale, layer.in_features, layer.out_features, self.settings))
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        layer = self._layers[name]
+        if self._latent(name) and layer.spec.weights == "ternary":
+            with naming(name):
+                return ops.pack_latent(self.tensor(f"{name}.weight"), per_row=layer.spec.per_row)
+        return super().packed(name)
+
+    def _latent(self, name: str) -> bool:
+        """Whether the files hold a layer's float weight (and not its codes as floats, which come with a scale)."""
+        return isinstance(self._layers[name], BitLinear) and f"{name}.weight_scale" not in self.headers
+
+    def copy_other_files(self, folder: Path) -> None:
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and not NOT_COPIED.fullmatch(path.name):
+                shutil.copyfile(path, folder / path.name)
+
+    def fingerprint(self) -> Any:
+        stats = {path: path.stat() for path in sorted({header.file for header in self.headers.values()})}
+        return {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors about values say which layer they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def open_source(path: str | Path, **swap: Any) -> Source:
+    """A checkpoint folder, or a GGUF file, as a Source; swap: skip, include and options, for a float checkpoint."""
+    return FolderSource(path, **swap)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 5  # bitnet_abi() of a library built from these sources
+_ABI = 6  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
@@ -105,6 +105,8 @@ def _load() -> ctypes.CDLL | str:
     library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
     library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
     library.bitnet_ternary_codes.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32)
+    library.bitnet_pack_ternary.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32)
+    library.bitnet_magnitudes.argtypes = (pointer, int32, int64, int64, pointer, int32)
     library.bitnet_read.argtypes, library.bitnet_read.restype = (pointer, int64, int32), int64
     return library
 
@@ -215,6 +217,27 @@ def ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
     args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, codes.data_ptr())
     _check(_library().bitnet_ternary_codes(*args, torch.get_num_threads()))
     return codes
+
+
+def pack_ternary(weight: Tensor, inv: Tensor) -> Tensor:
+    """layout.pack_ternary(ternary_codes(weight, inv)), uint8 [ceil(N/4), K], in one pass."""
+    n, k = weight.shape
+    packed = torch.empty(-(-n // 4), k, dtype=torch.uint8)
+    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, packed.data_ptr())
+    _check(_library().bitnet_pack_ternary(*args, torch.get_num_threads()))
+    return packed
+
+
+def magnitudes(weight: Tensor) -> Tensor:
+    """The sum of |W| over each row of a contiguous float32, bfloat16 or float16 weight: float64 [N].
+
+    The order of summation depends on nothing but K. Not finite where the row is not.
+    """
+    n, k = weight.shape
+    sums = torch.empty(n, dtype=torch.float64)
+    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, sums.data_ptr())
+    _check(_library().bitnet_magnitudes(*args, torch.get_num_threads()))
+    return sums
 
 
 # Multiplying

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, int8, reference
-from .layout import check_packed, check_stored, codes_of, packed_rows, validate_packed
+from .layout import check_packed, check_stored, codes_of, pack_ternary, packed_rows, validate_packed
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
@@ -141,6 +141,10 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
         raise ValueError(f"quantize_weight: weight must be [N, K] and not empty, got {list(weight.shape)}")
     if kind not in ("ternary", "binary", "int8"):
         raise ValueError(f"quantize_weight: kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
+    if _native(weight, kind):
+        codes, scale = quantize_latent(weight, kind, per_row)
+        if bool(scale.isfinite().all()):  # as it is unless the weight holds NaN or Inf
+            return codes, scale
     if not torch.compiler.is_compiling() and not weight.is_meta and not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).count_nonzero())
         raise ValueError(f"quantize_weight: weight holds {bad} NaN or Inf values; the training run has diverged")
@@ -149,12 +153,39 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
 
 def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
     """reference.quantize_weight for every step of training: unchecked, and in fewer passes where that is possible."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu and weight.is_contiguous()
-    native = plain and kind == "ternary" and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
-    if not native or _choose("auto", "cpu", 8) != "cpu":
+    if not _native(weight, kind):
         return reference.quantize_weight(weight, kind, per_row)
-    inv = reference.inverse_scale(weight, kind, per_row)
+    inv = _native_inverse(weight, per_row)
     return cpu.ternary_codes(weight, inv), (1 / inv).reshape(-1)
+
+
+def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
+    """A latent weight in the Hub layout: pack_ternary of quantize_weight's ternary codes, in one pass if possible.
+
+    weight: floating [N, K]; returns uint8 [ceil(N/4), K] and float32 [1] ([N] if per_row)
+    Raises as quantize_weight does.
+    """
+    if not _native(weight, "ternary") or weight.ndim != 2 or 0 in weight.shape:
+        codes, scale = quantize_weight(weight, per_row=per_row)
+        return pack_ternary(codes), scale
+    inv = _native_inverse(weight, per_row)
+    scale = (1 / inv).reshape(-1)
+    if not bool(scale.isfinite().all()):
+        quantize_weight(weight)  # raises, and says how many values are NaN or Inf
+    return cpu.pack_ternary(weight, inv), scale
+
+
+def _native(weight: Tensor, kind: str) -> bool:
+    """Whether the CPU library can quantize this weight."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_cpu and weight.is_contiguous()
+    able = plain and kind == "ternary" and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
+    return able and _choose("auto", "cpu", 8) == "cpu"
+
+
+def _native_inverse(weight: Tensor, per_row: bool) -> Tensor:
+    """reference.inverse_scale for ternary weights."""
+    sums = cpu.magnitudes(weight)
+    return reference.inverse_of_mean(sums / weight.shape[1] if per_row else sums.sum() / weight.numel())
 
 
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -364,6 +395,7 @@ __all__ = [
     "choose_backend",
     "linear_prepacked",
     "needs_operator",
+    "pack_latent",
     "packed_rows",
     "prepack",
     "quantize_activation",

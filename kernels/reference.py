@@ -23,6 +23,8 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     per_row: take the means and maxima over each row instead of the whole tensor
     returns: codes int8 [N, K] and scale float32 [1] (or [N] if per_row), so that weight ~ codes * scale
 
+    Means are summed in float64 and rounded once, so that they do not depend on the order of summation: a weight gets
+    the same codes on every device and with every number of threads.
     The scale is 1 / inv with inv = 1 / mean|W| (127 / max|W| for int8), because inv is what Hub checkpoints store: a
     float32 save and load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS
     (EPS / 127).
@@ -31,7 +33,7 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     if kind == "ternary":
         codes = (w * inv).round_().clamp_(-1, 1)  # torch rounds half to even
     elif kind == "binary":
-        codes = (w > (w.mean(dim=1, keepdim=True) if per_row else w.mean())).float() * 2 - 1
+        codes = (w > _mean(w, per_row).float()).float() * 2 - 1
     elif kind == "int8":
         codes = (w * inv).round_().clamp_(-127, 127)
     else:
@@ -41,11 +43,22 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
 
 def inverse_scale(weight: Tensor, kind: str = "ternary", per_row: bool = False) -> Tensor:
     """The inv of quantize_weight, by which its codes are multiplied before rounding: float32 [1, 1], or [N, 1]."""
-    size = weight.float().abs()
+    size = weight.abs()
     if kind == "int8":
         # as a reciprocal and a product: bit for bit what torch computes for 127 / a
-        return 127 * (size.amax(dim=1) if per_row else size.amax()).clamp(min=EPS).reciprocal().reshape(-1, 1)
-    return 1 / (size.mean(dim=1) if per_row else size.mean()).clamp(min=EPS).reshape(-1, 1)
+        top = (size.amax(dim=1) if per_row else size.amax()).float()
+        return 127 * top.clamp(min=EPS).reciprocal().reshape(-1, 1)
+    return inverse_of_mean(_mean(size, per_row))
+
+
+def inverse_of_mean(mean: Tensor) -> Tensor:
+    """1 / mean|W|: float64 means, one or N, to float32 [1, 1] or [N, 1]."""
+    return 1 / mean.float().clamp(min=EPS).reshape(-1, 1)
+
+
+def _mean(weight: Tensor, per_row: bool) -> Tensor:
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    return weight.mean(dim=1, keepdim=True, dtype=wide) if per_row else weight.mean(dtype=wide)
 
 
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:

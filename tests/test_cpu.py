@@ -526,6 +526,42 @@ def test_codes_of_a_latent_weight_are_the_references(dtype: torch.dtype, per_row
     assert cpu.ternary_codes(ties, torch.ones(1, 1)).tolist() == [[0, 0, 1, -1, 1, 0, 1, 0]]
 
 
+@each_dtype
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+def test_a_latent_weight_is_packed_in_one_pass_as_in_two(dtype: torch.dtype, per_row: bool) -> None:
+    """Fails if rows beyond N, the ends of steps and lanes, or a row's own scale go wrong in the fused pass."""
+    for n, k in [(1, 1), (3, 7), (6, 512), (9, 530), (700, 1100)]:
+        weight = torch.randn(n, k).to(dtype)
+        codes, scale = reference.quantize_weight(weight, "ternary", per_row)
+        packed, packed_scale = ops.pack_latent(weight, per_row=per_row)
+        assert torch.equal(packed, pack_ternary(codes))
+        assert torch.equal(packed_scale, scale)
+
+
+@each_dtype
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_diverged_is_refused_by_the_fused_pass(dtype: torch.dtype, bad: float) -> None:
+    weight = torch.randn(5, 40).to(dtype)
+    weight[3, 33] = bad
+    for per_row in (False, True):
+        for quantize in (ops.pack_latent, ops.quantize_weight):
+            with pytest.raises(ValueError, match="1 NaN or Inf"):
+                quantize(weight, per_row=per_row)
+
+
+def test_the_mean_does_not_depend_on_the_number_of_threads_or_the_order() -> None:
+    weight, before = torch.randn(1000, 1000), torch.get_num_threads()
+    scales = set()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            scales |= {ops.pack_latent(w)[1].item() for w in (weight, weight.flip(0), weight.T.contiguous())}
+            scales |= {reference.quantize_weight(w)[1].item() for w in (weight, weight.T)}
+    finally:
+        torch.set_num_threads(before)
+    assert len(scales) == 1
+
+
 def test_a_training_step_takes_the_native_codes_and_strided_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     native = cpu.ternary_codes

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import IDS, llama, neox
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 import bitnet
 from bitnet.convert import hf
+from bitnet.convert.stream import convert_checkpoint
 
 LOW_BIT = (bitnet.BitLinear, bitnet.PackedBitLinear)
 # Both sides round in float32 and differ in the order of operations only: some ten roundings of 2^-24 a layer, eight
@@ -189,10 +191,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         bitnet.save(model, root / f"{name}-packed", **options)
         models[f"{name}-packed"] = model
     by_hand = {name: write_by_hand(root / name, *arguments) for name, arguments in BY_HAND.items()}
+    for name in by_hand:
+        convert_checkpoint(root / name, root / f"{name}-hub", console=Console(quiet=True))
     saves = {"online", "bitlinear"}  # stock cannot save the packed offline form
     jobs = {
         name: {"load": str(root / name), "save": str(root / f"{name}-by-stock") if name in saves else None}
-        for name in [*models, *by_hand]
+        for name in [*models, *by_hand, *(f"{name}-hub" for name in by_hand)]
     }
     (root / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("stock_transformers.py")
@@ -283,6 +287,17 @@ def test_codes_and_scales_of_stock_formats_are_read_exactly(written: Written, na
 def test_stock_formats_compute_what_stock_transformers_computes(written: Written, name: str) -> None:
     assert not isinstance(written.stock[name], str), written.stock[name]
     compare(written.stock[name], AutoModelForCausalLM.from_pretrained(written.root / name), RTOL)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_converted_stock_format_computes_what_the_original_does_in_stock(written: Written, name: str) -> None:
+    compare(written.stock[name], bitnet.load(written.root / f"{name}-hub"), RTOL)
+    assert not isinstance(written.stock[f"{name}-hub"], str), written.stock[f"{name}-hub"]
+    compare(written.stock[f"{name}-hub"], bitnet.load(written.root / f"{name}-hub"), RTOL)
+    if name != "online":
+        for layer, codes in written.by_hand[name].codes.items():
+            packed = bitnet.load(written.root / f"{name}-hub").get_submodule(layer)
+            assert torch.equal(packed.codes(), codes.to(torch.int8))
 
 
 @pytest.mark.parametrize("name", ["online", "bitlinear"])

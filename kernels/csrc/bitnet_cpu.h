@@ -54,5 +54,13 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
 BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
                                            int32_t per_row, int8_t* codes, int32_t threads);
 
+// The same codes as Hub bytes [ceil(n/4), k].
+BITNET_EXPORT int32_t bitnet_pack_ternary(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
+                                          int32_t per_row, uint8_t* hub, int32_t threads);
+
+// sums [n] = the sum of |w| over each row of a contiguous latent weight [n, k]: not finite if the row is not.
+BITNET_EXPORT int32_t bitnet_magnitudes(const void* w, int32_t type, int64_t n, int64_t k, double* sums,
+                                        int32_t threads);
+
 // Reads bytes once and returns a checksum: the yardstick that benchmarks hold kernels against. Used for nothing else.
 BITNET_EXPORT int64_t bitnet_read(const void* data, int64_t bytes, int32_t threads);

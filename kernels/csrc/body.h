@@ -131,6 +131,50 @@ void ternary_codes(const void* w, int32_t type, int64_t k, float inv, int8_t* co
   }
 }
 
+// Hub bytes of up to four rows (null: a row of zeros), whose codes are bits 2j..2j+1 of each byte.
+void pack_ternary(const void* const* rows, int32_t type, int64_t k, const float* inv, uint8_t* packed) {
+  constexpr int64_t kStep = 512;  // features whose codes stay in the first cache
+  const int64_t size = type == kFloat32 ? 4 : 2;
+  for (int64_t at = 0; at < k; at += kStep) {
+    int8_t codes[4][kStep] = {};
+    const int64_t here = smaller(kStep, k - at);
+    for (int j = 0; j < 4; ++j)
+      if (rows[j]) ternary_codes(static_cast<const char*>(rows[j]) + at * size, type, here, inv[j], codes[j]);
+    for (int64_t i = 0; i < here; ++i)
+      packed[at + i] = uint8_t(0x55 + codes[0][i] + codes[1][i] * 4 + codes[2][i] * 16 + codes[3][i] * 64);
+  }
+}
+
+// The sum of |w| over one row, in float64 and in an order that is the same on every CPU. Inf or NaN if the row holds any.
+
+template <class F>
+double magnitude_of(const void* w_, int64_t k) {
+  constexpr int kLanes = 16;
+  const auto* w = static_cast<const typename F::Bits*>(w_);
+  double sum[kLanes] = {};
+  typename F::Bits top = 0;
+  for (int64_t at = 0; at < k; at += kLanes) {
+    typename F::Bits a[kLanes] = {};
+    memcpy(a, w + at, smaller(kLanes, k - at) * sizeof(*a));
+    for (int i = 0; i < kLanes; ++i) {
+      a[i] &= F::kAbs;
+      top = a[i] > top ? a[i] : top;
+      sum[i] += double(F::value(a[i]));
+    }
+  }
+  if (top >= F::kInf) return top == F::kInf ? double(__builtin_inff()) : double(__builtin_nanf(""));
+  for (int i = 1; i < kLanes; ++i) sum[0] += sum[i];
+  return sum[0];
+}
+
+double magnitude(const void* w, int32_t type, int64_t k) {
+  switch (type) {
+    case kFloat32: return magnitude_of<F32>(w, k);
+    case kBFloat16: return magnitude_of<BF16>(w, k);
+    default: return magnitude_of<F16>(w, k);
+  }
+}
+
 // Epilogue: reference.rescale for `rows` accumulators, which start at row n0 of the output.
 
 template <class F>
@@ -307,7 +351,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kLayout, I::kMaxTokens, quantize, ternary_codes, gemv<I>, gemm<I>};
+  return {name, supported, I::kLayout, I::kMaxTokens, quantize, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
 }
 
 }  // namespace

@@ -27,6 +27,12 @@ struct Isa {
   // Ternary codes of one row of k latent weights.
   void (*ternary_codes)(const void* w, int32_t type, int64_t k, float inv, int8_t* codes);
 
+  // The same for up to four rows, as Hub bytes; a null row is one of zeros.
+  void (*pack_ternary)(const void* const* rows, int32_t type, int64_t k, const float* inv, uint8_t* packed);
+
+  // Sum of the magnitudes of one row of k latent weights; Inf or NaN if one of them is.
+  double (*magnitude)(const void* w, int32_t type, int64_t k);
+
   // Rows of blocks [first, last) for one token: y points at its row of the output.
   void (*gemv)(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
                int32_t y_type);

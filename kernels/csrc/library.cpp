@@ -182,7 +182,7 @@ Status prefill(const Call& call, int64_t m, int threads) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 5; }
+BITNET_EXPORT int32_t bitnet_abi() { return 6; }
 
 BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
   const Isa* isa = i < 0 ? nullptr : find_isa(layout, i);
@@ -277,6 +277,41 @@ BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t 
       const char* from = static_cast<const char*>(w) + row * k * element_size(type);
       isa.ternary_codes(from, type, k, inv[per_row ? row : 0], codes + row * k);
     }
+  });
+  return kOk;
+}
+
+BITNET_EXPORT int32_t bitnet_pack_ternary(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
+                                          int32_t per_row, uint8_t* hub, int32_t threads) {
+  if (!is_float(type)) return kBadType;
+  if (n < 0 || k < 0) return kBadShape;
+  const Isa& isa = *find_isa(kTwoBits, 0);
+  const int64_t hub_rows = ceil_div(n, 4), bytes = k * element_size(type);
+  if (n * k < int64_t(1) << 18) threads = 1;
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t r = share(hub_rows, thread, count); r < share(hub_rows, thread + 1, count); ++r) {
+      const void* rows[4];
+      float scale[4];
+      for (int j = 0; j < 4; ++j) {
+        const int64_t row = r + j * hub_rows;
+        rows[j] = row < n ? static_cast<const char*>(w) + row * bytes : nullptr;
+        scale[j] = row < n ? inv[per_row ? row : 0] : 0;
+      }
+      isa.pack_ternary(rows, type, k, scale, hub + r * k);
+    }
+  });
+  return kOk;
+}
+
+BITNET_EXPORT int32_t bitnet_magnitudes(const void* w, int32_t type, int64_t n, int64_t k, double* sums,
+                                        int32_t threads) {
+  if (!is_float(type)) return kBadType;
+  if (n < 0 || k < 0) return kBadShape;
+  const Isa& isa = *find_isa(kTwoBits, 0);
+  if (n * k < int64_t(1) << 18) threads = 1;
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row)
+      sums[row] = isa.magnitude(static_cast<const char*>(w) + row * k * element_size(type), type, k);
   });
   return kOk;
 }

@@ -1,0 +1,250 @@
+"""What is in a checkpoint: its layers, what their codes look like, what is wrong, and how it differs from another."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from bitnet.linear import BitLinear, describe
+
+from .source import DTYPES, Quantized, Source, open_source
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One low-bit layer, or one other tensor."""
+
+    name: str
+    kind: str  # "packed", "latent", "float" or "integer"
+    shape: tuple[int, ...]
+    bits: float  # a weight takes in the files, its scale included
+    what: str  # the layer's options, or the tensor's dtype
+    scale: tuple[float, float] | None = None  # least and greatest
+    shares: tuple[float, float, float] | None = None  # of -1, 0 and +1, where codes are ternary
+
+    @property
+    def entropy(self) -> float | None:
+        """Bits a weight would take in an ideal code that treats every weight alike (Shannon): -sum p log2 p."""
+        return None if self.shares is None else -sum(p * math.log2(p) for p in self.shares if p)
+
+
+@dataclass
+class Inspection:
+    """What inspect_checkpoint found; print it for a table."""
+
+    path: Path
+    matrices: list[Matrix] = field(default_factory=list)
+    other_bytes: int = 0  # norms, biases and other vectors
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines: list[tuple[str, ...]] = [
+            ("name", "kind", "shape", "bits", "scale", "-1", "0", "+1", "entropy", "options")
+        ]
+        for m in self.matrices:
+            low, high = m.scale or (0, 0)
+            scale = "" if not m.scale else f"{low:.4g}" if low == high else f"{low:.3g} .. {high:.3g}"
+            shares = [f"{100 * p:.1f} %" for p in m.shares] if m.shares else ["", "", ""]
+            entropy = "" if m.entropy is None else f"{m.entropy:.3f}"
+            shape = "x".join(map(str, m.shape))
+            lines.append((m.name, m.kind, shape, f"{m.bits:.3g}", scale, *shares, entropy, m.what))
+        widths = [max(len(line[i]) for line in lines) for i in range(10)]
+        left = (0, 1, 2, 9)  # columns of words; numbers are aligned on the right
+        table = "\n".join(
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+        return f"{table}\n{self.totals()}\n{self.verdict()}"
+
+    def totals(self) -> str:
+        """Weights and bytes by kind, in a line each."""
+        lines = []
+        for kind in ("packed", "latent", "float", "integer"):
+            some = [m for m in self.matrices if m.kind == kind]
+            weights = sum(math.prod(m.shape) for m in some)
+            size = sum(math.prod(m.shape) * m.bits / 8 for m in some)
+            if some:
+                lines.append(f"{kind}: {len(some)} matrices, {weights:,} weights, {size / 1e6:,.2f} MB")
+        return "\n".join([*lines, f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB"])
+
+    def verdict(self) -> str:
+        """The problems, or that there are none."""
+        if not self.problems:
+            return "no problems found"
+        return "\n".join([f"{len(self.problems)} problems found:", *(f"  {problem}" for problem in self.problems)])
+
+    def plot(self, file: str | Path) -> None:
+        """Share of zeros, entropy and scale of every ternary layer by depth, one line a kind of layer, as a picture."""
+        from matplotlib.figure import Figure
+
+        groups: dict[str, list[tuple[int, Matrix]]] = {}
+        for m in self.matrices:
+            depth = re.search(r"(?<![^.])\d+(?=\.)", m.name)
+            if m.shares:
+                groups.setdefault(m.name.rpartition(".")[2], []).append((int(depth[0]) if depth else 0, m))
+        if not groups:
+            raise ValueError(f"{self.path}: no ternary layers to plot")
+        figure = Figure(figsize=(8, 8), layout="constrained")
+        axes = figure.subplots(3, sharex=True)
+        for name, rows in groups.items():
+            depths = [depth for depth, _ in rows]
+            axes[0].plot(depths, [100 * m.shares[1] for _, m in rows if m.shares], ".-", label=name)
+            axes[1].plot(depths, [m.entropy for _, m in rows], ".-")
+            axes[2].plot(depths, [m.scale[1] for _, m in rows if m.scale], ".-")
+        axes[0].set(ylabel="weights that are 0, %", title=str(self.path))
+        axes[1].axhline(math.log2(3), color="gray", linewidth=0.8)
+        axes[1].set(ylabel="entropy, bits a weight")
+        axes[2].set(ylabel="scale", yscale="log", xlabel="block")
+        axes[2].xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(file, dpi=120)
+
+
+def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Inspection:
+    """Read a checkpoint folder or GGUF file once and describe every matrix in it.
+
+    Layers that hold float weights to be rounded (latent) are described by the codes they round to. What is wrong with
+    a tensor is noted in `problems` and does not stop the reading; a file that is cut short raises ValueError.
+    """
+    source = open_source(path)
+    found = Inspection(Path(path))
+    layers = {} if source.plain else source.layers()
+    stored = source.stored()
+    inner = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "weight_scale")}
+    found.problems += source.missing()
+    for key, (dtype, shape) in track(
+        stored.items(), "reading", console=console or Console(stderr=True), transient=True
+    ):
+        name, _, leaf = key.rpartition(".")
+        try:
+            if key in inner:
+                if leaf == "weight":
+                    found.matrices.append(_layer(source, name, found.problems))
+                continue
+            if DTYPES[dtype].is_floating_point:
+                _check_floats(source, key, found.problems)
+            if len(shape) > 1:
+                kind = "float" if DTYPES[dtype].is_floating_point else "integer"
+                found.matrices.append(Matrix(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
+            else:
+                found.other_bytes += source.nbytes(key)
+        except ValueError as error:
+            found.problems.append(str(error))
+    found.problems += _scale_problems(found.matrices)
+    return found
+
+
+def _layer(source: Source, name: str, problems: list[str]) -> Matrix:
+    layer = source.layers()[name]
+    codes, scale = source.quantized(name)
+    total, shares = codes.numel(), None
+    if layer.spec.weights != "int8":
+        signed, used = int(codes.sum(dtype=torch.int64)), int(codes.count_nonzero())
+        shares = (used - signed) / 2 / total, 1 - used / total, (used + signed) / 2 / total
+        for share, value in zip(shares, ("-1", "0", "+1"), strict=True):
+            if share == 1:
+                problems.append(
+                    f"{name}: every weight is {value}; the checkpoint is probably damaged (some uploads are)"
+                )
+    kind = "latent" if isinstance(layer, BitLinear) else "packed"
+    stored = source.nbytes(f"{name}.weight") + scale.nbytes * (kind == "packed")
+    limits = float(scale.min()), float(scale.max())
+    return Matrix(name, kind, tuple(codes.shape), 8 * stored / total, describe(layer.spec), limits, shares)
+
+
+def _check_floats(source: Source, key: str, problems: list[str]) -> None:
+    bad = nonzero = 0
+    for piece in source.pieces(key):
+        bad += int((~piece.isfinite()).count_nonzero())
+        nonzero += int(piece.count_nonzero())
+    if bad:
+        problems.append(f"{key}: {bad:,} values are NaN or Inf")
+    if not nonzero and key.endswith("weight"):
+        problems.append(f"{key}: every value is zero")
+
+
+def _scale_problems(matrices: list[Matrix]) -> list[str]:
+    """Scales that are far from those of the other layers, or all so large that they were probably meant to divide."""
+    scales = {m.name: m.scale for m in matrices if m.scale and m.kind == "packed" and m.shares}
+    if not scales:
+        return []
+    middle = sorted(high for _, high in scales.values())[len(scales) // 2]
+    if middle > 1:
+        return [
+            f"half of the scales are above {middle:.3g}, so their weights would be that large: the scales are probably "
+            "the reciprocals of what config.json says (linear_class and quantization_mode decide)"
+        ]
+    return [
+        f"{name}: its scale of {low:.3g} to {high:.3g} is far from {middle:.3g}, the middle of all layers"
+        for name, (low, high) in scales.items()
+        if not middle / 100 < low <= high < middle * 100
+    ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What diff_checkpoints found; print it for a table."""
+
+    equal: int  # tensors and layers
+    differences: dict[str, str]  # by name
+
+    def __str__(self) -> str:
+        width = max(map(len, self.differences), default=0)
+        lines = [f"{name.ljust(width)}  {what}" for name, what in self.differences.items()]
+        return "\n".join([*lines, f"{self.equal} equal, {len(self.differences)} different"])
+
+
+def diff_checkpoints(one: str | Path, other: str | Path, console: Console | None = None) -> Comparison:
+    """Compare two checkpoints, in whatever forms, tensor by tensor.
+
+    Layers that are low-bit in both are compared as codes and scales, all else as numbers: a packed layer equals its
+    float twin if that holds codes * scale.
+    """
+    a, b = open_source(one), open_source(other)
+    names = list(dict.fromkeys([*_named(a), *_named(b)]))
+    differences = {}
+    for name in track(names, "comparing", console=console or Console(stderr=True), transient=True):
+        if what := _difference(_values(a, name), _values(b, name)):
+            differences[name] = what
+    return Comparison(len(names) - len(differences), differences)
+
+
+def _named(source: Source) -> list[str]:
+    """All tensors, those of a low-bit layer as one: its weight."""
+    scales = set() if source.plain else {f"{name}.weight_scale" for name in source.layers()}
+    return [key for key in source.stored() if key not in scales]
+
+
+def _values(source: Source, key: str) -> Quantized | Tensor | None:
+    name = key.removesuffix(".weight")
+    if not source.plain and name != key and name in source.layers():
+        return source.quantized(name)
+    return source.tensor(key) if key in source.stored() else None
+
+
+def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None) -> str:
+    """How two tensors differ, in words; empty if they do not."""
+    if a is None or b is None:
+        return f"only in the {'second' if a is None else 'first'}"
+    if isinstance(a, Quantized) and isinstance(b, Quantized):
+        if a.codes.shape != b.codes.shape:
+            return f"shape {list(a.codes.shape)} against {list(b.codes.shape)}"
+        words = []
+        if changed := int((a.codes != b.codes).count_nonzero()):
+            words.append(f"{changed:,} of {a.codes.numel():,} codes ({100 * changed / a.codes.numel():.2g} %)")
+        if float(change := (a.scale / b.scale - 1).abs().max()):
+            words.append(f"scale by up to {100 * change:.2g} %")
+        return ", ".join(words)
+    x, y = (t.codes * t.scale[:, None] if isinstance(t, Quantized) else t.float() for t in (a, b))
+    if x.shape != y.shape:
+        return f"shape {list(x.shape)} against {list(y.shape)}"
+    if torch.equal(x, y):
+        return ""
+    return f"values by {100 * float((x - y).norm() / y.norm()):.2g} % (rms), at most {float((x - y).abs().max()):.3g}"

@@ -1,0 +1,443 @@
+"""Conversion of checkpoints on disk, tensor by tensor: the size of the model does not matter.
+
+A conversion is a list of jobs planned from headers alone. Each reads one tensor, or one layer's, and writes what
+becomes of it to its final place in the output files, in any order; a few jobs run at a time. Finished jobs are noted
+in a journal beside the files, so that an interrupted conversion can go on where it stopped. The folder gets its name
+when everything in it is complete.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+import bitnet
+from bitnet.kernels import layout
+from bitnet.linear import BitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
+
+from . import hf
+from .checkpoint import CONFIG, INDEX, WEIGHTS
+from .source import DTYPES, Source, open_source
+
+TARGETS = ("hub", "base3", "latent", "bf16")
+SYNC = 256 << 20  # bytes after which finished jobs are noted
+WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class Output:
+    """One tensor of the output: name, dtype as safetensors spells it, shape; and, once planned, its file and place."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path | None = None
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return WIDTHS[self.dtype] * torch.Size(self.shape).numel()
+
+
+@dataclass
+class Job:
+    """What is read and computed as one.
+
+    run() returns the values of each of `outputs`: consecutive pieces of the flat tensor, made as they are written.
+    """
+
+    name: str
+    outputs: list[Output]
+    reads: int  # bytes
+    memory: int  # bytes it holds while it runs, but for a few MB
+    run: Callable[[], list[Iterable[Tensor]]]
+
+
+def convert_checkpoint(
+    source: str | Path | Source,
+    target: str | Path,
+    to: str = "hub",
+    *,
+    max_shard_size: str | int = "5GB",
+    resume: bool = False,
+    workers: int | None = None,
+    console: Console | None = None,
+    **swap: Any,
+) -> Path:
+    """Convert a checkpoint on disk to another form without ever loading the model; returns `target`.
+
+    source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form
+    target:         a folder that does not exist yet
+    to:             "hub":    packed, 2 bits a weight, in the Hub's `bitnet` format
+                    "base3":  packed, 1.6 bits a weight; loads with this package only
+                    "latent": the float weights, marked for training in 1.58 bit
+                    "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
+    max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
+    resume:         go on with an interrupted conversion of the same source to the same target
+    workers:        jobs at a time; default one for each core, at most four
+    console:        where the progress goes; default standard error
+    swap:           skip, include and the options of replace_linear, for a float source: which layers become low-bit
+
+    A float source is rounded as bitnet.replace_linear followed by bitnet.pack would: only useful for weights that were
+    trained for it. The result is the same whatever the number of workers and interruptions.
+
+    Memory: the largest low-bit weight as it is stored and in 8 bits, or 256 MB if that is more, besides the program.
+
+    Raises ValueError or OSError naming the tensor or file and what to do; then, and when it is killed, `target` does
+    not exist, and what was finished waits in a folder beside it for resume=True.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
+    start = time.perf_counter()
+    target, shard_bytes = Path(target), _bytes(max_shard_size)
+    opened = source if isinstance(source, Source) else open_source(source, **swap)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"convert: {target} exists already; remove it or choose another name")
+    if missing := opened.missing():
+        more = f", and {len(missing) - 1} others are missing" if len(missing) > 1 else ""
+        raise ValueError(f"convert: {opened.path}: {missing[0]}, which the model needs{more}")
+    config, jobs = plan(opened, to)
+    console = console or Console(stderr=True)
+    if opened.plain:
+        console.print(str(opened.report), markup=False, highlight=False, soft_wrap=True)
+        if to != "latent":
+            console.print(
+                f"{opened.path} is a float model: its weights are rounded, not trained. Expect nonsense from the "
+                "result; fine-tune to close the gap (README, Training advice).",
+                style="yellow",
+                highlight=False,
+            )
+    work = _Work(target, _fingerprint(opened, to, shard_bytes, swap), resume)
+    files = place(jobs, work.files, shard_bytes)
+    _check_space(work, jobs)
+    lost = {file for file, outputs in files.items() if not work.create(file, outputs)}
+    work.done -= {job.name for job in jobs if job.outputs[0].file in lost}
+    try:
+        _run(jobs, work, workers or min(os.cpu_count() or 1, 4), console, f"{to}: {target.name}")
+    except OSError as error:
+        raise OSError(
+            f"convert: {error}; what is finished is kept in {work.folder}, for resume=True (--resume)"
+        ) from error
+    work.finish(files, config, opened)
+    written = sum(output.nbytes for outputs in files.values() for output in outputs)
+    console.print(f"{target}: {written / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
+    return target
+
+
+def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
+    """The config.json of the result, and the jobs that make its tensors in the order in which the source has them."""
+    model = copy.deepcopy(source.model)
+    layers = source.layers()
+    embeddings = {name: m for name, m in model.named_modules() if isinstance(m, PackedEmbedding)}
+    if to == "latent" and (packed := [name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)]):
+        raise ValueError(
+            f"convert: {source.path} holds codes, and the float weights they were made from (of {packed[0]}, say) are "
+            "gone; to='bf16' gives codes x scale"
+        )
+    if to == "bf16" and (normed := [name for name, layer in layers.items() if layer.spec.rms_norm]):
+        raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
+    config = json.loads(json.dumps(source.config))
+    config.pop("quantization_config", None)
+    if to == "bf16":
+        config["dtype"] = "bfloat16"
+        config.pop("torch_dtype", None)
+    else:
+        for name, layer in layers.items():
+            if to != "latent" and isinstance(layer, BitLinear):
+                PackedBitLinear.from_bit_linear(model.get_submodule(name))
+        settings = hf.config_of(model, 1.6 if to == "base3" else 2)
+        if settings is None:
+            raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
+        config["quantization_config"] = settings.to_dict()
+    jobs = []
+    consumed = {f"{name}.{leaf}" for name in (*layers, *embeddings) for leaf in ("weight", "weight_scale")}
+    if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
+        consumed |= {f"{name}.weight_scale" for name, m in model.named_modules() if isinstance(m, PackedBitLinear)}
+    for key, (dtype, shape) in source.stored().items():
+        name, _, leaf = key.rpartition(".")
+        if key not in consumed or to == "latent":
+            floats = to == "bf16" and DTYPES[dtype].is_floating_point
+            jobs.append(_copy(source, key, "BF16" if floats else dtype, shape))
+        elif leaf == "weight" and name in layers:
+            jobs.append(_layer(source, name, layers[name], to))
+        elif leaf == "weight":
+            jobs.extend(_embedding(source, name, embeddings[name], to))
+    return config, jobs
+
+
+def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...]) -> Job:
+    output = Output(source.file_key(key), dtype, shape)
+    return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
+
+
+def _layer(source: Source, name: str, layer: BitLinear | PackedBitLinear, to: str) -> Job:
+    n, k, spec = layer.out_features, layer.in_features, layer.spec
+    key, reads = source.file_key(f"{name}.weight"), source.nbytes(f"{name}.weight")
+    memory = reads + n * k
+    scale = Output(f"{key.removesuffix('weight')}weight_scale", "F32", (n if spec.per_row else 1,))
+    if to == "bf16":
+        weight = Output(key, "BF16", (n, k))
+        return Job(name, [weight], reads, memory, lambda: [_bfloat16(*source.quantized(name))])
+    if to == "base3" and spec.weights != "int8":
+
+        def pack_base3() -> list[Iterable[Tensor]]:
+            codes, scale = source.quantized(name)
+            return [(layout.pack_base3(rows) for rows in _blocks(codes)), [hf.stored_scale(scale)]]
+
+        return Job(name, [Output(key, "U8", (n, -(-k // 5))), scale], reads, memory, pack_base3)
+
+    def pack() -> list[Iterable[Tensor]]:
+        packed, scale = source.packed(name)
+        return [[packed], [hf.stored_scale(scale)]]
+
+    weight = Output(key, "I8", (n, k)) if spec.weights == "int8" else Output(key, "U8", (layout.packed_rows(n), k))
+    return Job(name, [weight, scale], reads, memory, pack)
+
+
+def _embedding(source: Source, name: str, embedding: PackedEmbedding, to: str) -> list[Job]:
+    """An int8 embedding: as it is where its layers stay packed, else in bfloat16."""
+    weight, scale = f"{name}.weight", f"{name}.weight_scale"
+    if to != "bf16":
+        return [_copy(source, key, *source.stored()[key]) for key in (weight, scale)]
+
+    def dequantize() -> list[Iterable[Tensor]]:
+        return [_bfloat16(source.tensor(weight), 1 / source.tensor(scale).float())]
+
+    output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
+    reads = source.nbytes(weight)
+    return [Job(name, [output], reads, reads, dequantize)]
+
+
+def _blocks(codes: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of rows small enough for a processor's cache."""
+    return codes.split(max(1, (1 << 18) // codes.shape[1]))
+
+
+def _bfloat16(codes: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """codes * scale, rounded once."""
+    blocks = _blocks(codes)
+    scales = scale.expand(len(codes)).split(len(blocks[0]))
+    return ((block * part[:, None]).bfloat16() for block, part in zip(blocks, scales, strict=True))
+
+
+def place(jobs: list[Job], folder: Path, shard_bytes: int) -> dict[Path, list[Output]]:
+    """Give every output its file and offset; returns the files with their outputs in the order they have there.
+
+    Jobs fill one file after the other; the outputs of one stay together. In a file wider dtypes come first, so that
+    each tensor is aligned, as readers that map files expect.
+    """
+    shards: list[list[Output]] = [[]]
+    size = 0
+    for job in jobs:
+        needs = sum(output.nbytes for output in job.outputs)
+        if shards[-1] and size + needs > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1] += job.outputs
+        size += needs
+    files = {}
+    for number, outputs in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        outputs.sort(key=lambda output: -WIDTHS[output.dtype])
+        files[folder / name] = outputs
+        offset = len(_header(outputs))
+        for output in outputs:
+            output.file, output.offset = folder / name, offset
+            offset += output.nbytes
+    return files
+
+
+def _header(outputs: list[Output]) -> bytes:
+    """What a safetensors file of these tensors begins with: the header's length, and the header."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for output in outputs:
+        shape = list(output.shape)
+        entries[output.key] = {"dtype": output.dtype, "shape": shape, "data_offsets": [at, at + output.nbytes]}
+        at += output.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Work:
+    """The folder of an unfinished conversion, beside its target: job.json says of what, journal which jobs are done."""
+
+    def __init__(self, target: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        self.target = target
+        self.folder = target.parent / f".{target.name}-converting"
+        self.files = self.folder / "files"
+        self.done: set[str] = set()
+        job = self.folder / "job.json"
+        if self.folder.exists() and not self.files.exists():  # killed after the files had got their name
+            shutil.rmtree(self.folder)
+        if self.folder.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"convert: {self.folder} holds an interrupted conversion to {target}; go on with resume=True "
+                    "(--resume), or remove that folder to start afresh"
+                )
+            if job.exists() and json.loads(job.read_text()) != fingerprint:
+                raise ValueError(
+                    f"convert: {self.folder} holds an interrupted conversion of another source, or with other options; "
+                    "call it as before, or remove that folder to start afresh"
+                )
+        self.files.mkdir(parents=True, exist_ok=True)
+        if not job.exists():  # nothing else was written before it
+            _write_whole(job, json.dumps(fingerprint, indent=1))
+        self.path = self.folder / "journal"
+        if self.path.exists():
+            lines = self.path.read_bytes().split(b"\n")  # what follows the last line's end was cut off
+            self.done = {line.decode() for line in lines[:-1]}
+            self.path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+        self.handles: dict[Path, int] = {}
+        self.pending: list[str] = []
+        self.unsynced = 0
+        self.lock = threading.Lock()
+
+    def create(self, file: Path, outputs: list[Output]) -> bool:
+        """Open an output file in its final size, its header written; returns whether it was there in that size."""
+        handle = self.handles[file] = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        header = _header(outputs)
+        size = len(header) + sum(output.nbytes for output in outputs)
+        intact = os.fstat(handle).st_size == size
+        os.ftruncate(handle, size)
+        _write_at(handle, memoryview(header), 0)
+        return intact
+
+    def write(self, job: Job, values: list[Iterable[Tensor]]) -> None:
+        """Put what a job returned in its places; by any thread."""
+        for output, pieces in zip(job.outputs, values, strict=True):
+            assert output.file is not None
+            at, end = output.offset, output.offset + output.nbytes
+            for piece in pieces:
+                if NAMES[piece.dtype] != output.dtype or at + piece.nbytes > end:
+                    raise RuntimeError(
+                        f"{output.key}: {piece.dtype} {list(piece.shape)} is not what was planned: {output}"
+                    )
+                _write_at(self.handles[output.file], piece.contiguous().view(-1).view(torch.uint8).numpy().data, at)
+                at += piece.nbytes
+            if at != end:
+                raise RuntimeError(f"{output.key}: {end - at} bytes fewer than planned: {output}")
+        with self.lock:
+            self.pending.append(job.name)
+            self.unsynced += sum(output.nbytes for output in job.outputs)
+            if self.unsynced >= SYNC:
+                self.sync()
+
+    def sync(self) -> None:
+        """Note the jobs whose data have reached the disk."""
+        for handle in self.handles.values():
+            os.fsync(handle)
+        with self.path.open("ab") as journal:
+            journal.write("".join(f"{name}\n" for name in self.pending).encode())
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.pending, self.unsynced = [], 0
+
+    def close(self) -> None:
+        self.sync()
+        for handle in self.handles.values():
+            os.close(handle)
+
+    def finish(self, files: dict[Path, list[Output]], config: dict[str, Any], source: Source) -> None:
+        """Everything but the weights, and the name."""
+        source.copy_other_files(self.files)
+        if len(files) > 1:
+            weight_map = {output.key: file.name for file, outputs in files.items() for output in outputs}
+            total = sum(output.nbytes for outputs in files.values() for output in outputs)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.files / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_whole(self.files / CONFIG, json.dumps(config, indent=2) + "\n")
+        if self.target.exists():
+            self.target.rmdir()  # empty
+        os.rename(self.files, self.target)
+        shutil.rmtree(self.folder)
+
+
+def _run(jobs: list[Job], work: _Work, workers: int, console: Console, label: str) -> None:
+    """Run the jobs that are not done yet, a few at a time, in the order of the list; what fails stops all."""
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    budget = max([256 << 20, *(job.memory for job in jobs)])
+    running: dict[Future[None], Job] = {}
+    left = [job for job in jobs if job.name not in work.done][::-1]
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
+        bar = progress.add_task(label, total=sum(job.reads for job in jobs))
+        progress.advance(bar, sum(job.reads for job in jobs if job.name in work.done))
+        try:
+            while left or running:
+                while left and len(running) < workers:
+                    if left[-1].memory + sum(job.memory for job in running.values()) > budget:
+                        break
+                    job = left.pop()
+                    running[pool.submit(lambda job=job: work.write(job, job.run()))] = job  # type: ignore[misc]
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    future.result()
+                    progress.advance(bar, job.reads)
+        finally:
+            wait(running)
+            work.close()
+
+
+def _write_at(handle: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(handle, view[: 1 << 30], offset)  # at most 2 GB in one call
+        view, offset = view[count:], offset + count
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def _bytes(size: str | int) -> int:
+    """5GB, 500 MB or 1000000 as a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    number = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
+    if number < 1:
+        raise ValueError(f"convert: max_shard_size must be a size such as '5GB' or '500MB', got {size!r}")
+    return number
+
+
+def _fingerprint(source: Source, to: str, shard_bytes: int, swap: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between an interruption and resume."""
+    return {
+        "version": bitnet.__version__,
+        "source": source.fingerprint(),
+        "to": to,
+        "max_shard_size": shard_bytes,
+        "options": {name: str(value) for name, value in sorted(swap.items())},
+    }
+
+
+def _check_space(work: _Work, jobs: list[Job]) -> None:
+    needs = sum(output.nbytes for job in jobs if job.name not in work.done for output in job.outputs)
+    free = shutil.disk_usage(work.files).free
+    if needs > free:
+        raise OSError(
+            f"convert: {work.target} needs {needs / 1e9:,.1f} GB more, but the disk has {free / 1e9:,.1f} GB free; "
+            "make room, or choose another disk"
+        )

@@ -1,0 +1,177 @@
+"""bitnet inspect: what it says of a checkpoint must be so."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tiny import llama
+from torch import Tensor
+
+import bitnet
+from bitnet import cli
+from bitnet.convert.inspection import diff_checkpoints, inspect_checkpoint
+from bitnet.convert.stream import convert_checkpoint
+
+QUIET = Console(quiet=True)
+UP, NORM = "model.layers.1.mlp.up_proj", "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model as float, latent and packed checkpoints, and in bf16 and base 3."""
+    root = tmp_path_factory.mktemp("forms")
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(root / "float")
+    bitnet.replace_linear(model)
+    bitnet.save(model, root / "latent")
+    bitnet.pack(model)
+    bitnet.save(model, root / "hub")
+    for to in ("base3", "bf16"):
+        convert_checkpoint(root / "hub", root / to, to, console=QUIET)
+    return root
+
+
+def damaged(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy in which each tensor named is what its function makes of it; None drops it."""
+    state = load_file(source / "model.safetensors")
+    for key, change in changes.items():
+        value = change(state.pop(key))
+        if value is not None:
+            state[key] = value
+    target.mkdir()
+    save_file(state, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(("form", "bits"), [("latent", 32.0), ("hub", 2 + 32 / 384), ("base3", 8 * 4 / 16 + 32 / 384)])
+def test_shares_scale_entropy_and_bits_are_those_of_the_codes(forms: Path, form: str, bits: float) -> None:
+    found = inspect_checkpoint(forms / form, QUIET)
+    layer = bitnet.load(forms / "hub").get_submodule(UP)
+    codes = layer.codes().numpy()
+    row = next(m for m in found.matrices if m.name == UP)
+    shares = [np.mean(codes == value) for value in (-1, 0, 1)]
+    assert row.shares == pytest.approx(shares)
+    assert row.entropy == pytest.approx(-sum(p * math.log2(p) for p in shares))
+    assert row.scale == (layer.weight_scale.item(), layer.weight_scale.item())
+    assert row.kind == ("latent" if form == "latent" else "packed")
+    assert row.shape == codes.shape
+    assert row.bits == pytest.approx(bits)
+    assert len(found.matrices) == 16
+    assert not found.problems
+    assert UP in str(found)
+    assert "no problems found" in str(found)
+
+
+def test_all_bytes_of_the_weights_are_accounted_for(forms: Path) -> None:
+    for form in ("float", "latent", "hub", "base3", "bf16"):
+        found = inspect_checkpoint(forms / form, QUIET)
+        size = sum(math.prod(m.shape) * m.bits / 8 for m in found.matrices) + found.other_bytes
+        assert size == pytest.approx(sum(t.nbytes for t in load_file(forms / form / "model.safetensors").values()))
+
+
+def poke(value: float) -> Any:
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "zero_bytes": ({f"{UP}.weight": torch.zeros_like}, f"{UP}: every weight is -1"),
+    "zero_codes": ({f"{UP}.weight": lambda t: torch.full_like(t, 0x55)}, f"{UP}: every weight is 0"),
+    "code_3": ({f"{UP}.weight": poke(0xFF)}, f"{UP}: packed weight is corrupt"),
+    "nan_scale": ({f"{UP}.weight_scale": lambda t: t * torch.nan}, f"{UP}: weight_scale must be positive and finite"),
+    "far_scale": ({f"{UP}.weight_scale": lambda t: t * 1e3}, f"{UP}: its scale of .* is far from"),
+    "nan": ({NORM: poke(torch.nan)}, f"{NORM}: 1 values are NaN or Inf"),
+    "zero": ({"lm_head.weight": torch.zeros_like}, "lm_head.weight: every value is zero"),
+    "missing": ({NORM: lambda t: None}, f"there is no tensor {NORM}"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_damage_is_reported_and_the_rest_still_read(forms: Path, name: str, tmp_path: Path, capsys: Any) -> None:
+    changes, message = PROBLEMS[name]
+    source = damaged(forms / "hub", tmp_path / "damaged", **changes)
+    found = inspect_checkpoint(source, QUIET)
+    assert len(found.problems) == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(found.problems[0])
+    assert len(found.matrices) == 16 - (name in ("code_3", "nan_scale"))
+    assert cli.main(["inspect", str(source)]) == 1
+    assert "1 problems found" in capsys.readouterr().out
+
+
+def test_scales_in_the_wrong_direction_are_pointed_out(forms: Path, tmp_path: Path) -> None:
+    state = load_file(forms / "hub" / "model.safetensors")
+    source = damaged(forms / "hub", tmp_path / "wrong", **{k: torch.reciprocal for k in state if k.endswith("_scale")})
+    problems = inspect_checkpoint(source, QUIET).problems
+    assert len(problems) == 1
+    assert "probably the reciprocals of what config.json says" in problems[0]
+
+
+def test_the_same_weights_in_other_forms_are_equal(forms: Path) -> None:
+    for one, other in (("hub", "base3"), ("hub", "latent"), ("latent", "base3")):
+        comparison = diff_checkpoints(forms / one, forms / other, QUIET)
+        assert comparison.differences == {}
+        assert comparison.equal == 21
+    assert len(diff_checkpoints(forms / "float", forms / "hub", QUIET).differences) == 14
+
+
+def test_a_difference_is_named_and_measured(forms: Path, tmp_path: Path, capsys: Any) -> None:
+    def turn(packed: Tensor) -> Tensor:
+        packed[0, 0] ^= 0b11 if packed[0, 0] & 3 in (1, 2) else 0b10  # one code: 0 <-> +1, -1 -> +1
+        return packed
+
+    changes = {
+        f"{UP}.weight": turn,
+        "model.layers.0.mlp.up_proj.weight_scale": lambda t: t / 1.5,
+        NORM: lambda t: t + 0.5,
+        "lm_head.weight": lambda t: None,
+    }
+    source = damaged(forms / "hub", tmp_path / "other", **changes)
+    found = diff_checkpoints(forms / "hub", source, QUIET).differences
+    assert found.keys() == {f"{UP}.weight", "model.layers.0.mlp.up_proj.weight", NORM, "lm_head.weight"}
+    assert found[f"{UP}.weight"].startswith("1 of 384 codes")
+    assert found["model.layers.0.mlp.up_proj.weight"] == "scale by up to 33 %"
+    assert "at most 0.5" in found[NORM]
+    assert found["lm_head.weight"] == "only in the first"
+    assert cli.main(["inspect", str(forms / "hub"), "--diff", str(source)]) == 1
+    assert "17 equal, 4 different" in capsys.readouterr().out
+    assert cli.main(["inspect", str(forms / "hub"), "--diff", str(forms / "base3")]) == 0
+
+
+def test_the_plot_is_a_picture(forms: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["inspect", str(forms / "hub"), "--plot", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["inspect", str(forms / "float"), "--plot", str(tmp_path / "q.png")]) == 1
+    assert "no ternary layers to plot" in capsys.readouterr().err
+
+
+def test_a_truncated_file_is_one_error(forms: Path, tmp_path: Path, capsys: Any) -> None:
+    source = damaged(forms / "hub", tmp_path / "cut")
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    assert cli.main(["inspect", str(source)]) == 1
+    assert "cut short" in capsys.readouterr().err
+
+
+def test_int8_heads_and_models_without_layers_are_described(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    bitnet.replace_linear(model)
+    bitnet.pack(model, head="int8")
+    bitnet.save(model, tmp_path / "head")
+    rows = {m.name: m for m in inspect_checkpoint(tmp_path / "head", QUIET).matrices}
+    assert rows["model.embed_tokens.weight"].kind == "integer"
+    llama().save_pretrained(tmp_path / "float")
+    kinds = {m.kind for m in inspect_checkpoint(tmp_path / "float", QUIET).matrices}
+    assert kinds == {"float"}
+    assert json.loads((tmp_path / "float" / "config.json").read_text())["model_type"] == "llama"
