@@ -26,12 +26,11 @@ from bitnet.quantize import QuantSpec
 
 from . import ggml, gguf_file, gguf_tokenizer
 from .gguf_file import TensorInfo, Value
-from .source import Quantized, Source, skeleton
+from .source import DTYPES, Quantized, Source, naming, skeleton
 
 KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
 
-FLOATS = {torch.float32: ggml.F32, torch.float16: ggml.F16, torch.bfloat16: ggml.BF16}
-DTYPES = {kind: dtype for dtype, kind in FLOATS.items()}
+FLOATS = {"F32": ggml.F32, "F16": ggml.F16, "BF16": ggml.BF16}
 
 
 class Family(NamedTuple):
@@ -252,19 +251,19 @@ def _described(config: Any, family: Family, ternary: str) -> dict[str, Value]:
 def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     model, config = source.model, source.model.config
     layers, state = source.layers(), model.state_dict()
-    left_out = {"lm_head.weight", "lm_head.weight_scale"} if config.tie_word_embeddings else set()
-    stored = [key for key in source.keys() if key not in left_out]  # noqa: SIM118
-    if missing := sorted(state.keys() - set(stored) - left_out):
-        raise ValueError(f"the checkpoint has no tensor {missing[0]}")
+    tied = model.all_tied_weights_keys
+    if missing := source.missing():
+        raise ValueError(missing[0])
     if inside := [module for module, layer in layers.items() if layer.spec.rms_norm]:
         raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
     entries = {}
     if config.rope_parameters["rope_type"] == "llama3":
         factors = _rope_factors(config)
         entries["rope_freqs.weight"] = Entry(ggml.F32, tuple(factors.shape), lambda: _bytes(factors, torch.float32))
-    for key in stored:
+    stored = source.stored()
+    for key in [*(key for key in state if key in stored), *sorted(stored.keys() - state.keys())]:
         module, _, leaf = key.rpartition(".")
-        if leaf == "weight_scale":
+        if leaf == "weight_scale" or key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
         name = _translate(module, family.modules)
         known = leaf == "weight" or (leaf == "bias" and name is not None and _leaf(name) in family.biases)
@@ -299,6 +298,9 @@ def _quantized_entry(source: Source, module: str, ternary: str, rows: Tensor | N
         raise ValueError(f"{module}: {error}") from None
 
     def read() -> ggml.Bytes:
+        if isinstance(layer, PackedEmbedding):
+            weight, inverse = (source.tensor(f"{module}.{leaf}") for leaf in ("weight", "weight_scale"))
+            return ggml.pack_q8_0(weight, 1 / inverse.float())
         codes, scale = source.quantized(module)
         if rows is not None:
             codes, scale = codes[rows], scale[rows] if len(scale) > 1 else scale
@@ -308,15 +310,15 @@ def _quantized_entry(source: Source, module: str, ternary: str, rows: Tensor | N
 
 
 def _float_entry(source: Source, key: str, shape: tuple[int, ...], rows: Tensor | None) -> Entry:
-    dtype = torch.float32 if len(shape) == 1 else source.dtype(key)
+    dtype = "F32" if len(shape) == 1 else source.stored()[key][0]
     if dtype not in FLOATS:
-        raise ValueError(f"{key} is stored as {dtype}; float32, float16 or bfloat16 is needed")
+        raise ValueError(f"{key} is stored as {dtype}; {', '.join(FLOATS)} is needed")
 
     def read() -> ggml.Bytes:
         tensor = source.tensor(key)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"is {list(tensor.shape)} in the checkpoint, but {list(shape)} in the model")
-        return _bytes(tensor if rows is None else tensor[rows], dtype)
+        return _bytes(tensor if rows is None else tensor[rows], DTYPES[dtype])
 
     return Entry(FLOATS[dtype], shape, read)
 
@@ -367,8 +369,8 @@ class GgufSource(Source):
     file:       the file
     dequantize: all tensors count as floats, the ternary ones, too
 
-    keys() and tensor() have the names, values and order of rows that transformers' model has; `weight` and
-    `weight_scale` of a packed layer are in the layout of its buffers.
+    Tensors have the names, values and order of rows that transformers' model has; `weight` and `weight_scale` of a
+    packed layer are those of its buffers.
 
     Raises ValueError naming the tensor, key or byte for a file that is damaged, or that says what is not known here.
     """
@@ -377,7 +379,9 @@ class GgufSource(Source):
         self.path = Path(file)
         self.metadata, stored = gguf_file.read_header(self.path)
         self.family, config = self._config(stored)
+        self.config = json.loads(config.to_json_string())
         self.model = skeleton(config)
+        self.plain, self.report = False, None
         inverse = {theirs: ours for ours, theirs in self.family.modules.items()}
         self.infos: dict[str, TensorInfo] = {}
         self.rows: dict[str, Tensor] = {}
@@ -399,9 +403,6 @@ class GgufSource(Source):
                 self.rows[key] = rows.argsort()
             if not dequantize and self._ternary(info):
                 self._pack(name, key)
-        tied = "lm_head.weight" if config.tie_word_embeddings else None
-        if missing := sorted(state.keys() - self.infos.keys() - {tied}):
-            raise ValueError(f"{self.path}: has no tensor for {missing[0]}, which the model needs")
 
     def _ternary(self, info: TensorInfo) -> bool:
         return ggml.NAMES[info.kind] in ggml.TERNARY
@@ -412,22 +413,21 @@ class GgufSource(Source):
         linear = self.model.get_submodule(module)
         if not isinstance(linear, nn.Linear):
             return  # an embedding: a float tensor
-        try:
-            data = gguf_file.read_tensor(self.path, info)
-            scale = ggml.scales(ggml.NAMES[info.kind], data, info.shape[0])
-        except ValueError as error:
-            raise ValueError(f"{self.path}: tensor {name} {error}") from None
+        with naming(f"{self.path}: tensor {name}"):
+            scale = ggml.scales(ggml.NAMES[info.kind], gguf_file.read_tensor(self.path, info), info.shape[0])
         self.scales[module] = scale[self.rows[key]] if key in self.rows and len(scale) > 1 else scale
         PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, QuantSpec(per_row=len(scale) > 1)))
 
-    def keys(self) -> list[str]:
-        return [*self.infos, *(f"{module}.weight_scale" for module in self.scales)]
-
-    def dtype(self, key: str) -> torch.dtype:
-        module, _, leaf = key.rpartition(".")
-        if module in self.scales and leaf != "bias":
-            return torch.uint8 if leaf == "weight" else torch.float32
-        return DTYPES.get(self.infos[key].kind, torch.float32)
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        floats = {kind: name for name, kind in FLOATS.items()}
+        described = {}
+        for key, info in self.infos.items():
+            module = key.removesuffix(".weight")
+            described[key] = floats.get(info.kind, "F32"), info.shape
+            if module in self.scales:
+                described[key] = "U8", (layout.packed_rows(info.shape[0]), info.shape[1])
+                described[f"{module}.weight_scale"] = "F32", tuple(self.scales[module].shape)
+        return described
 
     def tensor(self, key: str) -> Tensor:
         module, _, leaf = key.rpartition(".")
@@ -437,8 +437,8 @@ class GgufSource(Source):
             return layout.pack_ternary(self.quantized(module).codes)
         info = self.infos[key]
         data = gguf_file.read_tensor(self.path, info)
-        if info.kind in DTYPES:
-            values = torch.from_numpy(data).view(DTYPES[info.kind]).view(info.shape)
+        if info.kind in FLOATS.values():
+            values = torch.from_numpy(data).view(DTYPES[self.stored()[key][0]]).view(info.shape)
         elif self._ternary(info):
             values = ggml.dequantize(ggml.NAMES[info.kind], data, info.shape[0])
         else:
@@ -450,18 +450,18 @@ class GgufSource(Source):
         key = f"{name}.weight"
         info = self.infos[key]
         data = gguf_file.read_tensor(self.path, info)
-        try:
+        with naming(name):
             codes = ggml.unpack(ggml.NAMES[info.kind], data, info.shape[0])
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
         return Quantized(codes[self.rows[key]] if key in self.rows else codes, self.scales[name])
 
-    def save_tokenizer(self, directory: str | Path) -> None:
-        """Write tokenizer.json and what belongs to it; raises ValueError for tokenizers that are not known here."""
-        try:
-            gguf_tokenizer.save_tokenizer(self.metadata, Path(directory))
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+    def copy_other_files(self, folder: Path) -> None:
+        """Write the tokenizer; raises ValueError for one that is not known here."""
+        with naming(str(self.path)):
+            gguf_tokenizer.save_tokenizer(self.metadata, folder)
+
+    def fingerprint(self) -> Any:
+        stat = self.path.stat()
+        return {str(self.path.resolve()): [stat.st_size, stat.st_mtime_ns]}
 
     def _config(self, stored: dict[str, TensorInfo]) -> tuple[Family, Any]:
         """The family and the transformers config that the metadata describes."""
@@ -505,7 +505,7 @@ class GgufSource(Source):
             "vocab_size": embedding.shape[0],
             "tie_word_embeddings": "output.weight" not in stored,
             "rope_parameters": rope,
-            "dtype": DTYPES.get(embedding.kind, torch.float32),
+            "dtype": next((DTYPES[name] for name, kind in FLOATS.items() if kind == embedding.kind), torch.float32),
             "architectures": [family.model],
             **{f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")},
         }

@@ -241,4 +241,8 @@ def naming(name: str) -> Iterator[None]:
 
 def open_source(path: str | Path, **swap: Any) -> Source:
     """A checkpoint folder, or a GGUF file, as a Source; swap: skip, include and options, for a float checkpoint."""
+    if Path(path).is_file():
+        from .gguf import GgufSource
+
+        return GgufSource(path)
     return FolderSource(path, **swap)
