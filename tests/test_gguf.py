@@ -11,6 +11,8 @@ import gguf_models
 import pytest
 import torch
 from gguf_models import LLAMA3, TEXTS, checkpoint, fast, tokenizer
+from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -19,6 +21,7 @@ import bitnet
 from bitnet.convert import ggml, gguf_file, gguf_tokenizer
 from bitnet.convert.gguf import FAMILIES, KINDS, GgufSource, write_gguf
 from bitnet.convert.source import FolderSource, Source
+from bitnet.convert.stream import convert_checkpoint
 from bitnet.packed import PackedBitLinear
 from bitnet.quickstart import build_tokenizer
 
@@ -168,6 +171,22 @@ def test_names_are_those_of_llama_cpp() -> None:
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
         known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "{}") for tensor in gguf.MODEL_TENSORS[arch]}
         assert set(family.modules.values()) - {"output"} <= known
+
+
+@pytest.mark.parametrize("to", ["hub", "base3", "bf16"])
+def test_a_gguf_file_becomes_a_checkpoint(to: str, saved: tuple[Any, Path], exported: Path, tmp_path: Path) -> None:
+    convert_checkpoint(exported, tmp_path / "back", to, console=Console(quiet=True))
+    model, back = round_scales(copy.deepcopy(saved[0])), bitnet.load(tmp_path / "back")
+    for module in model.modules():
+        if isinstance(module, PackedBitLinear) and to != "bf16":
+            module.weight_scale = 1 / (1 / module.weight_scale)  # folders hold 1 / scale
+    if to == "bf16":
+        bitnet.unpack(model)
+        state = back.state_dict()
+        assert all(torch.equal(state[key], value.bfloat16()) for key, value in model.state_dict().items())
+    else:
+        assert torch.equal(logits(back), logits(model))
+    same_tokens(AutoTokenizer.from_pretrained(saved[1]), AutoTokenizer.from_pretrained(tmp_path / "back"))
 
 
 def test_a_gguf_file_becomes_another(exported: Path, tmp_path: Path) -> None:
@@ -424,6 +443,9 @@ def test_other_ternary_rules_are_read_as_floats(exported: Path, tmp_path: Path) 
         GgufSource(tmp_path / "m.gguf")
     source = GgufSource(tmp_path / "m.gguf", dequantize=True)
     assert source.layers() == {}
+    convert_checkpoint(source, tmp_path / "floats", "bf16", console=Console(quiet=True))
+    stored = load_file(tmp_path / "floats" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(stored, source.tensor("model.layers.1.mlp.down_proj.weight").bfloat16())
     weight = source.tensor("model.layers.1.mlp.down_proj.weight")
     assert torch.equal(weight, torch.from_numpy(gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.TQ2_0)))
     packed = GgufSource(exported)
