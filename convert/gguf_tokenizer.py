@@ -284,24 +284,19 @@ def _sentencepiece(metadata: dict[str, Any], types: list[int]) -> dict[str, Any]
 
 def _template(metadata: dict[str, Any], special: dict[str, str], kind: str) -> dict[str, Any] | None:
     """The post_processor that puts bos and eos around a text, where the file asks for them."""
-    pre = metadata.get("tokenizer.ggml.pre")
-    default = kind == "llama" or ALIASES.get(pre, pre) == "llama-bpe"  # type: ignore[arg-type]
-    before = ["bos_token"] if metadata.get("tokenizer.ggml.add_bos_token", default) else []
-    after = ["eos_token"] if metadata.get("tokenizer.ggml.add_eos_token", False) else []
-    around = [special[name] for name in [*before, *after] if name in special]
-    if not around:
+    pre = metadata.get("tokenizer.ggml.pre", "")
+    default = {"bos": kind == "llama" or ALIASES.get(pre, pre) == "llama-bpe", "eos": False}  # llama.cpp's
+    pieces: dict[str, list[dict[str, Any]]] = {}
+    tokens = {}
+    for word in default:
+        token = special.get(f"{word}_token")
+        wanted = token is not None and metadata.get(f"tokenizer.ggml.add_{word}_token", default[word])
+        pieces[word] = [{"SpecialToken": {"id": token, "type_id": 0}}] if wanted else []
+        if wanted:
+            tokens[token] = {"id": token, "ids": [metadata[f"tokenizer.ggml.{word}_token_id"]], "tokens": [token]}
+    if not tokens:
         return None
-    ids = {token: metadata[f"tokenizer.ggml.{name[:3]}_token_id"] for name, token in special.items() if token in around}
-
-    def piece(token: str) -> dict[str, Any]:
-        return {"SpecialToken": {"id": token, "type_id": 0}}
-
-    first = [piece(special[name]) for name in before if name in special]
-    last = [piece(special[name]) for name in after if name in special]
-    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}, *last]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, *first, {"Sequence": {"id": "B", "type_id": 1}}, *last],
-        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()},
-    }
+    single, second = (
+        [*pieces["bos"], {"Sequence": {"id": name, "type_id": i}}, *pieces["eos"]] for i, name in enumerate("AB")
+    )
+    return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": tokens}

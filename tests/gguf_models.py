@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     BitNetForCausalLM,
     LlamaForCausalLM,
@@ -95,6 +95,24 @@ def tokenizer(pre: str = "gpt-2", size: int = 400) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator([Path(str(m.__file__)).read_text() for m in (argparse, json, logging)], trainer)
     return fast(backend)
+
+
+def sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers makes them of sentencepiece models."""
+    pieces = ["<unk>", "<|start|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = [gguf_tokenizer.SPACE, *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,='()_"]
+    pairs = ["_ t", "h e", "_t he", "r e", "a r", "e t", "r s"]  # the order decides "ret" and "ars"
+    merges = [tuple(pair.replace("_", gguf_tokenizer.SPACE).split(" ")) for pair in pairs]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *letters, *("".join(merge) for merge in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Prepend(gguf_tokenizer.SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", gguf_tokenizer.SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(gguf_tokenizer.SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.add_special_tokens(["<|start|>", "<|end|>"])
+    return fast(backend, unk_token="<unk>")
 
 
 def fast(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:

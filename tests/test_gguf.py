@@ -10,10 +10,10 @@ import gguf
 import gguf_models
 import pytest
 import torch
-from gguf_models import LLAMA3, TEXTS, checkpoint, fast, tokenizer
+from gguf_models import LLAMA3, TEXTS, checkpoint, fast, sentencepiece, tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -515,30 +515,6 @@ def test_sentencepiece_like_tokenizers_come_back(prefix: bool, tmp_path: Path) -
     assert metadata["tokenizer.ggml.add_space_prefix"] is prefix
     assert metadata["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
     same_tokens(one, other)
-
-
-def sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers makes them of sentencepiece models."""
-    pieces = ["<unk>", "<|start|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    letters = [gguf_tokenizer.SPACE, *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,='()_"]
-    merges = [
-        (gguf_tokenizer.SPACE, "t"),
-        ("h", "e"),
-        (gguf_tokenizer.SPACE + "t", "he"),
-        ("i", "n"),
-        ("r", "e"),
-        ("a", "r"),
-    ]
-    vocabulary = {piece: i for i, piece in enumerate([*pieces, *letters, *("".join(merge) for merge in merges)])}
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    steps: list[Any] = [normalizers.Prepend(gguf_tokenizer.SPACE)] if prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", gguf_tokenizer.SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(gguf_tokenizer.SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    backend.add_special_tokens(["<|start|>", "<|end|>"])
-    return fast(backend, unk_token="<unk>")
 
 
 WHITESPACE = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()])

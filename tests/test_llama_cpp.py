@@ -16,9 +16,8 @@ import gguf_models
 import numpy as np
 import pytest
 import torch
-from gguf_models import LLAMA3, TEXTS, checkpoint, tokenizer
+from gguf_models import LLAMA3, TEXTS, checkpoint, sentencepiece, tokenizer
 from rich.progress import Progress
-from test_gguf import sentencepiece
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
