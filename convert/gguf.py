@@ -485,9 +485,9 @@ class GgufSource(Source):
         heads, width = take("attention.head_count"), take("embedding_length")
         kv, head_dim = take("attention.head_count_kv", heads), take("attention.key_length", width // heads)
         rope = {"rope_type": "default", "rope_theta": take("rope.freq_base", 10000.0)}
-        if (factor := take("rope.scaling.factor", 1.0)) != 1:
-            rope |= {"rope_type": take("rope.scaling.type"), "factor": factor}
-        own.pop("rope.scaling.type", None)
+        scaling, factor = take("rope.scaling.type", "linear"), take("rope.scaling.factor", 1.0)
+        if scaling != "none" and (scaling != "linear" or factor != 1):
+            rope |= {"rope_type": scaling, "factor": factor}
         same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": embedding.shape[0]}
         wrong = [key for key, value in same.items() if take(key, value) != value]
         special = {

@@ -397,6 +397,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown key": ({"llama.attention.scale": 0.5}, "-", r"not understood here: llama\.attention\.scale"),
     "partial rotary": ({"llama.rope.dimension_count": 32}, "-", r"not understood here: llama\.rope\.dimension_count"),
     "yarn": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "-", "not understood here:.*yarn"),
+    "yarn without a factor": ({"llama.rope.scaling.type": "yarn"}, "-", "not understood here:.*yarn"),
     "other width": ({"llama.feed_forward_length": 1024}, "-", r"tensor blk\.0\.\w+\.weight is .*, but by the metadata"),
     "no embedding": ({}, "token_embd.weight", r"has no tensor token_embd\.weight"),
     "more layers": ({"llama.block_count": 1}, "-", r"tensor blk\.1\.\w+\.weight has no place"),

@@ -2,13 +2,15 @@
 
 llama.cpp rounds activations to 8 bits by blocks, we by tokens, so logits differ by what rounding does to them. How much
 that is needs no guess: `emulated` runs transformers' own model on the codes in the file with llama.cpp's rounding, or
-with none. Both sides then do the same arithmetic; what is left is the order of float32 sums, which moves a rounded
-activation by one step here and there. Those few steps must weigh less than half of what all roundings together do.
+with none. Both sides then do the same arithmetic but for the order of float32 sums. Now and then that moves an
+activation across a rounding boundary, which the rest of its text inherits; so most texts of four tokens must have
+equal logits, and a long one's must differ by less than all roundings together make.
 """
 
 import copy
 import ctypes
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ import bitnet
 from bitnet.convert import gguf_file, gguf_tokenizer
 from bitnet.convert.gguf import write_gguf
 from bitnet.convert.source import FolderSource
-from bitnet.packed import PackedBitLinear
-from bitnet.quickstart import Settings, corpus, train
+from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.quickstart import Settings, build_tokenizer, corpus, train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python", exc_type=ImportError)
 pytestmark = pytest.mark.slow
@@ -84,12 +86,17 @@ def emulated(model: Any, kind: str | None) -> Any:
     for module in model.modules():
         if isinstance(module, PackedBitLinear):
             module.forward = product(module)
+        elif isinstance(module, PackedEmbedding):
+            module.weight_scale = module.weight_scale.half().float()
     return model
 
 
 @torch.no_grad()
 def logits(model: Any, ids: list[int]) -> Any:
     return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+SUMS = 512 * 2**-24  # the most that the order matters in a float32 sum of 512 terms, relative to it
 
 
 def rms(x: Any) -> float:
@@ -99,11 +106,21 @@ def rms(x: Any) -> float:
 def compare(model: Any, file: Path, kind: str, ids: list[int]) -> None:
     """Assert that llama.cpp's logits are those of `model` up to the rounding of activations."""
     llama = open_in_llama_cpp(file)
-    llama.eval(ids)
-    theirs = np.array(llama.scores[: len(ids)])
-    emulation, exact, ours = (logits(m, ids) for m in (emulated(model, kind), emulated(model, None), model))
+
+    def in_llama_cpp(ids: list[int]) -> Any:
+        llama.reset()
+        llama.eval(ids)
+        return np.array(llama.scores[: len(ids)])
+
+    same, plain = emulated(model, kind), emulated(model, None)
+    equal = []
+    for start in range(0, len(ids) - 3, 4):
+        emulation = logits(same, part := ids[start : start + 4])
+        equal.append(np.abs(in_llama_cpp(part) - emulation).max() < SUMS * np.abs(emulation).max())
+    assert np.mean(equal) > 0.5, "llama.cpp computes something else"
+    theirs, emulation, exact, ours = in_llama_cpp(ids), logits(same, ids), logits(plain, ids), logits(model, ids)
     their_noise, our_noise = rms(emulation - exact), rms(ours - exact)
-    assert rms(theirs - emulation) < their_noise / 2, "llama.cpp computes something else"
+    assert rms(theirs - emulation) < their_noise
     assert rms(theirs - ours) < their_noise + our_noise
     top = np.argsort(ours, axis=1)[:, -5:]
     difference = np.take_along_axis(theirs - ours, top, 1)
@@ -119,6 +136,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}),
     "llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama, int8 head": ("llama", {"head": "int8"}),
+    "llama, tied int8 head": ("llama", {"head": "int8", "tie_word_embeddings": True}),
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
@@ -159,7 +177,7 @@ def test_a_trained_model_writes_the_same_text(kind: str, trained: tuple[Any, Pat
     model, folder = trained
     file = write_gguf(FolderSource(folder), tmp_path / "m.gguf", kind)
     prompt = tokenizer("llama-bpe", 512)("import os\n\n\ndef main(args):\n    ").input_ids
-    compare(model, file, kind, prompt)
+    compare(model, file, kind, tokenizer("llama-bpe", 512)(TEXTS[0]).input_ids)
     llama = open_in_llama_cpp(file)
     theirs: list[int] = []
     for token in llama.generate(prompt, temp=0, repeat_penalty=1.0):
@@ -175,6 +193,14 @@ def test_a_trained_model_writes_the_same_text(kind: str, trained: tuple[Any, Pat
     assert (behind == 0).mean() > 0.8
 
 
+@pytest.mark.skipif(not knows_q2_0(), reason="this llama.cpp has no Q2_0 yet")
+def test_q2_0_takes_rows_that_fill_no_large_block(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 3, "num_key_value_heads": 1}
+    model = checkpoint(tmp_path / "hf", **sizes)
+    file = write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-q2_0")
+    compare(model, file, "gguf-q2_0", tokenizer()(TEXTS[0]).input_ids)
+
+
 def test_i2_s_is_for_bitnet_cpp_only(tmp_path: Path) -> None:
     checkpoint(tmp_path / "hf")
     file = write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-i2_s")
@@ -182,10 +208,17 @@ def test_i2_s_is_for_bitnet_cpp_only(tmp_path: Path) -> None:
         open_in_llama_cpp(file)
 
 
-@pytest.mark.parametrize("pre", [*gguf_tokenizer.PRE, "sentencepiece", "sentencepiece without a space"])
-def test_texts_have_the_same_tokens(pre: str, tmp_path: Path) -> None:
-    spaces = {"sentencepiece": True, "sentencepiece without a space": False}
-    (sentencepiece(spaces[pre]) if pre in spaces else tokenizer(pre, 500)).save_pretrained(tmp_path)
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    **{pre: functools.partial(tokenizer, pre, 500) for pre in gguf_tokenizer.PRE},
+    "sentencepiece": sentencepiece,
+    "sentencepiece without a space": functools.partial(sentencepiece, False),
+    "bytes": build_tokenizer,
+}
+
+
+@pytest.mark.parametrize("build", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_texts_have_the_same_tokens(build: Callable[[], Any], tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
     config = AutoConfig.for_model("llama", vocab_size=600)
     least = {
         "general.architecture": "llama",
