@@ -1,7 +1,7 @@
 """Train, convert and serve 1-bit and 1.58-bit language models.
 
     import bitnet
-    report = bitnet.replace_linear(model)    # nn.Linear -> BitLinear, in place; train as usual
+    report = bitnet.replace_linear(model)    # nn.Linear -> BitLinear (Conv1D, experts), in place; train as usual
     bitnet.pack(model)                       # BitLinear -> PackedBitLinear: two bits a weight, the same outputs
     bitnet.save(model, "out")                # a Hugging Face checkpoint
     model = bitnet.load("out")               # or AutoModelForCausalLM.from_pretrained("out")
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .convert.checkpoint import load, save
     from .convert.swap import Report, pack, replace_linear, unpack
+    from .experts import BitExperts, PackedExperts
     from .kernels.ops import backends
-    from .linear import BitLinear
+    from .linear import BitConv1D, BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
     from .trainer import StrengthCallback
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BitConv1D": "bitnet.linear",
+    "BitExperts": "bitnet.experts",
     "BitLinear": "bitnet.linear",
     "Muon": "bitnet.training",
     "PackedBitLinear": "bitnet.packed",
+    "PackedExperts": "bitnet.experts",
     "QuantSpec": "bitnet.quantize",
     "Report": "bitnet.convert.swap",
     "StrengthCallback": "bitnet.trainer",
@@ -46,9 +50,12 @@ _HOME = {
 }
 
 __all__ = [
+    "BitConv1D",
+    "BitExperts",
     "BitLinear",
     "Muon",
     "PackedBitLinear",
+    "PackedExperts",
     "QuantSpec",
     "Report",
     "StrengthCallback",

@@ -1,7 +1,7 @@
-"""BitLinear: nn.Linear that trains for 1 or 1.58 bits."""
+"""BitLinear: nn.Linear that trains for 1 or 1.58 bits; and what all layers in training have in common."""
 
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,33 @@ def become(module: nn.Module, cls: type[M]) -> M:
     return module  # type: ignore[return-value]
 
 
-class BitLinear(nn.Linear):
-    """A drop-in nn.Linear whose product runs on quantized weights and activations.
+class Matrices(NamedTuple):
+    """A parameter of a layer in training that is quantized: one matrix [N, K], or a stack of them, one per expert.
 
-    Takes nn.Linear's arguments, then the options of QuantSpec. `weight` [N, K] stays the float *latent* weight
-    that optimizers update; every forward pass quantizes it afresh. Names and state_dict keys are those of
-    nn.Linear (plus `rms_norm.weight` if that option is on).
+    Every matrix has a scale of its own (one, or one a row) and is packed by itself; see BitLayer.matrices.
+    """
+
+    parameter: str  # its name in the layer
+    out_features: int  # N
+    in_features: int  # K
+    transposed: bool = False  # stored as [K, N], as GPT-2's Conv1D and gpt_oss do
+    experts: int | None = None  # the length of a stack [E, N, K]; None for one matrix
+    packed: str = ""  # the child of the packed layer that holds weight and weight_scale; "" for the layer itself
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        n, k = self.out_features, self.in_features
+        return (*(() if self.experts is None else (self.experts,)), *((k, n) if self.transposed else (n, k)))
+
+    def views(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Each matrix [N, K] of the parameter's values, as a view."""
+        values = values.mT if self.transposed else values
+        return (values,) if self.experts is None else values.unbind()
+
+
+class BitLayer(nn.Module):
+    """What layers in training share. Surgery, checkpoints and set_strength see no more of them than this.
 
     strength: how far training forward passes quantize: 1 fully, 0 not at all; bitnet.set_strength sets it.
         Evaluation mode always quantizes fully, because that is what packing and serving compute.
@@ -34,7 +55,54 @@ class BitLinear(nn.Linear):
 
     spec: QuantSpec
     strength: float | Tensor  # a 0-d tensor strictly between 0 and 1, so that a compiled ramp is one graph
+
+    def matrices(self) -> list[Matrices]:
+        """The parameters that are quantized; also right on the meta device."""
+        raise NotImplementedError
+
+
+class _OneMatrix(BitLayer):
+    """A layer with one weight, a bias or None, and perhaps an RMSNorm."""
+
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Any  # [N] or None
     rms_norm: nn.RMSNorm | None
+    transposed = False  # weight is [K, N]
+
+    def _configure(self, spec: QuantSpec) -> None:
+        self.spec = spec
+        self.strength = 1.0
+        self.rms_norm = None
+        if spec.rms_norm:
+            self.rms_norm = nn.RMSNorm(
+                self.in_features, spec.rms_norm_eps, device=self.weight.device, dtype=self.weight.dtype
+            )
+
+    def matrices(self) -> list[Matrices]:
+        return [Matrices("weight", self.out_features, self.in_features, self.transposed)]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
+        x = cast_for_autocast(x)
+        weight = self.weight.T if self.transposed else self.weight
+        return bit_linear(x, weight, self.bias, self.spec, self.strength if self.training else 1.0)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {describe(self.spec)}"
+
+
+class BitLinear(_OneMatrix, nn.Linear):
+    """A drop-in nn.Linear whose product runs on quantized weights and activations.
+
+    Takes nn.Linear's arguments, then the options of QuantSpec. `weight` [N, K] stays the float *latent* weight
+    that optimizers update; every forward pass quantizes it afresh. Names and state_dict keys are those of
+    nn.Linear (plus `rms_norm.weight` if that option is on).
+    """
 
     def __init__(
         self,
@@ -58,24 +126,24 @@ class BitLinear(nn.Linear):
         layer._configure(spec or QuantSpec())
         return layer
 
-    def _configure(self, spec: QuantSpec) -> None:
-        self.spec = spec
-        self.strength = 1.0
-        self.rms_norm = None
-        if spec.rms_norm:
-            self.rms_norm = nn.RMSNorm(
-                self.in_features, spec.rms_norm_eps, device=self.weight.device, dtype=self.weight.dtype
-            )
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self.rms_norm is not None:
-            x = self.rms_norm(x)
-        x = cast_for_autocast(x)
-        return bit_linear(x, self.weight, self.bias, self.spec, self.strength if self.training else 1.0)
+class BitConv1D(_OneMatrix):
+    """BitLinear for transformers' Conv1D (GPT-2): the same, with a latent weight that is stored as [K, N].
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {describe(self.spec)}"
+    What is quantized is weight.T; the weight itself and its name stay those of a GPT-2 checkpoint.
+    """
+
+    nf: int
+    nx: int
+    transposed = True
+
+    @staticmethod
+    def from_conv1d(conv1d: nn.Module, spec: QuantSpec | None = None) -> "BitConv1D":
+        """Turn a transformers.pytorch_utils.Conv1D into a BitConv1D *in place* and return it."""
+        layer = become(conv1d, BitConv1D)
+        layer.in_features, layer.out_features = layer.nx, layer.nf
+        layer._configure(spec or QuantSpec())
+        return layer
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import layout, ops
-from .linear import BitLinear, become, cast_for_autocast, describe
+from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A module whose weight_scale stays float32 under .to(bfloat16), .half(): the scale is exact or it is wrong."""
 
     weight_scale: Tensor
@@ -21,14 +21,19 @@ class _Packed(nn.Module):
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
+        self._drop_derived()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_derived()
         super()._load_from_state_dict(*args, **kwargs)
         self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
 
+    def _drop_derived(self) -> None:
+        """Forget what was made from the buffers; the next call makes it again."""
 
-class PackedBitLinear(_Packed):
+
+class PackedBitLinear(Packed):
     """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
 
     Takes nn.Linear's arguments, then the options of QuantSpec, `backend` ("auto" or a name that bitnet.backends()
@@ -46,6 +51,7 @@ class PackedBitLinear(_Packed):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    transposed = False  # made from a layer whose float weight is [K, N]; the packed one is the same
 
     def __init__(
         self,
@@ -61,26 +67,45 @@ class PackedBitLinear(_Packed):
     ) -> None:
         super().__init__()
         spec = QuantSpec(**options)
-        packed, scale = _zeros(in_features, out_features, spec, device)
+        packed, scale = packed_zeros(in_features, out_features, spec, device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
         self._configure(in_features, out_features, spec, packed, scale, b, norm, backend, bits)
 
     @staticmethod
     def from_bit_linear(
-        layer: BitLinear, packed: Tensor | None = None, scale: Tensor | None = None, backend: str = "auto"
+        layer: BitLinear | BitConv1D, packed: Tensor | None = None, scale: Tensor | None = None, backend: str = "auto"
     ) -> "PackedBitLinear":
-        """Turn a BitLinear into its packed form *in place* and return it; its latent weight is dropped.
+        """Turn a BitLinear or BitConv1D into its packed form *in place* and return it; its latent weight is dropped.
 
         packed, scale: what quantize_packed(layer) returned; without them the layer holds zeros, to be loaded
         """
         k, n, norm, spec = layer.in_features, layer.out_features, layer.rms_norm, layer.spec
         if packed is None or scale is None:
-            packed, scale = _zeros(k, n, spec, layer.weight.device)
+            packed, scale = packed_zeros(k, n, spec, layer.weight.device)
         bias = None if layer.bias is None else layer.bias.detach()
+        transposed = layer.transposed
         del layer.weight, layer.bias, layer.rms_norm, layer.strength
         module = become(layer, PackedBitLinear)
         module._configure(k, n, spec, packed, scale, bias, norm, backend)
+        if transposed:
+            module.transposed = True
+        return module
+
+    @staticmethod
+    def from_packed(
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        spec: QuantSpec,
+        backend: str = "auto",
+        bits: float = 2,
+    ) -> "PackedBitLinear":
+        """A layer around tensors that exist already, which it shares."""
+        module = PackedBitLinear.__new__(PackedBitLinear)
+        nn.Module.__init__(module)
+        module._configure(packed.shape[-1], out_features, spec, packed, scale, bias, None, backend, bits)
         return module
 
     def _configure(
@@ -105,15 +130,12 @@ class PackedBitLinear(_Packed):
         self.set_backend(backend, bits)
 
     def _drop_derived(self) -> None:
-        """Forget what was made from the buffers; the next call makes it again."""
         self._prepacked: tuple[Tensor, str] | None = None
         self._bound: tuple[Tensor, Tensor | None, ops.Linear] | None = None  # with the scale and bias it is bound to
 
     def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
         """Choose the backend and its bits a weight; see the class. Raises ValueError for values there are not."""
-        ops.check_backend(backend)
-        if bits not in (2, 1.6):
-            raise ValueError(f"bits must be 2 or 1.6, got {bits!r}")
+        check_backend(backend, bits)
         if (self.backend, self.bits) != (backend, bits):
             self.backend, self.bits = backend, bits
             self._drop_derived()
@@ -166,15 +188,6 @@ class PackedBitLinear(_Packed):
         bits = self.spec.activation_bits
         return ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedBitLinear":
-        super()._apply(fn, recurse)
-        self._drop_derived()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._drop_derived()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepacked": None, "_bound": None}
 
@@ -183,7 +196,15 @@ class PackedBitLinear(_Packed):
         return f"{shape}, {describe(self.spec)}, backend={self.backend}"
 
 
-def _zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
+def check_backend(backend: str, bits: float) -> None:
+    """Raise ValueError for a backend or bits a weight that there are not."""
+    ops.check_backend(backend)
+    if bits not in (2, 1.6):
+        raise ValueError(f"bits must be 2 or 1.6, got {bits!r}")
+
+
+def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
+    """The weight and the scale of a freshly built packed layer."""
     if spec.weights == "int8":
         packed = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
     else:
@@ -192,39 +213,48 @@ def _zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) ->
     return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
-def quantize_packed(layer: BitLinear) -> tuple[Tensor, Tensor]:
-    """A layer's latent weight as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale.
+def pack_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """A latent weight [N, K] as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale [1] or [N].
 
     Raises ValueError for NaN or Inf weights.
     """
-    spec = layer.spec
     if spec.weights == "ternary":
-        return ops.pack_latent(layer.weight.detach(), per_row=spec.per_row)
-    codes, scale = ops.quantize_weight(layer.weight.detach(), kind=spec.weights, per_row=spec.per_row)
+        return ops.pack_latent(weight.detach(), per_row=spec.per_row)
+    codes, scale = ops.quantize_weight(weight.detach(), kind=spec.weights, per_row=spec.per_row)
     return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
 
 
-class PackedEmbedding(_Packed):
+def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:
+    """pack_matrix for the weight of a layer."""
+    (weight,) = layer.matrices()[0].views(layer.weight)
+    return pack_matrix(weight, layer.spec)
+
+
+class PackedEmbedding(Packed):
     """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
 
     weight: int8 [V, D]; weight_scale: float32 [V]. The output has the dtype of the embedding it was made from, which
-    .to(dtype) changes as usual.
+    .to(dtype) changes as usual. Gemma 3's embedding, which multiplies its rows by a constant, goes on doing so.
     """
 
     weight: Tensor
     weight_scale: Tensor
     dtype_of: Tensor  # empty: follows .to(dtype)
+    origin: type[nn.Embedding]
+    multiplier: float | None
 
     @staticmethod
     def from_embedding(
         embedding: nn.Embedding, weight: Tensor | None = None, scale: Tensor | None = None
     ) -> "PackedEmbedding":
         """Turn an nn.Embedding into its int8 form *in place* and return it; without a weight it holds zeros."""
-        like = embedding.weight.detach()
+        like, origin = embedding.weight.detach(), type(embedding)
         if weight is None or scale is None:
             weight, scale = torch.zeros_like(like, dtype=torch.int8), torch.ones_like(like[:, 0], dtype=torch.float32)
         del embedding.weight
+        embedding._buffers.pop("embed_scale", None)  # not stored in checkpoints; the number is
         module = become(embedding, PackedEmbedding)
+        module.origin, module.multiplier = origin, vars(module).get("scalar_embed_scale")
         module.register_buffer("weight", weight)
         module.register_buffer("weight_scale", scale.clone())
         module.register_buffer("dtype_of", like.new_empty(0), persistent=False)
@@ -232,4 +262,18 @@ class PackedEmbedding(_Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = F.embedding(input, self.weight).float() * F.embedding(input, self.weight_scale[:, None])
-        return rows.to(self.dtype_of.dtype)
+        rows = rows.to(self.dtype_of.dtype)
+        if self.multiplier is None:
+            return rows
+        return rows * torch.full((), self.multiplier, dtype=rows.dtype, device=rows.device)
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """Turn it back into what it was, in place, with the weight codes * scale."""
+        dtype, origin, multiplier = dtype or self.dtype_of.dtype, self.origin, self.multiplier
+        weight = (self.weight * self.weight_scale[:, None]).to(dtype)
+        del self.weight, self.weight_scale, self.dtype_of, self.origin, self.multiplier
+        embedding = become(self, origin)
+        embedding.weight = nn.Parameter(weight)
+        if multiplier is not None:
+            embedding.register_buffer("embed_scale", weight.new_full((), multiplier), persistent=False)
+        return embedding

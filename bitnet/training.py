@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .linear import BitLinear
+from .linear import BitLayer
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Set how far every BitLinear of `model` quantizes in training mode, from 0 (not at all) to 1 (fully).
+    """Set how far all BitLinear, BitConv1D and BitExperts of `model` quantize in training, from 0 to 1 (fully).
 
     Raises ValueError outside [0, 1], or if the model has no BitLinear.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1], got {strength}")
-    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    layers = [module for module in model.modules() if isinstance(module, BitLayer)]
     if not layers:
         raise ValueError("the model has no BitLinear layers; call bitnet.replace_linear(model) first")
     value = float(strength) if strength in (0, 1) else torch.tensor(float(strength))
@@ -36,7 +36,8 @@ def strength_at(step: int, steps: int, start: float = 0.2, end: float = 0.7) -> 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized (Muon, Jordan et al. 2024), for the matrices inside a model's blocks.
 
-    params: 2-D parameters; embedding, head, norms and biases belong to AdamW
+    params: 2-D parameters, and 3-D ones as stacks of matrices (fused experts); embedding, head, norms and biases
+            belong to AdamW
     lr:     step size on AdamW's scale: updates have a root mean square of about 0.2 (arXiv 2502.16982, sec. 2.2)
 
     The same method as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which orthogonalizes one matrix at a time
@@ -50,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim != 2:
+                if p.ndim not in (2, 3):
                     raise ValueError(f"Muon takes matrices only, got a parameter of shape {list(p.shape)}")
 
     @torch.no_grad()
@@ -71,8 +72,9 @@ class Muon(torch.optim.Optimizer):
                     average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                     average.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
-                size = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for p, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+                size = 0.2 * max(shape[-2:]) ** 0.5 * group["lr"]
+                matrices = orthogonalize(torch.stack(updates).flatten(0, -3))
+                for p, update in zip(parameters, matrices.unflatten(0, (-1, *shape[:-2])), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(p.dtype), alpha=-size)
         return loss
 

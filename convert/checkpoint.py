@@ -86,13 +86,14 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     """
     from transformers import PreTrainedModel
 
+    from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
     from . import hf
 
     if bits not in (2, 1.6):
         raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
-    if bits == 1.6 and not any(isinstance(module, PackedBitLinear) for module in model.modules()):
+    if bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
         raise ValueError("save: bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -144,6 +145,7 @@ def load(
     """
     import transformers
 
+    from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
     from . import hf
@@ -173,7 +175,7 @@ def load(
         hf.finish_loading(model, settings)
     assert model is not None
     for module in model.modules():
-        if isinstance(module, PackedBitLinear):
+        if isinstance(module, PackedBitLinear | PackedStack):
             module.set_backend(backend, bits)
     return model.eval()
 

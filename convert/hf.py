@@ -9,35 +9,56 @@ Three stock forms, all of `quant_method: bitnet`, read and (the first two) writt
                                         codes as floats
 
 Models that stock transformers cannot express (per-row scales, other activation bits, binary latent weights,
-N % 4 != 0, int8 heads, layers with different options) carry EXTENDED as linear_class: stock transformers refuses it
-with a message that names this package. Their options stand under "bitnet_toolkit". weight_scale is stored as 1 / scale
-there too. `"bits": 1.6` in that section means that packed weights are stored in the base-3 layout (kernels/layout.py),
-uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
+N % 4 != 0, int8 heads, layers with different options, low-bit Conv1D or fused experts) carry EXTENDED as linear_class:
+stock transformers refuses it with a message that names this package. Their options stand under "bitnet_toolkit".
+weight_scale is stored as 1 / scale there too. `"bits": 1.6` in that section means that packed weights are stored in the
+base-3 layout (kernels/layout.py), uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
+
+In stock forms only nn.Linear layers are low-bit; in EXTENDED also GPT-2's Conv1D and fused experts, unless
+modules_to_not_convert has their name. Their tensors:
+
+                       latent                                      packed
+    Conv1D             weight [K, N], as in any GPT-2 checkpoint   weight uint8 [ceil(N/4), K], weight_scale [1] or [N]
+    experts            as in any checkpoint of the family: the     packed_gate_up_proj.weight uint8 [E, ceil(2I/4), H],
+                       stacks gate_up_proj and down_proj, or one   .weight_scale [E] ([E, 2I] per_row), .bias [E, 2I];
+                       tensor an expert, which transformers        packed_down_proj likewise (ceil(H/4), I, [E, H])
+                       merges on load and splits on save
+
+Latent tensors are thus those of the float model: without quantization_config in config.json, it loads from them.
 """
 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
 
+from bitnet.experts import PackedExperts, PackedStack, to_packed
 from bitnet.kernels import layout
-from bitnet.linear import BitLinear
+from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .checkpoint import TensorHeader, read_headers
+from .kinds import swappable, to_training
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 
@@ -115,21 +136,23 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
     bits: what a packed weight takes in the files: 2, or 1.6, which only this package reads
     """
     layers: dict[str, tuple[bool, QuantSpec]] = {}
+    ours_only = False  # is there a layer that stock transformers would leave float, or has no room for?
     for name, module in model.named_modules():
-        if isinstance(module, BitLinear | PackedBitLinear):
-            layers[name] = isinstance(module, PackedBitLinear), module.spec
+        if isinstance(module, BitLayer):
+            layers[name] = False, module.spec
+            ours_only |= not isinstance(module, BitLinear)
+        elif isinstance(module, PackedBitLinear | PackedExperts):
+            layers[name] = True, module.spec
+            ours_only |= isinstance(module, PackedExperts) or module.transposed or module.out_features % 4 != 0
     if not layers:
         return None
     (packed, spec), _ = Counter(layers.values()).most_common(1)[0]
     skips = _skip_patterns(model, layers)
     overrides = {name: layer for name, layer in layers.items() if layer != (packed, spec)}
-    ragged = packed and any(
-        module.out_features % 4 for module in model.modules() if isinstance(module, PackedBitLinear)
-    )
     stock = (
         bits == 2
         and not overrides
-        and not ragged
+        and not ours_only
         and not spec.per_row
         and spec.activation_bits == 8
         and (spec.weights == "ternary" or (packed and spec.weights == "binary"))
@@ -150,7 +173,7 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
 def attach(model: PreTrainedModel, bits: float = 2) -> None:
     """Bring a model's config in line with its layers, so that save_pretrained writes what from_pretrained rebuilds."""
     config = config_of(model, bits)
-    packed = any(isinstance(module, PackedBitLinear) for module in model.modules())
+    packed = any(isinstance(module, PackedBitLinear | PackedExperts) for module in model.modules())
     if config is None:
         present = getattr(model.config, "quantization_config", None)
         if present is not None:
@@ -174,9 +197,12 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
     if skips is None and isinstance(model, PreTrainedModel):
         skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     # The weights of a task model, loaded into its bare base model, get names without a prefix: not compared.
-    comparable = headers is not None and any(f"{name}.weight" in headers for name, _ in _linears(model))
-    for name, linear in _linears(model):
-        stored = headers.get(f"{name}.weight") if comparable and headers else None
+    comparable = headers is not None and any(f"{name}.weight" in headers for name, _ in model.named_modules())
+    parts = merged(model, headers) if comparable and headers else {}
+    for name, module in _swappable(model, linear_only=config.linear_class != EXTENDED):
+        stored = None
+        if comparable and headers:
+            stored = headers.get(f"{name}.weight") or headers.get(f"{name}.packed_down_proj.weight")
         if not should_convert_module(name, skips):
             if stored and stored.dtype in ("U8", "I8"):
                 raise ValueError(
@@ -185,20 +211,20 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
                 )
             continue
         packed, spec = config.layer(name)
+        layer = to_training(module, spec)
         if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
             # the codes as floats, which finish_loading packs
-            layer = BitLinear.from_linear(linear, spec)
-            layer.register_buffer("weight_scale", torch.ones(1, device=layer.weight.device))
+            layer.register_buffer("weight_scale", torch.ones(1, device=layer.get_parameter("weight").device))
         elif packed:
-            served = PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
+            to_packed(layer)
             if config.bits == 1.6 and spec.weights != "int8":  # until finish_loading
-                shape = served.out_features, -(-served.in_features // 5)
-                served.weight = torch.empty(shape, dtype=torch.uint8, device=served.weight.device)
-        else:
-            BitLinear.from_linear(linear, spec)
+                for part in module.modules():
+                    if isinstance(part, PackedBitLinear | PackedStack):
+                        shape = *part.weight.shape[:-2], part.out_features, -(-part.in_features // 5)
+                        part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
-            _compare(name, linear, headers, tied=config.embedding is not None and spec.weights == "int8")
+            _compare(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
     if config.embedding is not None:
         embedding = PackedEmbedding.from_embedding(model.get_submodule(config.embedding))  # type: ignore[arg-type]
         if comparable and headers is not None:
@@ -211,24 +237,27 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BitLinear) and hasattr(module, "weight_scale"):
             module = _pack_float_codes(name, module)
-        elif not isinstance(module, PackedBitLinear | PackedEmbedding):
+        elif not isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             continue
         elif divides:
             module.weight_scale = 1 / module.weight_scale.float()
         if module.weight.is_meta or isinstance(module, PackedEmbedding):
             continue
+        where = name
         try:
             if config.bits == 1.6 and module.weight.dtype == torch.uint8:
-                module.weight = layout.pack_ternary(layout.unpack_base3(module.weight, module.in_features))
-            module.prepack()
+                module.weight = _hub_from_base3(module.weight, module.in_features)
+            for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
+                where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
+                layer.prepack()
+                if layer.weight.dtype == torch.uint8 and not bool(layer.weight.any()):
+                    warnings.warn(
+                        f"{where}: every packed byte is zero, which means every weight is -1; the checkpoint is "
+                        "probably damaged (some uploads are)",
+                        stacklevel=2,
+                    )
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if module.weight.dtype == torch.uint8 and not bool(module.weight.any()):
-            warnings.warn(
-                f"{name}: every packed byte is zero, which means every weight is -1; the checkpoint is probably "
-                "damaged (some uploads are)",
-                stacklevel=2,
-            )
+            raise ValueError(f"{where}: {error}") from None
 
 
 def stored_codes(
@@ -255,11 +284,12 @@ def stored_state(model: nn.Module, bits: float = 2) -> dict[str, Tensor]:
     """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `bits` bits."""
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PackedBitLinear | PackedEmbedding):
+        if isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
-            if bits == 1.6 and isinstance(module, PackedBitLinear) and module.weight.dtype == torch.uint8:
-                state[f"{prefix}weight"] = layout.pack_base3(module.codes())
+            if bits == 1.6 and module.weight.dtype == torch.uint8 and not isinstance(module, PackedEmbedding):
+                codes = module.codes()
+                state[f"{prefix}weight"] = layout.pack_base3(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
     return state
 
 
@@ -325,16 +355,53 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return model
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _swappable(model: nn.Module, linear_only: bool = False) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (swappable(module) and not linear_only)
+    ]
 
 
 def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """The names the model has for stored tensors: checkpoints of some families (ViT) keep older ones."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    ours = {*model.state_dict(), *(f"{name}.weight_scale" for name, _ in _linears(model))}
+    ours = {*model.state_dict(), *(f"{name}.weight_scale" for name, _ in _swappable(model))}
     return {key: key if key in ours else rename_source_key(key, renamings, [])[0] for key in sorted(keys)}
+
+
+def stored_name(model: PreTrainedModel, key: str) -> str:
+    """The name that save_pretrained gives a tensor of the model: model_names the other way."""
+    transforms = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming) and not isinstance(t, PrefixChange)]
+    return rename_source_key(key, [transform.reverse_transform() for transform in renamings], [])[0]
+
+
+def merged(model: nn.Module, headers: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters that transformers merges from several tensors (an expert each) on load, and those tensors."""
+    found: dict[str, list[str]] = {}
+    if isinstance(model, PreTrainedModel):
+        converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+        for key in sorted(headers, key=dot_natural_key):  # expert 10 after expert 9
+            target, pattern = rename_source_key(key, [], converters)
+            if pattern is not None:
+                found.setdefault(target, []).append(key)
+    return found
+
+
+def merge(model: PreTrainedModel, target: str, parts: dict[str, Callable[[], Tensor]]) -> Tensor:
+    """One of the parameters that `merged` finds, made of its tensors as transformers does; parts: how to read them."""
+    converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    for converter in converters:
+        for key, read in parts.items():
+            name, pattern = rename_source_key(key, [], [converter])
+            if pattern is not None:
+                converter.add_tensor(name, key, pattern, read)
+        if converter.collected_tensors:
+            found = converter.convert(target, model=model, config=model.config)[target]
+            return found[0] if isinstance(found, list) else found
+    raise KeyError(target)
 
 
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
@@ -344,7 +411,7 @@ def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
 def _skip_patterns(model: nn.Module, swapped: dict[str, Any]) -> list[str]:
     """modules_to_not_convert: few patterns, each anchored, that cover the kept layers and no swapped one."""
     patterns: list[str] = []
-    for name, _ in _linears(model):
+    for name, _ in _swappable(model):
         if name in swapped or not should_convert_module(name, patterns):
             continue
         exact = re.escape(name) + "$"
@@ -357,10 +424,19 @@ def _skip_patterns(model: nn.Module, swapped: dict[str, Any]) -> list[str]:
     return patterns
 
 
-def _compare(name: str, module: nn.Module, headers: dict[str, TensorHeader], tied: bool = False) -> None:
+def _compare(
+    name: str,
+    module: nn.Module,
+    headers: dict[str, TensorHeader],
+    merged: dict[str, list[str]] | None = None,
+    tied: bool = False,
+) -> None:
     dtypes = {torch.uint8: "U8", torch.int8: "I8"}
     for leaf, tensor in module.state_dict().items():
         stored = headers.get(f"{name}.{leaf}")
+        if stored is None and (parts := (merged or {}).get(f"{name}.{leaf}")):
+            _compare_parts(f"{name}.{leaf}", tensor, {part: headers[part] for part in parts})
+            continue
         if stored is None and tied and leaf == "weight":
             continue
         if stored is None:
@@ -380,6 +456,37 @@ def _float_codes(weight: Tensor) -> Tensor:
     if not bool(((weight == 0) | (weight.abs() == 1)).all()):
         raise ValueError("quantization_mode is offline, but its weight holds values other than -1, 0, 1")
     return weight.to(torch.int8)
+
+
+def _compare_parts(name: str, stack: Tensor, parts: dict[str, TensorHeader]) -> None:
+    """Do the tensors of single experts make up the stack? Those of one kind differ in the expert's number only."""
+    kinds: dict[str, list[str]] = {}
+    for part in parts:
+        kinds.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", part), []).append(part)
+    for kind, found in kinds.items():
+        every = [kind.replace("*", str(expert)) for expert in range(len(stack))] if "*" in kind else []
+        if missing := next((part for part in every if part not in parts), None):
+            raise ValueError(f"the checkpoint has no tensor {missing}, a part of {name}")
+        usual = Counter(parts[part].shape for part in found).most_common(1)[0][0]
+        for part in found:
+            dtype, shape, file, _ = parts[part]
+            if dtype not in ("F32", "BF16", "F16") or shape != usual:
+                raise ValueError(
+                    f"{file.name}: {part} is {dtype} {list(shape)}, but as a part of {name} it must be F32, BF16 or "
+                    f"F16 {list(usual)}"
+                )
+    if sum(prod(header.shape) for header in parts.values()) != stack.numel():
+        raise ValueError(
+            f"{name} is {list(stack.shape)}, which {', '.join(kinds)} in the checkpoint do not add up to: "
+            f"{len(parts)} tensors of {', '.join(sorted({str(list(h.shape)) for h in parts.values()}))}"
+        )
+
+
+def _hub_from_base3(packed: Tensor, in_features: int) -> Tensor:
+    """A stored base-3 weight [..., N, ceil(K/5)] in the Hub layout [..., ceil(N/4), K]."""
+    if packed.ndim == 3:
+        return torch.stack([_hub_from_base3(matrix, in_features) for matrix in packed])
+    return layout.pack_ternary(layout.unpack_base3(packed, in_features))
 
 
 def _pack_float_codes(name: str, layer: BitLinear) -> PackedBitLinear:

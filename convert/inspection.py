@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bitnet.linear import BitLinear, describe
+from bitnet.linear import describe
 
-from .source import DTYPES, Quantized, Source, open_source
+from .source import DTYPES, Quantized, Source, Weight, open_source
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,19 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     """
     source = open_source(path)
     found = Inspection(Path(path))
-    layers = {} if source.plain else source.layers()
+    weights = {} if source.plain else source.weights()
+    starts = {source.parts(weight.key)[0]: weight for weight in weights.values()}
+    inner = {part for weight in weights.values() for part in source.parts(weight.key)}
+    inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
-    inner = {f"{name}.{leaf}" for name in layers for leaf in ("weight", "weight_scale")}
     found.problems += source.missing()
     for key, (dtype, shape) in track(
         stored.items(), "reading", console=console or Console(stderr=True), transient=True
     ):
-        name, _, leaf = key.rpartition(".")
         try:
+            if key in starts:
+                found.matrices.append(_matrix(source, starts[key], found.problems))
             if key in inner:
-                if leaf == "weight":
-                    found.matrices.append(_layer(source, name, found.problems))
                 continue
             if DTYPES[dtype].is_floating_point:
                 _check_floats(source, key, found.problems)
@@ -141,22 +142,27 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     return found
 
 
-def _layer(source: Source, name: str, problems: list[str]) -> Matrix:
-    layer = source.layers()[name]
-    codes, scale = source.quantized(name)
-    total, shares = codes.numel(), None
-    if layer.spec.weights != "int8":
+def _matrix(source: Source, weight: Weight, problems: list[str]) -> Matrix:
+    size = weight.out_features * weight.in_features
+    total, counts, scales = 0, [0.0, 0.0, 0.0], []
+    for expert, (codes, scale) in enumerate(source.matrices(weight)):
         signed, used = int(codes.sum(dtype=torch.int64)), int(codes.count_nonzero())
-        shares = (used - signed) / 2 / total, 1 - used / total, (used + signed) / 2 / total
-        for share, value in zip(shares, ("-1", "0", "+1"), strict=True):
-            if share == 1:
+        here = (used - signed) / 2, size - used, (used + signed) / 2
+        where = weight.name if weight.experts is None else f"{weight.name}, expert {expert}"
+        for count, value in zip(here, ("-1", "0", "+1"), strict=True):
+            if count == size and weight.spec.weights != "int8":
                 problems.append(
-                    f"{name}: every weight is {value}; the checkpoint is probably damaged (some uploads are)"
+                    f"{where}: every weight is {value}; the checkpoint is probably damaged (some uploads are)"
                 )
-    kind = "latent" if isinstance(layer, BitLinear) else "packed"
-    stored = source.nbytes(f"{name}.weight") + scale.nbytes * (kind == "packed")
-    limits = float(scale.min()), float(scale.max())
-    return Matrix(name, kind, tuple(codes.shape), 8 * stored / total, describe(layer.spec), limits, shares)
+        counts = [a + b for a, b in zip(counts, here, strict=True)]
+        scales.append(scale)
+        total += size
+    scale = torch.cat([scale.view(-1) for scale in scales])
+    stored = source.nbytes(weight.key) + (0 if weight.latent else scale.nbytes)
+    kind, limits = "latent" if weight.latent else "packed", (float(scale.min()), float(scale.max()))
+    minus, zero, plus = (count / total for count in counts)
+    shares = None if weight.spec.weights == "int8" else (minus, zero, plus)
+    return Matrix(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
 
 
 def _check_floats(source: Source, key: str, problems: list[str]) -> None:
@@ -209,27 +215,43 @@ def diff_checkpoints(one: str | Path, other: str | Path, console: Console | None
     """
     a, b = open_source(one), open_source(other)
     names = list(dict.fromkeys([*_named(a), *_named(b)]))
+    transposed = {w.float_key for source in (a, b) for w in source.weights().values() if w.transposed}
     differences = {}
     for name in track(names, "comparing", console=console or Console(stderr=True), transient=True):
-        if what := _difference(_values(a, name), _values(b, name)):
+        if what := _difference(_values(a, name), _values(b, name), name in transposed):
             differences[name] = what
     return Comparison(len(names) - len(differences), differences)
 
 
 def _named(source: Source) -> list[str]:
-    """All tensors, those of a low-bit layer as one: its weight."""
-    scales = set() if source.plain else {f"{name}.weight_scale" for name in source.layers()}
-    return [key for key in source.stored() if key not in scales]
+    """All tensors, those that make up a low-bit weight as one, under the name that it has in the float model."""
+    weights = [] if source.plain else list(source.weights().values())
+    names = {part: weight.float_key for weight in weights for part in source.parts(weight.key)}
+    names |= {f"{weight.name}.bias": f"{weight.float_key}_bias" for weight in weights if weight.experts is not None}
+    scales = {f"{weight.name}.weight_scale" for weight in weights}
+    return [names.get(key, key) for key in source.stored() if key not in scales]
 
 
 def _values(source: Source, key: str) -> Quantized | Tensor | None:
-    name = key.removesuffix(".weight")
-    if not source.plain and name != key and name in source.layers():
-        return source.quantized(name)
-    return source.tensor(key) if key in source.stored() else None
+    """A low-bit weight as codes and scales, each [..., N, K] and [..., 1] or [..., N], or another tensor as it is."""
+    weights = {} if source.plain else {weight.float_key: weight for weight in source.weights().values()}
+    if key in weights:
+        codes, scales = zip(*source.matrices(weights[key]), strict=True)
+        if weights[key].experts is None:
+            return Quantized(codes[0], scales[0])
+        return Quantized(torch.stack(codes), torch.stack(scales))
+    if (stack := weights.get(key.removesuffix("_bias"))) and not source.parts(key):
+        key = f"{stack.name}.bias"
+    return source.tensor(key) if source.parts(key) else None
 
 
-def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None) -> str:
+def _floats(weight: Quantized, transposed: bool) -> Tensor:
+    """codes * scale as the float model has it."""
+    floats = weight.codes * weight.scale[..., None]
+    return floats.mT if transposed else floats
+
+
+def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None, transposed: bool) -> str:
     """How two tensors differ, in words; empty if they do not."""
     if a is None or b is None:
         return f"only in the {'second' if a is None else 'first'}"
@@ -242,7 +264,7 @@ def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None) -> s
         if float(change := (a.scale / b.scale - 1).abs().max()):
             words.append(f"scale by up to {100 * change:.2g} %")
         return ", ".join(words)
-    x, y = (t.codes * t.scale[:, None] if isinstance(t, Quantized) else t.float() for t in (a, b))
+    x, y = (_floats(t, transposed) if isinstance(t, Quantized) else t.float() for t in (a, b))
     if x.shape != y.shape:
         return f"shape {list(x.shape)} against {list(y.shape)}"
     if torch.equal(x, y):

@@ -4,17 +4,20 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
+from bitnet.experts import PackedExperts
 from bitnet.kernels import layout, ops
-from bitnet.linear import BitLinear
+from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear
+from bitnet.quantize import QuantSpec
 
 from . import hf
 from .checkpoint import CONFIG, read_headers, read_json, weight_files
@@ -46,6 +49,26 @@ class Quantized(NamedTuple):
     scale: Tensor  # float32 [1] or [N]; multiplies
 
 
+class Weight(NamedTuple):
+    """A low-bit weight of a checkpoint: one matrix [N, K], or a stack of one per expert."""
+
+    name: str  # of the module that holds it once packed: its weight and weight_scale are <name>.weight, ...
+    key: str  # the tensor that holds it here: float weights, or codes
+    out_features: int  # N
+    in_features: int  # K
+    spec: QuantSpec
+    latent: bool  # the tensor holds float weights
+    experts: int | None = None  # the length of a stack
+    transposed: bool = False  # the float weights are [K, N]
+    float_key: str = ""  # the tensor that holds them in the float model
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, K] or [E, N, K]."""
+        stack = () if self.experts is None else (self.experts,)
+        return (*stack, self.out_features, self.in_features)
+
+
 class Source:
     """A checkpoint whose tensors are read when they are asked for, and a skeleton of its model.
 
@@ -68,7 +91,7 @@ class Source:
         raise NotImplementedError
 
     def tensor(self, key: str) -> Tensor:
-        """A stored tensor as it is."""
+        """A stored tensor as it is, or one that is stored in parts()."""
         raise NotImplementedError
 
     def pieces(self, key: str) -> Iterator[Tensor]:
@@ -90,10 +113,14 @@ class Source:
         """What tells this source from another, or from a later state of itself; JSON."""
         raise NotImplementedError
 
-    def packed(self, name: str) -> tuple[Tensor, Tensor]:
-        """quantized(name) in the Hub layout, uint8 [ceil(N/4), K]; 8-bit codes as they are."""
-        codes, scale = self.quantized(name)
-        return codes if self.layers()[name].spec.weights == "int8" else layout.pack_ternary(codes), scale
+    def matrices(self, weight: Weight) -> Iterator[Quantized]:
+        """Codes and scale of each matrix of a weight, expert by expert."""
+        yield self.quantized(weight.name)
+
+    def packed(self, weight: Weight) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in the Hub layout, uint8 [ceil(N/4), K]; 8-bit codes as they are."""
+        for codes, scale in self.matrices(weight):
+            yield codes if weight.spec.weights == "int8" else layout.pack_ternary(codes), scale
 
     def file_key(self, key: str) -> str:
         """The name that a tensor has in files of this model: some families keep older ones than state_dict's."""
@@ -106,15 +133,40 @@ class Source:
         layers = {name: module for name, module in modules if isinstance(module, BitLinear | PackedBitLinear)}
         return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
 
+    def weights(self) -> dict[str, Weight]:
+        """All low-bit weights, those of Conv1D layers and fused experts too, by name; tied ones without layers()'s."""
+        found = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, BitLayer):
+                latent = f"{name}.weight_scale" not in self.stored()  # else the codes are stored as floats
+                for m in module.matrices():
+                    key, packed = f"{name}.{m.parameter}", f"{name}.{m.packed}" if m.packed else name
+                    shape = m.out_features, m.in_features
+                    found.append(Weight(packed, key, *shape, module.spec, latent, m.experts, m.transposed, key))
+            elif isinstance(module, PackedBitLinear):
+                key, shape = f"{name}.weight", (module.out_features, module.in_features)
+                found.append(Weight(name, key, *shape, module.spec, False, None, module.transposed, key))
+            elif isinstance(module, PackedExperts):
+                for m in module.stacks:
+                    packed, shape = f"{name}.{m.packed}", (m.out_features, m.in_features)
+                    key, float_key = f"{packed}.weight", f"{name}.{m.parameter}"
+                    found.append(Weight(packed, key, *shape, module.spec, False, m.experts, m.transposed, float_key))
+        return {weight.name: weight for weight in found if self.parts(weight.key)}
+
+    def parts(self, key: str) -> list[str]:
+        """The stored tensors that make up a tensor of the model: itself, or one for each expert, or none."""
+        return [key] if key in self.stored() else []
+
     def missing(self) -> list[str]:
         """What the model needs and the checkpoint lacks, a line each."""
-        stored, tied = self.stored(), self.model.all_tied_weights_keys
-        return [f"there is no tensor {key}" for key in self.model.state_dict() if key not in stored and key not in tied]
+        tied = self.model.all_tied_weights_keys
+        needed = [key for key in self.model.state_dict() if key not in tied]
+        return [f"there is no tensor {key}" for key in needed if not self.parts(key)]
 
     def nbytes(self, key: str) -> int:
-        """Size of a stored tensor."""
-        dtype, shape = self.stored()[key]
-        return DTYPES[dtype].itemsize * torch.Size(shape).numel()
+        """Size of a tensor of the model as it is stored."""
+        entries = [self.stored()[part] for part in self.parts(key)]
+        return sum(DTYPES[dtype].itemsize * torch.Size(shape).numel() for dtype, shape in entries)
 
 
 def read_into(tensor: Tensor, file: Path, offset: int) -> Tensor:
@@ -154,12 +206,14 @@ class FolderSource(Source):
         self.path = Path(path)
         headers = read_headers([str(file) for file in weight_files(path)])
         headers = dict(sorted(headers.items(), key=lambda item: (item[1].file, item[1].offset)))
-        self.config, renamed = hf.modernize(read_json(self.path / CONFIG), headers)
+        stored = read_json(self.path / CONFIG)
+        self.config, renamed = hf.modernize(stored, headers)
         headers = {name: headers[key] for key, name in renamed.items()}
         kind = self.config.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"{path}: model_type {kind!r} is none of transformers {transformers.__version__}'s models")
-        config = CONFIG_MAPPING[kind].from_dict(self.config)
+        as_it_is = self.config is stored
+        config = AutoConfig.from_pretrained(path) if as_it_is else CONFIG_MAPPING[kind].from_dict(self.config)
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config)
         names = hf.model_names(self.model, headers)
@@ -178,18 +232,21 @@ class FolderSource(Source):
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
         self.plain = settings is None
-        self._layers = super().layers()
+        self.merged = hf.merged(self.model, self.headers)
+        self._layers, self._weights = super().layers(), super().weights()
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: (header.dtype, header.shape) for name, header in self.headers.items()}
 
     def file_key(self, key: str) -> str:
-        return self.file_keys[key]
+        return self.file_keys.get(key) or hf.stored_name(self.model, key)
 
     def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
         return self._layers
 
     def tensor(self, key: str) -> Tensor:
+        if key in self.merged:
+            return hf.merge(self.model, key, {part: partial(self.tensor, part) for part in self.merged[key]})
         header = self.headers[key]
         return read_into(torch.empty(header.shape, dtype=DTYPES[header.dtype]), header.file, header.offset)
 
@@ -200,25 +257,46 @@ class FolderSource(Source):
             piece = torch.empty(min(PIECE, count - start), dtype=dtype)
             yield read_into(piece, header.file, header.offset + start * dtype.itemsize)
 
+    def weights(self) -> dict[str, Weight]:
+        return self._weights
+
+    def parts(self, key: str) -> list[str]:
+        return [key] if key in self.headers else self.merged.get(key, [])
+
     def quantized(self, name: str) -> Quantized:
-        layer, weight = self._layers[name], self.tensor(f"{name}.weight")
-        with naming(name):
-            if self._latent(name):
-                return Quantized(*ops.quantize_weight(weight, kind=layer.spec.weights, per_row=layer.spec.per_row))
-            assert self.settings is not None
-            scale = self.tensor(f"{name}.weight_scale")
-            return Quantized(*hf.stored_codes(weight, scale, layer.in_features, layer.out_features, self.settings))
+        return next(self.matrices(self._weights[name]))
 
-    def packed(self, name: str) -> tuple[Tensor, Tensor]:
-        layer = self._layers[name]
-        if self._latent(name) and layer.spec.weights == "ternary":
-            with naming(name):
-                return ops.pack_latent(self.tensor(f"{name}.weight"), per_row=layer.spec.per_row)
-        return super().packed(name)
+    def matrices(self, weight: Weight) -> Iterator[Quantized]:
+        spec = weight.spec
+        for where, matrix, scale in self._each(weight):
+            with naming(where):
+                if scale is None:
+                    yield Quantized(*ops.quantize_weight(matrix, kind=spec.weights, per_row=spec.per_row))
+                else:
+                    assert self.settings is not None
+                    shape = weight.in_features, weight.out_features
+                    yield Quantized(*hf.stored_codes(matrix, scale, *shape, self.settings))
 
-    def _latent(self, name: str) -> bool:
-        """Whether the files hold a layer's float weight (and not its codes as floats, which come with a scale)."""
-        return isinstance(self._layers[name], BitLinear) and f"{name}.weight_scale" not in self.headers
+    def packed(self, weight: Weight) -> Iterator[tuple[Tensor, Tensor]]:
+        if not weight.latent or weight.spec.weights != "ternary":
+            yield from super().packed(weight)
+            return
+        for where, matrix, _ in self._each(weight):
+            with naming(where):
+                yield ops.pack_latent(matrix, per_row=weight.spec.per_row)
+
+    def _each(self, weight: Weight) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Name, values and stored scale (None where the values are float weights) of each matrix of a weight."""
+        values = self.tensor(weight.key)
+        scale = None if weight.latent else self.tensor(f"{weight.name}.weight_scale")
+        if weight.latent and weight.transposed:
+            values = values.mT
+        if weight.experts is None:
+            yield weight.name, values.contiguous(), scale
+            return
+        for expert in range(weight.experts):
+            part = None if scale is None else scale[expert]
+            yield f"{weight.name}, expert {expert}", values[expert].contiguous(), part
 
     def copy_other_files(self, folder: Path) -> None:
         for path in sorted(self.path.iterdir()):

@@ -25,13 +25,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 import bitnet
+from bitnet.experts import BitExperts, PackedExperts, to_packed
 from bitnet.kernels import layout
-from bitnet.linear import BitLinear
+from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from . import hf
 from .checkpoint import CONFIG, INDEX, WEIGHTS
-from .source import DTYPES, Source, open_source
+from .source import DTYPES, Source, Weight, open_source
 
 TARGETS = ("hub", "base3", "latent", "bf16")
 SYNC = 256 << 20  # bytes after which finished jobs are noted
@@ -141,82 +142,115 @@ def convert_checkpoint(
 
 def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
     """The config.json of the result, and the jobs that make its tensors in the order in which the source has them."""
-    model = copy.deepcopy(source.model)
-    layers = source.layers()
-    embeddings = {name: m for name, m in model.named_modules() if isinstance(m, PackedEmbedding)}
-    if to == "latent" and (packed := [name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)]):
+    weights = source.weights()
+    embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
+    if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
         raise ValueError(
             f"convert: {source.path} holds codes, and the float weights they were made from (of {packed[0]}, say) are "
             "gone; to='bf16' gives codes x scale"
         )
-    if to == "bf16" and (normed := [name for name, layer in layers.items() if layer.spec.rms_norm]):
+    if to == "bf16" and (normed := [weight.name for weight in weights.values() if weight.spec.rms_norm]):
         raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
+    if not weights:
+        raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
+    consumed = {f"{name}.{leaf}" for name in embeddings for leaf in ("weight", "weight_scale")}
+    consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}
+    consumed |= {f"{weight.name}.weight_scale" for weight in weights.values()}
+    if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
+        consumed |= {
+            f"{name}.weight_scale" for name, m in source.model.named_modules() if isinstance(m, PackedBitLinear)
+        }
+    names = {} if to == "latent" else _bias_names(source, to)
+    starts = {source.parts(weight.key)[0]: weight for weight in weights.values()}
+    jobs = []
+    for key, (dtype, shape) in source.stored().items():
+        name = key.removesuffix(".weight")
+        if key not in consumed or to == "latent":
+            floats = to == "bf16" and DTYPES[dtype].is_floating_point
+            jobs.append(_copy(source, key, "BF16" if floats else dtype, shape, names.get(key)))
+        elif key in starts:
+            jobs.append(_weight(source, starts[key], to))
+        elif key != name and name in embeddings:
+            jobs.extend(_embedding(source, name, to))
+    return _config(source, to), jobs
+
+
+def _config(source: Source, to: str) -> dict[str, Any]:
     config = json.loads(json.dumps(source.config))
     config.pop("quantization_config", None)
     if to == "bf16":
         config["dtype"] = "bfloat16"
         config.pop("torch_dtype", None)
-    else:
-        for name, layer in layers.items():
-            if to != "latent" and isinstance(layer, BitLinear):
-                PackedBitLinear.from_bit_linear(model.get_submodule(name))
-        settings = hf.config_of(model, 1.6 if to == "base3" else 2)
-        if settings is None:
-            raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
-        config["quantization_config"] = settings.to_dict()
-    jobs = []
-    consumed = {f"{name}.{leaf}" for name in (*layers, *embeddings) for leaf in ("weight", "weight_scale")}
-    if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
-        consumed |= {f"{name}.weight_scale" for name, m in model.named_modules() if isinstance(m, PackedBitLinear)}
-    for key, (dtype, shape) in source.stored().items():
-        name, _, leaf = key.rpartition(".")
-        if key not in consumed or to == "latent":
-            floats = to == "bf16" and DTYPES[dtype].is_floating_point
-            jobs.append(_copy(source, key, "BF16" if floats else dtype, shape))
-        elif leaf == "weight" and name in layers:
-            jobs.append(_layer(source, name, layers[name], to))
-        elif leaf == "weight":
-            jobs.extend(_embedding(source, name, embeddings[name], to))
-    return config, jobs
+        return config
+    model = copy.deepcopy(source.model)
+    for module in list(model.modules()):
+        if isinstance(module, BitLayer) and to != "latent":
+            if hasattr(module, "weight_scale"):  # its codes are stored as floats
+                del module.weight_scale
+            to_packed(module)
+    settings = hf.config_of(model, 1.6 if to == "base3" else 2)
+    assert settings is not None
+    config["quantization_config"] = settings.to_dict()
+    return config
 
 
-def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...]) -> Job:
-    output = Output(source.file_key(key), dtype, shape)
+def _bias_names(source: Source, to: str) -> dict[str, str]:
+    """The names that the biases of fused experts get, which stay beside their stacks."""
+    names: dict[str, str] = {}
+    for name, module in source.model.named_modules():
+        if isinstance(module, BitExperts | PackedExperts):
+            for m in module.stacks:
+                floating, packed = f"{name}.{m.parameter}_bias", f"{name}.{m.packed}.bias"
+                names |= {packed: floating} if to == "bf16" else {floating: packed}
+    return names
+
+
+def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: str | None = None) -> Job:
+    output = Output(source.file_key(name or key), dtype, shape)
     return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
 
 
-def _layer(source: Source, name: str, layer: BitLinear | PackedBitLinear, to: str) -> Job:
-    n, k, spec = layer.out_features, layer.in_features, layer.spec
-    key, reads = source.file_key(f"{name}.weight"), source.nbytes(f"{name}.weight")
-    memory = reads + n * k
-    scale = Output(f"{key.removesuffix('weight')}weight_scale", "F32", (n if spec.per_row else 1,))
+def _weight(source: Source, weight: Weight, to: str) -> Job:
+    n, k, spec = weight.out_features, weight.in_features, weight.spec
+    reads, stack = source.nbytes(weight.key), () if weight.experts is None else (weight.experts,)
+    copies = 3 if len(source.parts(weight.key)) > 1 else 1  # experts that are stored one by one are merged first
+    memory = copies * reads + 2 * n * k
     if to == "bf16":
-        weight = Output(key, "BF16", (n, k))
-        return Job(name, [weight], reads, memory, lambda: [_bfloat16(*source.quantized(name))])
-    if to == "base3" and spec.weights != "int8":
-
-        def pack_base3() -> list[Iterable[Tensor]]:
-            codes, scale = source.quantized(name)
-            return [(layout.pack_base3(rows) for rows in _blocks(codes)), [hf.stored_scale(scale)]]
-
-        return Job(name, [Output(key, "U8", (n, -(-k // 5))), scale], reads, memory, pack_base3)
+        shape = (k, n) if weight.transposed else (n, k)
+        output = Output(source.file_key(weight.float_key), "BF16", (*stack, *shape))
+        return Job(
+            weight.name, [output], reads, memory, lambda: [_bfloat16(source.matrices(weight), weight.transposed)]
+        )
+    key = source.file_key(f"{weight.name}.weight")
+    base3 = to == "base3" and spec.weights != "int8"
+    if spec.weights == "int8":
+        dtype, shape = "I8", (n, k)
+    else:
+        dtype, shape = "U8", (n, -(-k // 5)) if base3 else (layout.packed_rows(n), k)
+    scale = (*stack, n) if spec.per_row else stack or (1,)
+    outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", "F32", scale)]
 
     def pack() -> list[Iterable[Tensor]]:
-        packed, scale = source.packed(name)
-        return [[packed], [hf.stored_scale(scale)]]
+        scales: list[Tensor] = []  # known once the codes have been made, which are written first
 
-    weight = Output(key, "I8", (n, k)) if spec.weights == "int8" else Output(key, "U8", (layout.packed_rows(n), k))
-    return Job(name, [weight, scale], reads, memory, pack)
+        def codes() -> Iterator[Tensor]:
+            for matrix, scale in source.matrices(weight) if base3 else source.packed(weight):
+                scales.append(hf.stored_scale(scale))
+                yield from map(layout.pack_base3, _blocks(matrix)) if base3 else [matrix]
+
+        return [codes(), (scale for scale in scales)]
+
+    return Job(weight.name, outputs, reads, memory, pack)
 
 
-def _embedding(source: Source, name: str, embedding: PackedEmbedding, to: str) -> list[Job]:
+def _embedding(source: Source, name: str, to: str) -> list[Job]:
     """An int8 embedding: as it is where its layers stay packed, else in bfloat16."""
     weight, scale = f"{name}.weight", f"{name}.weight_scale"
     if to != "bf16":
         return [_copy(source, key, *source.stored()[key]) for key in (weight, scale)]
 
     def dequantize() -> list[Iterable[Tensor]]:
-        return [_bfloat16(source.tensor(weight), 1 / source.tensor(scale).float())]
+        return [_bfloat16([(source.tensor(weight), 1 / source.tensor(scale).float())])]
 
     output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
     reads = source.nbytes(weight)
@@ -228,11 +262,15 @@ def _blocks(codes: Tensor) -> tuple[Tensor, ...]:
     return codes.split(max(1, (1 << 18) // codes.shape[1]))
 
 
-def _bfloat16(codes: Tensor, scale: Tensor) -> Iterator[Tensor]:
-    """codes * scale, rounded once."""
-    blocks = _blocks(codes)
-    scales = scale.expand(len(codes)).split(len(blocks[0]))
-    return ((block * part[:, None]).bfloat16() for block, part in zip(blocks, scales, strict=True))
+def _bfloat16(matrices: Iterable[tuple[Tensor, Tensor]], transposed: bool = False) -> Iterator[Tensor]:
+    """codes * scale of each, rounded once."""
+    for codes, scale in matrices:
+        if transposed:
+            yield (codes * scale[:, None]).bfloat16().T
+            continue
+        blocks = _blocks(codes)
+        for block, part in zip(blocks, scale.expand(len(codes)).split(len(blocks[0])), strict=True):
+            yield (block * part[:, None]).bfloat16()
 
 
 def place(jobs: list[Job], folder: Path, shard_bytes: int) -> dict[Path, list[Output]]:

@@ -1,4 +1,4 @@
-"""Surgery on modules in memory: nn.Linear -> BitLinear -> PackedBitLinear, in place, and a report of it.
+"""Surgery on modules in memory: float -> in training -> packed, in place, and a report of it. kinds.py lists which.
 
 What is left alone, and why, is decided here in one order: safety first (weights that something else uses too,
 which nothing overrides), then the user's `skip`, then `include`, then the defaults for heads and routers.
@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bitnet.experts import BitExperts, PackedExperts, pack_layer, stacks_of, to_packed
 from bitnet.kernels import layout
-from bitnet.linear import BitLinear, become
+from bitnet.linear import BitLayer, BitLinear, Matrices, become
 from bitnet.packed import PackedBitLinear, PackedEmbedding, quantize_packed
 from bitnet.quantize import QuantSpec
+
+from .kinds import swappable, to_training
 
 Pattern = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern]
@@ -43,6 +47,7 @@ class Row:
     bytes: int
     action: str  # "ternary", "binary", "packed", "int8", "float" or "kept"
     reason: str  # why it was kept, or what int8 cost; empty otherwise
+    packed_bytes: int = 0  # of a low-bit matrix: what it takes on disk once packed, two bits a weight
 
 
 @dataclass
@@ -68,11 +73,7 @@ class Report:
     @property
     def packed_bytes(self) -> int:
         """What the low-bit weights take on disk once packed: two bits each."""
-        return sum(
-            layout.packed_rows(row.shape[0]) * row.shape[1]
-            for row in self.rows
-            if row.action in ("ternary", "binary", "packed")
-        )
+        return sum(row.packed_bytes for row in self.rows)
 
     @property
     def kept_bytes(self) -> int:
@@ -100,7 +101,10 @@ class Report:
 def replace_linear(
     model: nn.Module, *, skip: Patterns | None = None, include: Patterns | None = None, **options: Any
 ) -> Report:
-    """Turn the nn.Linear layers of any model into BitLinear, in place, keeping the trained weights.
+    """Turn the linear layers of any model into BitLinear, in place, keeping the trained weights.
+
+    So are GPT-2's Conv1D (BitConv1D) and the fused experts of a mixture, which a pattern names by their module,
+    "mlp.experts" (BitExperts).
 
     model:   all of it, not an inner part such as model.model: a Hugging Face model's config, which the whole model
              shares, is written for the names inside what is passed
@@ -110,38 +114,40 @@ def replace_linear(
 
     A pattern is a regular expression that must match the whole module name or its last dotted parts ("fc1" hits
     "layers.0.fc1", not "xfc1"), or a predicate (name, module) -> bool; give one or several. One that matches no
-    nn.Linear raises ValueError, since a misspelt name would otherwise quantize what was to be kept.
+    layer raises ValueError, since a misspelt name would otherwise quantize what was to be kept.
 
     Layers whose weight is used by other code too (tied to an embedding, read by the parent's forward, patched by
-    tensor parallelism) are never swapped. Everything kept is listed in the report with the reason. Layers that are
-    BitLinear already keep their options.
+    tensor parallelism) are never swapped. Everything kept is listed in the report with the reason. Layers that were
+    swapped already keep their options.
     """
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
     spec = QuantSpec(**options)
     skips, includes = _compile(skip), _compile(include)
-    linears: dict[nn.Linear, list[str]] = {}  # and all names of each
+    layers: dict[nn.Module, list[str]] = {}  # and all names of each
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            linears.setdefault(module, []).append(name)
+        if isinstance(module, BitLayer) or swappable(module):
+            layers.setdefault(module, []).append(name)
     for which, patterns in (("skip", skips), ("include", includes)):
         for pattern, matches in patterns:
-            if not any(matches(name, module) for module, names in linears.items() for name in names):
+            if not any(matches(name, module) for module, names in layers.items() for name in names):
                 raise ValueError(
-                    f"replace_linear: {which}={pattern!r} matches none of the {len(linears)} linear layers; "
-                    f"names look like {', '.join(repr(names[0]) for names in list(linears.values())[:3])}"
+                    f"replace_linear: {which}={pattern!r} matches none of the {len(layers)} linear layers; "
+                    f"names look like {', '.join(repr(names[0]) for names in list(layers.values())[:3])}"
                 )
-    tied: dict[int, str] = {}  # id of each parameter that a module other than a linear layer holds, and that module
+    tied: dict[int, str] = {}  # id of each parameter that a module other than these layers holds, and that module
     for name, owner in model.named_modules():
-        if not isinstance(owner, nn.Linear):
+        if owner not in layers:
             holder = f"the embedding {name}" if isinstance(owner, nn.Embedding) else name or type(owner).__name__
             for parameter in owner.parameters(recurse=False):
                 tied.setdefault(id(parameter), holder)
     reasons = {}
-    for module, names in linears.items():
-        if type(module) is BitLinear:
+    for module, names in layers.items():
+        if isinstance(module, BitLayer):
             continue
         reason = _unsafe(model, names, module, tied)
+        if not reason and spec.rms_norm and stacks_of(module):
+            reason = "an RMSNorm inside fused experts is not supported"
         if not reason and any(matches(name, module) for _, matches in skips for name in names):
             reason = "skipped by request"
         if not reason and include is not None:
@@ -151,7 +157,7 @@ def replace_linear(
         if reason:
             reasons[names[0]] = reason
         else:
-            BitLinear.from_linear(module, spec)
+            to_training(module, spec)
     if isinstance(model, PreTrainedModel):
         from . import hf
 
@@ -160,7 +166,9 @@ def replace_linear(
 
 
 def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
-    """Turn every BitLinear into PackedBitLinear, in place: two bits a weight, the same outputs.
+    """Turn every BitLinear and BitConv1D into PackedBitLinear and BitExperts into PackedExperts, in place.
+
+    Two bits a weight, the same outputs.
 
     head: "int8" stores the output head of a Hugging Face model, and the input embedding if the two are tied, in 8 bits
           with a scale a row. Not exact, though nearly: the report says how far the weights move. In large
@@ -173,37 +181,40 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     if head not in (None, "int8"):
         raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
     found = _head(model) if head else None
-    layers = {name: module for name, module in _unique_modules(model) if type(module) is BitLinear}
+    layers = {name: module for name, module in _unique_modules(model) if isinstance(module, BitLayer)}
     if not layers and not head:
         raise ValueError("pack: the model has no BitLinear layers; call bitnet.replace_linear(model) first")
     packed = {}
     for name, layer in layers.items():
-        if type(layer.weight.data) is not torch.Tensor:
-            raise ValueError(
-                f"pack: {name}.weight is sharded ({type(layer.weight.data).__name__}); gather the model first"
-            )
-        if layer.weight.is_meta:
-            raise ValueError(f"pack: {name}.weight is on the meta device and has no values; load the weights first")
+        for leaf in (m.parameter for m in layer.matrices()):
+            values = layer.get_parameter(leaf)
+            if type(values.data) is not torch.Tensor:
+                raise ValueError(
+                    f"pack: {name}.{leaf} is sharded ({type(values.data).__name__}); gather the model first"
+                )
+            if values.is_meta:
+                raise ValueError(f"pack: {name}.{leaf} is on the meta device and has no values; load the weights first")
         try:
-            packed[name] = quantize_packed(layer)
+            packed[name] = pack_layer(layer)
         except ValueError as error:
             raise ValueError(f"pack: {name}: {error}") from None
     costs = {}
     if found:
         name, linear, embedding = found
-        layers[name] = layer = BitLinear.from_linear(linear, QuantSpec("int8", per_row=True))
-        packed[name] = codes, scale = quantize_packed(layer)
-        change = (codes * scale[:, None] - layer.weight).norm() / layer.weight.norm()
+        layers[name] = bit_head = BitLinear.from_linear(linear, QuantSpec("int8", per_row=True))
+        codes, scale = quantize_packed(bit_head)
+        packed[name] = [(codes, scale)]
+        change = (codes * scale[:, None] - bit_head.weight).norm() / bit_head.weight.norm()
         costs[name] = f"its weights move by {100 * change.item():.2g} % (rms)"
         if embedding is not None:
             PackedEmbedding.from_embedding(embedding, codes, scale)
     for name, layer in layers.items():
-        PackedBitLinear.from_bit_linear(layer, *packed.pop(name), backend=backend)
+        to_packed(layer, packed.pop(name), backend)
     if isinstance(model, PreTrainedModel):
         from . import hf
 
         hf.attach(model)
-    return _report(model, costs, linear="not a BitLinear, so not packed")
+    return _report(model, costs, others="not a BitLinear, so not packed")
 
 
 def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
@@ -215,10 +226,10 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
             f"{type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', per_row=True)"
         )
     others = _other_holders(model, head, head.weight)
-    if [type(module) for module in others] not in ([], [nn.Embedding]):
+    if len(others) > 1 or not all(type(other) is nn.Embedding or _scaled(other) for other in others):
         kinds = ", ".join(type(module).__name__ for module in others)
         raise ValueError(
-            f"pack: the output head is tied to {kinds}; head='int8' can follow one plain nn.Embedding only"
+            f"pack: the output head is tied to {kinds}; head='int8' can follow one nn.Embedding, plain or scaled, only"
         )
     if _other_holders(model, head, head.bias):
         raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
@@ -232,27 +243,40 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     return name, head, others[0] if others else None  # type: ignore[return-value]
 
 
+def _scaled(module: nn.Module) -> bool:
+    """Is it an embedding like Gemma 3's, whose forward only multiplies the rows by a constant?"""
+    cls: Any = type(module)
+    scales = _source(cls).endswith("return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)")
+    return cls.__bases__ == (nn.Embedding,) and hasattr(module, "scalar_embed_scale") and scales
+
+
 def _other_holders(model: nn.Module, module: nn.Module, parameter: torch.Tensor | None) -> list[nn.Module]:
     """The modules besides `module` that hold a parameter of it."""
     return [m for m in model.modules() if m is not module and any(p is parameter for p in m.parameters(recurse=False))]
 
 
 def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
-    """Turn every PackedBitLinear into an nn.Linear, in place, whose weight is exactly codes * scale.
+    """Turn every packed layer back into what it was before replace_linear, in place: weights are exactly codes * scale.
 
     dtype: of the new weights; default that of the bias, else of the model's first parameter. The result runs anywhere,
     at full size and with float activations, so its outputs differ from the packed model's by the activation
     rounding. Raises ValueError for layers with an RMSNorm inside, which no nn.Linear can express.
     """
-    layers = {name: module for name, module in _unique_modules(model) if type(module) is PackedBitLinear}
+    layers = {
+        name: module for name, module in _unique_modules(model) if isinstance(module, PackedBitLinear | PackedExperts)
+    }
     if not layers:
         raise ValueError("unpack: the model has no PackedBitLinear layers")
-    if normed := [name for name, layer in layers.items() if layer.rms_norm is not None]:
+    if normed := [name for name, layer in layers.items() if getattr(layer, "rms_norm", None) is not None]:
         raise ValueError(f"unpack: {normed[0]} has an RMSNorm inside, which an nn.Linear cannot express")
     floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     default = next(floats, torch.get_default_dtype())
     for layer in layers.values():
-        bias, training = layer.bias, layer.training
+        if isinstance(layer, PackedExperts):
+            biases = layer.stack(layer.stacks[0]).bias
+            layer.to_experts(dtype or (default if biases is None else biases.dtype))
+            continue
+        bias, training, transposed = layer.bias, layer.training, layer.transposed
         as_dtype = dtype or (bias.dtype if bias is not None else default)
         weight = (layer.codes() * layer.weight_scale[:, None]).to(as_dtype)
         del (
@@ -266,15 +290,15 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> Report:
             layer._prepacked,
             layer._bound,
         )
-        linear = become(layer, nn.Linear)
-        linear.weight = nn.Parameter(weight)
-        linear.bias = None if bias is None else nn.Parameter(bias.to(as_dtype))  # type: ignore[assignment]
+        if transposed:
+            del layer.in_features, layer.out_features, layer.transposed
+        linear = become(layer, Conv1D if transposed else nn.Linear)
+        linear.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
+        linear.bias = None if bias is None else nn.Parameter(bias.to(as_dtype))
         linear.train(training)
     for module in model.modules():
         if isinstance(module, PackedEmbedding):
-            weight = (module.weight * module.weight_scale[:, None]).to(dtype or module.dtype_of.dtype)
-            del module.weight, module.weight_scale, module.dtype_of
-            become(module, nn.Embedding).weight = nn.Parameter(weight)
+            module.to_embedding(dtype)
             assert isinstance(model, PreTrainedModel)
             model.tie_weights()
     if isinstance(model, PreTrainedModel):
@@ -306,39 +330,45 @@ def _unique_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return iter(list(model.named_modules()))  # a module under several names comes once
 
 
-def _unsafe(model: nn.Module, names: list[str], module: nn.Linear, tied: dict[int, str]) -> str:
+def _unsafe(model: nn.Module, names: list[str], module: nn.Module, tied: dict[int, str]) -> str:
     """Why swapping this layer would be wrong whatever the user wants; "" if it is safe."""
-    if type(module) is not nn.Linear:
-        return f"a subclass of nn.Linear ({type(module).__name__}) with behaviour of its own"
+    if not stacks_of(module) and type(module) not in (nn.Linear, Conv1D):
+        kind = "nn.Linear" if isinstance(module, nn.Linear) else "Conv1D"
+        return f"a subclass of {kind} ({type(module).__name__}) with behaviour of its own"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         return "its forward is patched on the instance (tensor parallelism?)"
-    if "weight" not in module._parameters:
-        return "its weight is computed before each call (weight or spectral norm, pruning)"
-    if type(module.weight.data) is not torch.Tensor:
-        return f"its weight is a {type(module.weight.data).__name__} (sharded or quantized already)"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}"
-    if 0 in module.weight.shape:
-        return "its weight is empty"
-    if id(module.weight) in tied:
-        return f"tied to {tied[id(module.weight)]}"
-    return next(filter(None, (_used_directly(model, name) for name in names)), "")
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over devices (expert parallelism)"
+    leaves = stacks_of(module) or ["weight"]
+    for leaf in leaves:
+        if leaf not in module._parameters:
+            return f"its {leaf} is computed before each call (weight or spectral norm, pruning)"
+        values = module.get_parameter(leaf)
+        if type(values.data) is not torch.Tensor:
+            return f"its {leaf} is a {type(values.data).__name__} (sharded or quantized already)"
+        if not values.is_floating_point():
+            return f"its {leaf} is {values.dtype}"
+        if 0 in values.shape:
+            return f"its {leaf} is empty"
+        if id(values) in tied:
+            return f"tied to {tied[id(values)]}"
+    return next(filter(None, (_used_directly(model, name, (*leaves, "bias")) for name in names)), "")
 
 
-def _used_directly(model: nn.Module, name: str) -> str:
-    """Which class around the module `name` reads its weight without calling it; "" if none does."""
+def _used_directly(model: nn.Module, name: str, leaves: tuple[str, ...] = ("weight", "bias")) -> str:
+    """Which class around the module `name` reads these parameters without calling it; "" if none does."""
     parts = name.split(".")
     for depth in range(len(parts)):
         owner: Any = type(model.get_submodule(".".join(parts[:depth])))
-        if _reads(owner, ".".join(parts[depth:])):
-            return f"{owner.__name__} uses {'.'.join(parts[depth:])}.weight directly"
+        if _reads(owner, ".".join(parts[depth:]), leaves):
+            return f"{owner.__name__} uses {'.'.join(parts[depth:])}.{leaves[0]} directly"
     return ""
 
 
 @lru_cache(maxsize=4096)
-def _reads(owner: Any, path: str) -> bool:
+def _reads(owner: Any, path: str, leaves: tuple[str, ...]) -> bool:
     """Does the source of a module class touch self.<path>.weight itself, so that a swapped forward is bypassed?"""
-    pattern = re.compile(rf"self\.{re.escape(path)}\.(weight|bias)\b")
+    pattern = re.compile(rf"self\.{re.escape(path)}\.({'|'.join(leaves)})\b")
     return any(pattern.search(_source(cls)) for cls in owner.__mro__ if cls not in nn.Module.__mro__)
 
 
@@ -370,45 +400,58 @@ def _default_skip(model: nn.Module, name: str) -> str:
     return ""
 
 
-def _report(model: nn.Module, reasons: dict[str, str] | None = None, linear: str = "") -> Report:
-    """reasons: for some layers, by name; linear: why every other nn.Linear was kept, if it was"""
+def _report(model: nn.Module, reasons: dict[str, str] | None = None, others: str = "") -> Report:
+    """reasons: for some layers, by name; others: why every other layer that could be swapped was kept, if it was"""
     reasons = reasons or {}
     report = Report()
     seen: set[int] = set()
 
-    def add(name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", shape: Any = None) -> None:
-        shape = tuple(shape or tensor.shape)
-        weights = 1
-        for size in shape:
-            weights *= size
+    def add(
+        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", m: Matrices | None = None
+    ) -> None:
+        shape = m.shape if m else tuple(tensor.shape)
+        size = tensor.numel() * tensor.element_size()
+        packed = 0
+        if m and action != "int8":
+            packed = (m.experts or 1) * layout.packed_rows(m.out_features) * m.in_features
         seen.add(id(tensor))
-        report.rows.append(Row(name, kind, shape, weights, tensor.numel() * tensor.element_size(), action, reason))
+        report.rows.append(Row(name, kind, shape, prod(shape), size, action, reason, packed))
+
+    def count(*tensors: torch.Tensor | None) -> None:
+        report.other_bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     for name, module in _unique_modules(model):
         if isinstance(module, PackedBitLinear):
             action = "int8" if module.spec.weights == "int8" else "packed"
-            shape = (module.out_features, module.in_features)
-            add(name, "PackedBitLinear", module.weight, action, reasons.get(name, ""), shape)
-            report.other_bytes += module.weight_scale.numel() * 4
-            if module.bias is not None:
-                report.other_bytes += module.bias.numel() * module.bias.element_size()
-        elif isinstance(module, BitLinear):
-            add(name, "BitLinear", module.weight, module.spec.weights)
-        elif isinstance(module, nn.Linear) and name in reasons and id(module.weight) not in seen:
+            m = Matrices("weight", module.out_features, module.in_features, module.transposed)
+            add(name, "PackedBitLinear", module.weight, action, reasons.get(name, ""), m)
+            count(module.weight_scale, module.bias)
+        elif isinstance(module, PackedExperts):
+            for m in module.stacks:
+                stack = module.stack(m)
+                action = "int8" if module.spec.weights == "int8" else "packed"
+                add(f"{name}.{m.parameter}".lstrip("."), "PackedExperts", stack.weight, action, m=m)
+                count(stack.weight_scale, stack.bias)
+        elif isinstance(module, BitLayer):
+            for m in module.matrices():
+                row = name if m.parameter == "weight" else f"{name}.{m.parameter}".lstrip(".")
+                add(row, type(module).__name__, module.get_parameter(m.parameter), module.spec.weights, m=m)
+        elif isinstance(module, nn.Linear | Conv1D) and name in reasons and id(module.weight) not in seen:
             add(name, type(module).__name__, module.weight, "kept", reasons[name])
     for owner_name, owner in _unique_modules(model):
         for leaf, parameter in owner.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if parameter.ndim < 2:
-                report.other_bytes += parameter.numel() * parameter.element_size()
+            of_experts = isinstance(owner, BitExperts) or bool(stacks_of(owner))
+            if parameter.ndim < 2 or (of_experts and leaf.endswith("_bias")):  # a stack of experts has a row each
+                count(parameter)
                 continue
             kind, reason = _kind(owner, leaf)
-            reason = reason or linear
-            name = (
-                owner_name if leaf == "weight" and kind == type(owner).__name__ else f"{owner_name}.{leaf}".lstrip(".")
-            )
+            if swappable(owner):
+                reason = reasons.get(owner_name, others)
+            alone = leaf == "weight" and kind == type(owner).__name__
+            name = owner_name if alone else f"{owner_name}.{leaf}".lstrip(".")
             add(name, kind, parameter, "kept" if reason else "float", reason)
     return report
 
@@ -416,16 +459,14 @@ def _report(model: nn.Module, reasons: dict[str, str] | None = None, linear: str
 def _kind(owner: nn.Module, leaf: str) -> tuple[str, str]:
     """What a matrix outside the swapped layers is, and why it is not low-bit."""
     kind = type(owner).__name__
-    if isinstance(owner, nn.Linear):
+    if isinstance(owner, nn.Linear | Conv1D):
         return kind, ""
     if isinstance(owner, nn.Embedding):
         return kind, "a lookup, not a matrix product"
-    if isinstance(owner, Conv1D):
-        return kind, "Conv1D (transposed weight) is not supported yet"
     if isinstance(owner, nn.modules.conv._ConvNd):
         return kind, "a convolution"
     if "router" in kind.lower() or leaf in ROUTERS:
         return f"parameter of {kind}", "router"
     if owner._parameters[leaf].ndim == 3 and re.search("expert|moe", kind, re.I):  # type: ignore[union-attr]
-        return f"parameter of {kind}", "fused experts (3-D weight) are not supported yet"
+        return f"parameter of {kind}", "fused experts that do not follow transformers' experts interface"
     return f"parameter of {kind}", "not an nn.Linear"

@@ -154,7 +154,8 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
 def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
     """reference.quantize_weight for every step of training: unchecked, and in fewer passes where that is possible."""
     if not _native(weight, kind):
-        return reference.quantize_weight(weight, kind, per_row)
+        codes, scale = reference.quantize_weight(weight, kind, per_row)
+        return codes.contiguous(), scale  # also of a transposed view: the order of float sums depends on it
     inv = _native_inverse(weight, per_row)
     return cpu.ternary_codes(weight, inv), (1 / inv).reshape(-1)
 

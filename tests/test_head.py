@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from shapes import SHAPES
 from tiny import IDS, Mlp, llama, neox
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedModel
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
@@ -151,6 +151,30 @@ def test_generation_and_dtype_changes_work_with_a_tied_int8_head() -> None:
     assert model.model.embed_tokens.weight_scale.dtype == model.lm_head.weight_scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_embedding_loses_its_scale(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Gemma 3 multiplies the rows of its embedding, which is tied to the head, by sqrt(width)."""
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    options = {"head_dim": 4, "vocab_size": 64, "layer_types": ["full_attention"]}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **options)).eval().to(dtype)
+    scaled = type(model.model.embed_tokens)
+    with_head(model)
+    embedding = model.model.embed_tokens
+    rows = (embedding.weight.float() * embedding.weight_scale[:, None])[IDS].to(dtype)
+    assert torch.equal(embedding(IDS), rows * torch.tensor(24**0.5).to(dtype))
+    expected = logits(model)
+    bitnet.save(model, tmp_path)
+    for loaded in (bitnet.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path), copy.deepcopy(model)):
+        assert loaded.model.embed_tokens.weight is loaded.lm_head.weight
+        assert torch.equal(logits(loaded), expected)
+        assert torch.equal(loaded.model.embed_tokens(IDS), embedding(IDS))
+        bitnet.unpack(loaded)
+        assert type(loaded.model.embed_tokens) is scaled
+        assert loaded.model.embed_tokens.weight is loaded.lm_head.weight
+        assert torch.equal(loaded.model.embed_tokens(IDS), embedding(IDS))
+        assert list(loaded.state_dict()) == list(Gemma3ForCausalLM(model.config).state_dict())
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_unpack_gives_back_a_float_head_of_codes_times_scale(tied: bool) -> None:
     model = with_head(llama(tie_word_embeddings=tied))
@@ -183,7 +207,7 @@ def test_a_head_that_cannot_become_int8_is_refused_before_anything_changes() -> 
     model.extra = nn.Embedding(64, 16)
     model.extra.weight = model.lm_head.weight
     bitnet.replace_linear(model)
-    with pytest.raises(ValueError, match=r"tied to Embedding, Embedding; .* one plain nn\.Embedding only"):
+    with pytest.raises(ValueError, match=r"tied to Embedding, Embedding; .* one nn\.Embedding"):
         bitnet.pack(model, head="int8")
     model = Reader(llama(tie_word_embeddings=True).config)
     bitnet.replace_linear(model)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,13 +15,16 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import IDS, llama, neox
+from tiny import IDS, gpt2, gpt_oss, llama, mixtral, neox
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import bitnet
 from bitnet.convert import hf
 from bitnet.convert.stream import convert_checkpoint
+from bitnet.experts import BitExperts, PackedExperts
+from bitnet.linear import BitConv1D, BitLayer
 
 LOW_BIT = (bitnet.BitLinear, bitnet.PackedBitLinear)
 # Both sides round in float32 and differ in the order of operations only: some ten roundings of 2^-24 a layer, eight
@@ -86,6 +90,7 @@ OURS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], dict[str, A
     "sharded": (llama, {}, {"max_shard_size": 3000}),
     "bf16": (lambda: llama().to(torch.bfloat16), {}, {}),
     "skip": (llama, {"skip": [r"layers\.1\..*", "o_proj"]}, {}),
+    "skip_experts": (mixtral, {"skip": "mlp.experts"}, {}),
 }
 FORMS = ["packed", "training"]
 # What stock transformers cannot express, most of it in both forms: options of replace_linear
@@ -96,7 +101,11 @@ EXTENDED: dict[str, dict[str, Any]] = {
     "mixed": {},
     "ragged": {},
     "binary": {"weights": "binary"},
+    "conv1d": {},
+    "experts": {},
+    "transposed_experts": {"per_row": True},
 }
+OTHERS = {"conv1d": gpt2, "experts": mixtral, "transposed_experts": gpt_oss}  # the rest are llamas
 
 
 def build(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -106,7 +115,7 @@ def build(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = make()
         bitnet.replace_linear(model, **options)
         return model, save_options
-    model = llama(intermediate_size=26) if name == "ragged" else llama()
+    model = llama(intermediate_size=26) if name == "ragged" else OTHERS.get(name, llama)()
     if name == "mixed":
         bitnet.replace_linear(model, include=[".*_proj"], skip=["down_proj", r"layers\.0\..*"])
         bitnet.replace_linear(model, include="down_proj", activation_bits=4, per_row=True, rms_norm=True)
@@ -186,6 +195,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     for name in [*OURS, *EXTENDED]:
         model, options = build(name)
         bitnet.save(model, root / f"{name}-training", **options)
+        if name in OTHERS:
+            shutil.copytree(root / f"{name}-training", root / f"{name}-float")
+            config = json.loads((root / f"{name}-float" / "config.json").read_text())
+            del config["quantization_config"]
+            (root / f"{name}-float" / "config.json").write_text(json.dumps(config))
         models[f"{name}-training"] = copy.deepcopy(model)
         bitnet.pack(model)
         bitnet.save(model, root / f"{name}-packed", **options)
@@ -196,7 +210,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     saves = {"online", "bitlinear"}  # stock cannot save the packed offline form
     jobs = {
         name: {"load": str(root / name), "save": str(root / f"{name}-by-stock") if name in saves else None}
-        for name in [*models, *by_hand, *(f"{name}-hub" for name in by_hand)]
+        for name in [*models, *by_hand, *(f"{name}-hub" for name in by_hand), *(f"{name}-float" for name in OTHERS)]
     }
     (root / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("stock_transformers.py")
@@ -240,10 +254,10 @@ def test_sharded_saves_have_several_files_and_an_index(written: Written) -> None
 def test_from_pretrained_gives_back_the_same_model(written: Written, name: str, form: str) -> None:
     directory = written.root / f"{name}-{form}"
     for model in (AutoModelForCausalLM.from_pretrained(directory), bitnet.load(directory)):
-        wanted, other = (bitnet.PackedBitLinear, bitnet.BitLinear)[:: 1 if form == "packed" else -1]
-        kinds = {type(module) for module in model.modules()}
-        assert wanted in kinds
-        assert other not in kinds
+        kinds = {type(module) for module in written.models[f"{name}-{form}"].modules()}
+        assert {type(module) for module in model.modules()} == kinds
+        assert any(issubclass(kind, BitLayer) for kind in kinds) == (form == "training")
+        assert bool(kinds & {bitnet.PackedBitLinear, PackedExperts}) == (form == "packed")
         assert torch.equal(logits(model), written.logits(f"{name}-{form}"))
 
 
@@ -270,6 +284,19 @@ def test_stock_transformers_refuses_what_it_would_get_wrong(written: Written, na
     assert isinstance(refusal, str), "stock transformers loaded it"
     assert "pip install bitnet-toolkit" in refusal
     assert "import bitnet" in refusal
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_latent_weights_are_no_float_checkpoint_of_the_family(written: Written, name: str) -> None:
+    """Stock transformers, once it is not told of the quantization, reads the very tensors it would have written."""
+    model = copy.deepcopy(written.models[f"{name}-training"]).train()
+    kinds = {module.origin if isinstance(module, BitExperts) else type(module) for module in model.modules()}
+    result = written.stock[f"{name}-float"]
+    assert not isinstance(result, str), result
+    changed = {bitnet.BitLinear: nn.Linear, BitConv1D: Conv1D}
+    assert set(result[1].values()) == {changed.get(kind, kind).__name__ for kind in kinds}
+    bitnet.set_strength(model, 0)  # the float model, but for the order of sums in its experts
+    assert distance(logits(model), result[0]) < RTOL
 
 
 @pytest.mark.parametrize("name", [name for name, (form, _) in BY_HAND.items() if form != "online"])
@@ -458,6 +485,15 @@ def test_an_extended_config_without_its_section_is_damaged(written: Written, tmp
     for load in (bitnet.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=r"`bitnet_toolkit` section is missing or damaged"):
             load(directory)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_of_a_stock_checkpoint_become_low_bit(written: Written, form: str, tmp_path: Path) -> None:
+    """A stock config need not name the experts it keeps, since stock transformers swaps nn.Linear only."""
+    name = f"skip_experts-{form}"
+    directory = rewrite_config(written.root / name, tmp_path / "x", modules_to_not_convert=["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(logits(model), written.logits(name))
 
 
 def test_options_travel_with_every_layer(written: Written) -> None:

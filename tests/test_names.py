@@ -82,6 +82,13 @@ def test_the_root_hides_the_pypi_package_or_bitnet_cannot_come_first(site: Path)
     assert Path(found(run("import bitnet" + LLAMA, ROOT, site))) == site / "kernels" / "__init__.py"
 
 
+def test_the_first_call_of_all_imports_in_a_circle() -> None:
+    """swap.py imports transformers, whose import registers hf.py, which must not need swap.py."""
+    done = run("import bitnet; from torch import nn; print(bitnet.replace_linear(nn.Linear(4, 4)))", ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "BitLinear" in done.stdout
+
+
 def test_an_init_file_would_go_unnoticed(site: Path, tmp_path: Path) -> None:
     """The checks above must be able to fail: with kernels/__init__.py in the root, transformers takes that."""
     (tmp_path / "root" / "kernels").mkdir(parents=True)

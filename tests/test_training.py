@@ -122,3 +122,16 @@ def test_muon_batches_matrices_without_mixing_them() -> None:
 def test_muon_refuses_what_is_no_matrix() -> None:
     with pytest.raises(ValueError, match="matrices only"):
         Muon([nn.Parameter(torch.zeros(4))])
+
+
+def test_muon_takes_a_stack_of_experts_for_one_matrix() -> None:
+    stack = nn.Parameter(torch.randn(3, 6, 9))
+    alone = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
+    stack.grad = torch.randn(3, 6, 9)
+    stack.grad[1] = 0  # an expert that no token has reached
+    for twin, grad in zip(alone, stack.grad, strict=True):
+        twin.grad = grad.clone()
+    Muon(alone).step()
+    Muon([stack, nn.Parameter(torch.zeros(3, 6, 9))]).step()
+    for matrix, twin in zip(stack, alone, strict=True):
+        assert torch.allclose(matrix, twin, rtol=1e-5, atol=1e-6)  # batched products may sum in another order

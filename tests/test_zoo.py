@@ -13,14 +13,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations import bitnet as stock
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
 
 import bitnet
 from bitnet.convert import hf
+from bitnet.convert.stream import convert_checkpoint
+from bitnet.experts import BitExperts, PackedExperts
+from bitnet.kernels import reference
+from bitnet.linear import BitConv1D, BitLayer
 
 IDS = torch.arange(12).reshape(2, 6)
 TEXT = {"input_ids": IDS, "labels": IDS}
@@ -41,6 +48,11 @@ MAMBA = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_siz
 FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4}
 T5 = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 GPT2 = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+DEEPSEEK |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8}
+DEEPSEEK |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}}
+GPT_OSS["rope_parameters"] |= {"rope_theta": 1e4}
 
 # name: class, config, inputs
 ZOO: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
@@ -59,13 +71,19 @@ ZOO: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
     "mamba": ("MambaForCausalLM", MAMBA, TEXT),
     "falcon_h1": ("FalconH1ForCausalLM", GROUPED | FALCON, TEXT),
     "gemma3": ("Gemma3ForCausalLM", GROUPED | {"layer_types": ["sliding_attention", "full_attention"]}, TEXT),
+    "phi3": ("Phi3ForCausalLM", LM | {"pad_token_id": 0, "eos_token_id": 0}, TEXT),
+    "gpt2": ("GPT2LMHeadModel", GPT2, TEXT),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", LM | DEEPSEEK, TEXT),
+    "gpt_oss": ("GptOssForCausalLM", GROUPED | GPT_OSS, TEXT),
 }
-NOTHING_TO_SWAP = {"gpt2": ("GPT2LMHeadModel", GPT2, TEXT)}
+EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+OURS_ONLY = (*EXPERTS, "gpt2")  # stock transformers makes BitLinear of nn.Linear only
+SPECIAL = (*OURS_ONLY, "phi3", "falcon_h1", "mamba")  # fused projections, too
 PLAIN = ("llama", "qwen3", "gpt_neox", "phi", "opt", "bert", "bert_classifier", "vit", "whisper", "t5", "gemma3")
 
 # All that stays besides lookups and convolutions: name with indices as *, and the reason given for it.
-EXPERTS, TIED = "fused experts (3-D weight) are not supported yet", "tied to the embedding"
-OUTPUT_HEAD, CONV1D = {"lm_head": "output embedding"}, "Conv1D (transposed weight) is not supported yet"
+TIED = "tied to the embedding"
+OUTPUT_HEAD = {"lm_head": "output embedding"}
 KEPT: dict[str, dict[str, str]] = {
     "llama": OUTPUT_HEAD,
     "qwen3": {"lm_head": f"{TIED} model.embed_tokens"},
@@ -88,18 +106,10 @@ KEPT: dict[str, dict[str, str]] = {
         "decoder.block.*.layer.*.DenseReluDense.wo": "T5DenseActDense uses wo.weight directly",
         "lm_head": f"{TIED} shared",
     },
-    "mixtral": {
-        **OUTPUT_HEAD,
-        "model.layers.*.mlp.gate.weight": "router",
-        "model.layers.*.mlp.experts.gate_up_proj": EXPERTS,
-        "model.layers.*.mlp.experts.down_proj": EXPERTS,
-    },
-    "qwen3_moe": {
-        **OUTPUT_HEAD,
-        "model.layers.*.mlp.gate.weight": "router",
-        "model.layers.*.mlp.experts.gate_up_proj": EXPERTS,
-        "model.layers.*.mlp.experts.down_proj": EXPERTS,
-    },
+    "mixtral": {**OUTPUT_HEAD, "model.layers.*.mlp.gate.weight": "router"},
+    "qwen3_moe": {**OUTPUT_HEAD, "model.layers.*.mlp.gate.weight": "router"},
+    "deepseek_v3": {**OUTPUT_HEAD, "model.layers.*.mlp.gate.weight": "router"},
+    "gpt_oss": {**OUTPUT_HEAD, "model.layers.*.mlp.router.weight": "router"},
     "mamba": {
         "lm_head": f"{TIED} backbone.embeddings",
         "backbone.layers.*.mixer.x_proj": "MambaMixer uses x_proj.weight directly",
@@ -112,13 +122,8 @@ KEPT: dict[str, dict[str, str]] = {
         "model.layers.*.mamba.out_proj": "FalconH1Mixer uses out_proj.weight directly",
     },
     "gemma3": {"lm_head": f"{TIED} model.embed_tokens"},
-    "gpt2": {
-        "lm_head": f"{TIED} transformer.wte",
-        "transformer.h.*.attn.c_attn": CONV1D,
-        "transformer.h.*.attn.c_proj": CONV1D,
-        "transformer.h.*.mlp.c_fc": CONV1D,
-        "transformer.h.*.mlp.c_proj": CONV1D,
-    },
+    "gpt2": {"lm_head": f"{TIED} transformer.wte"},
+    "phi3": OUTPUT_HEAD,
 }
 
 
@@ -132,7 +137,8 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def low_bit(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, bitnet.BitLinear | bitnet.PackedBitLinear)}
+    kinds = BitLayer | bitnet.PackedBitLinear | PackedExperts
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 @torch.no_grad()
@@ -154,7 +160,7 @@ class Case:
 
 
 def swap(name: str) -> Case:
-    class_name, config, inputs = (ZOO | NOTHING_TO_SWAP)[name]
+    class_name, config, inputs = ZOO[name]
     torch.manual_seed(0)
     model = build(class_name, config)
     before = parameters(model), {path: type(m) for path, m in model.named_modules()}, list(model.state_dict())
@@ -171,13 +177,17 @@ def test_swap_changes_nothing_but_the_class_of_what_it_reports(case: Case) -> No
     assert after.keys() == case.parameters.keys()
     assert all(after[name] is parameter for name, parameter in case.parameters.items())
     assert list(case.model.state_dict()) == case.keys
-    swapped = {row.name for row in case.report.rows if row.action == "ternary"}
+    swapped = {re.sub(r"\.experts\..*", ".experts", row.name) for row in case.report.rows if row.action == "ternary"}
     assert swapped
     assert swapped == low_bit(case.model).keys()
+    becomes = {nn.Linear: bitnet.BitLinear, Conv1D: BitConv1D}
     for name, module in case.model.named_modules():
-        expected = bitnet.BitLinear if name in swapped else case.types[name]
-        assert type(module) is expected, name
-        assert name not in swapped or case.types[name] is nn.Linear, name
+        assert type(module) is (becomes.get(case.types[name], BitExperts) if name in swapped else case.types[name]), (
+            name
+        )
+    assert any(isinstance(module, BitExperts) for module in case.model.modules()) == (case.name in EXPERTS)
+    if case.name == "gpt2":
+        assert {type(module) for module in low_bit(case.model).values()} == {BitConv1D}
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -191,7 +201,8 @@ def test_every_matrix_is_reported_once_and_what_stays_says_why(name: str) -> Non
         assert row.shape == tuple(matrix.shape)
         assert row.action in ("ternary", "kept")
         assert (row.action == "kept") == bool(row.reason), row
-    assert sorted(seen) == sorted({id(p) for p in case.parameters.values() if p.ndim > 1})
+    matrices = {id(p) for name, p in case.parameters.items() if p.ndim > 1 and not name.endswith("bias")}
+    assert sorted(seen) == sorted(matrices)
     elsewhere = ("a lookup, not a matrix product", "a convolution")
     kept = [row for row in case.report.rows if row.action == "kept" and row.reason not in elsewhere]
     assert {re.sub(r"\.\d+(?=\.)", ".*", row.name): row.reason for row in kept} == KEPT[name]
@@ -203,10 +214,11 @@ def test_training_does_not_reach_the_latent_weights(case: Case) -> None:
     assert loss.isfinite()
     loss.backward()
     for name, layer in low_bit(model).items():
-        grad = layer.weight.grad
-        assert grad is not None, name
-        assert grad.isfinite().all(), name
-        assert grad.any(), name
+        for m in layer.matrices():
+            grad = layer.get_parameter(m.parameter).grad
+            assert grad is not None, name
+            assert grad.isfinite().all(), name
+            assert grad.any(), name
 
 
 @pytest.mark.parametrize("case", PLAIN, indirect=True)
@@ -219,7 +231,7 @@ def test_packing_changes_the_output(case: Case) -> None:
     model = copy.deepcopy(case.model)
     trained = logits(model, case.inputs)
     report = bitnet.pack(model)
-    assert not any(isinstance(m, bitnet.BitLinear) for m in model.modules())
+    assert not any(isinstance(m, BitLayer) for m in model.modules())
     assert low_bit(model).keys() == low_bit(case.model).keys()
     assert report.packed_bytes == case.report.packed_bytes
     assert torch.equal(logits(model, case.inputs), trained)
@@ -232,7 +244,11 @@ def test_stock_transformers_would_convert_other_layers(case: Case, packed: bool)
         bitnet.pack(model)
     config = hf.config_of(model)
     assert config is not None
-    assert config.linear_class != hf.EXTENDED
+    assert (config.linear_class == hf.EXTENDED) == (case.name in OURS_ONLY)
+    if case.name in OURS_ONLY:
+        with pytest.raises(ValueError, match="pip install bitnet-toolkit"):
+            BitNetQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        return
     theirs = BitNetQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     with torch.device("meta"):
         fresh = build(*ZOO[case.name][:2])
@@ -257,6 +273,55 @@ def test_a_saved_model_comes_back_different(case: Case, packed: bool, tmp_path: 
     assert torch.equal(logits(loaded, case.inputs), logits(model, case.inputs))
 
 
+@pytest.mark.parametrize("bits", [2, 1.6])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_trained_packed_and_loaded_model_generates_something_else(name: str, bits: float, tmp_path: Path) -> None:
+    case = swap(name)
+    model = case.model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(**case.inputs).loss.backward()
+    optimizer.step()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.eval().generate(IDS[:1], **options)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "model", bits=bits)
+    loaded = bitnet.load(tmp_path / "model", bits=bits)
+    assert torch.equal(logits(loaded, case.inputs), logits(model, case.inputs))
+    assert torch.equal(loaded.generate(IDS[:1], **options), expected)
+    bitnet.save(loaded, tmp_path / "again", bits=bits)
+    first, again = (load_file(tmp_path / save / "model.safetensors") for save in ("model", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_model_without_data_gives_another_report(case: Case) -> None:
+    with torch.device("meta"):
+        model = build(*ZOO[case.name][:2])
+    assert bitnet.replace_linear(model).rows == case.report.rows
+
+
+def test_unpacking_does_not_give_back_the_model(case: Case) -> None:
+    model = copy.deepcopy(case.model)
+    latent = {name: p.detach().clone() for name, p in parameters(model).items()}
+    specs = {name: (layer.spec, layer.matrices()) for name, layer in low_bit(model).items()}
+    bitnet.pack(model)
+    bitnet.unpack(model)
+    assert {name: type(module) for name, module in model.named_modules()} == case.types
+    after = parameters(model)
+    assert after.keys() == latent.keys()
+    quantized = {f"{name}.{m.parameter}": m for name, (_, matrices) in specs.items() for m in matrices}
+    for name, values in latent.items():
+        assert after[name].is_contiguous()
+        if name not in quantized:
+            assert torch.equal(after[name], values), name
+            continue
+        m = quantized[name]
+        for got, matrix in zip(m.views(after[name]), m.views(values), strict=True):
+            codes, scale = reference.quantize_weight(matrix)
+            assert torch.equal(got, codes * scale), name
+    assert logits(model, case.inputs).isfinite().all()
+
+
 # Where the head has to stay float, and why; everywhere else int8 works.
 NO_INT8_HEAD = {
     "bert": "its bias is tied to another module's",
@@ -264,7 +329,6 @@ NO_INT8_HEAD = {
     "vit": "needs a Hugging Face model with an nn.Linear output head",
     "t5": "tied to Embedding, Embedding, Embedding",
     "mamba": "MambaForCausalLM uses lm_head.weight directly",
-    "gemma3": "tied to Gemma3TextScaledWordEmbedding",
 }
 
 
@@ -285,13 +349,41 @@ def test_an_int8_head_is_refused_or_runs_and_comes_back(name: str, tmp_path: Pat
     assert torch.equal(logits(bitnet.load(tmp_path), case.inputs), y)
 
 
-def test_a_model_with_nothing_to_swap_is_changed_or_breaks() -> None:
-    case = swap("gpt2")
-    assert not low_bit(case.model)
-    assert case.report.low_bit_weights == case.report.packed_bytes == 0
-    assert all(type(module) is case.types[name] for name, module in case.model.named_modules())
-    assert all(parameters(case.model)[name] is parameter for name, parameter in case.parameters.items())
-    assert hf.config_of(case.model) is None
-    assert not hasattr(case.model.config, "quantization_config")
+@pytest.mark.parametrize("to", ["hub", "latent", "bf16"])
+def test_conversion_on_disk_is_not_what_it_is_in_memory(case: Case, to: str, tmp_path: Path) -> None:
+    """Names, tensors, config: as if the model had been loaded, swapped, packed and saved."""
+    kind, config, _ = ZOO[case.name]
+    model = build(kind, config)
+    model.save_pretrained(tmp_path / "float")
+    convert_checkpoint(tmp_path / "float", tmp_path / "converted", to, console=Console(quiet=True))
+    bitnet.replace_linear(model)
+    if to == "bf16":
+        bitnet.pack(model)
+        bitnet.unpack(model, torch.bfloat16)
+        loaded = type(model).from_pretrained(tmp_path / "converted")
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key].bfloat16(), tensor.bfloat16()), key
+        return
+    if to == "hub":
+        bitnet.pack(model)
+    bitnet.save(model, tmp_path / "saved")
+    ours, saved = (load_file(tmp_path / folder / "model.safetensors") for folder in ("converted", "saved"))
+    assert ours.keys() == saved.keys()
+    assert all(ours[key].dtype == saved[key].dtype and torch.equal(ours[key], saved[key]) for key in saved)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("converted", "saved")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])
+def test_a_model_with_nothing_to_swap_is_changed_or_breaks(name: str) -> None:
+    model = build(*ZOO[name][:2])
+    before, types = parameters(model), {path: type(module) for path, module in model.named_modules()}
+    report = bitnet.replace_linear(model, skip=".*")
+    assert not low_bit(model)
+    assert report.low_bit_weights == report.packed_bytes == 0
+    assert all(type(module) is types[path] for path, module in model.named_modules())
+    assert all(parameters(model)[path] is parameter for path, parameter in before.items())
+    assert hf.config_of(model) is None
+    assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ValueError, match="no BitLinear layers"):
-        bitnet.pack(case.model)
+        bitnet.pack(model)

@@ -2,7 +2,19 @@
 
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 IDS = torch.tensor([[3, 41, 5, 17]])
 
@@ -15,6 +27,32 @@ def llama(**changes: object) -> LlamaForCausalLM:
 def neox() -> GPTNeoXForCausalLM:
     options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**options, vocab_size=64)))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    sizes = {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 64,
+        "n_positions": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return randomize(GPT2LMHeadModel(GPT2Config(**sizes, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)))
+
+
+MIXTURE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIXTURE |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64}
+
+
+def mixtral() -> MixtralForCausalLM:
+    return randomize(MixtralForCausalLM(MixtralConfig(**MIXTURE)))
+
+
+def gpt_oss() -> GptOssForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    return randomize(GptOssForCausalLM(GptOssConfig(**MIXTURE, head_dim=4, rope_parameters=rope)))
 
 
 def randomize(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,335 @@
+"""Ternary rounding of a trained checkpoint, calibrated on text: block by block, with the model never whole in memory.
+
+Each decoder block is loaded alone, its low-bit layers are rounded so that their outputs on the text change least
+(gptq.py has the arithmetic), and its outputs become the inputs of the next block. Within a block, layers are rounded in
+the order in which they run, those that share an input together, so that each makes up for the errors before it.
+
+What it costs is measured on held-out stretches of the text; training is what closes the gap. To train on from a result,
+set each latent weight to codes * scale / mean|codes|: absmean rounding gives back exactly these codes and, but for the
+last bits, this scale. From codes * scale alone it would make a smaller one.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from bitnet.kernels import layout, reference
+from bitnet.packed import PackedBitLinear
+
+from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
+from .gptq import ternarize
+from .source import Quantized, Source
+
+SETTINGS = "calibration.json"
+
+
+@dataclass
+class LayerReport:
+    """Signal-to-noise ratio of a layer's outputs on the calibration text, against the float model's, in dB.
+
+    plain, calibrated: with this layer rounded that way, behind calibrated earlier layers; NaN where not measured
+    reason:            why it got plain rounding only; empty for the others
+    """
+
+    name: str
+    plain: float
+    calibrated: float
+    reason: str = ""
+
+
+@dataclass
+class Calibration:
+    """What a calibration achieved; print it for a table.
+
+    layers:                                in the order of the model
+    bits_per_byte, perplexity (per token): of held-out text, by stream: "float", "plain", "calibrated"
+    tokens:                                how many were scored for them
+    """
+
+    layers: list[LayerReport]
+    bits_per_byte: dict[str, float]
+    perplexity: dict[str, float]
+    tokens: int
+
+    def __str__(self) -> str:
+        lines = [("output SNR on the calibration text, dB", "plain", "calibrated", "")]
+        lines += [(row.name, _decibels(row.plain), _decibels(row.calibrated), row.reason) for row in self.layers]
+        width = max(len(line[0]) for line in lines)
+        table = [f"{name:{width}}  {plain:>6}  {after:>10}  {reason}".rstrip() for name, plain, after, reason in lines]
+        scores = [
+            f"{name:10} {self.bits_per_byte[name]:7.3f} bits per byte, perplexity {self.perplexity[name]:,.2f}"
+            for name in STREAMS
+        ]
+        return "\n".join([*table, f"{self.tokens:,} held-out tokens:", *scores])
+
+
+def _decibels(ratio: float) -> str:
+    return "-" if math.isnan(ratio) else f"{ratio:.1f}"
+
+
+def calibrate(
+    source: Source,
+    text: str | Path,
+    store: str | Path,
+    *,
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Round the low-bit layers of a float checkpoint to ternary, calibrated on a text; results go to `store`.
+
+    source:   a float checkpoint; its layers' options (per_row, activation_bits) decide what is computed
+    text:     a UTF-8 file of (samples + samples / 4) * length tokens or more; stretches are drawn from all of it
+    store:    a directory for one file per decoder block, which `calibrated` reads
+    samples:  stretches to calibrate on; a quarter as many others are held out for the scores
+    length:   of a stretch in tokens, at most what the model was trained on
+    seed:     of the draw; one seed, device and number of threads give the same bytes
+    resume:   go on after the last finished block of `store`; otherwise it must be empty or missing
+    progress: shows a bar with the blocks
+
+    Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, on the CPU; and on
+    `device` either the embedding or the head in float32, or one block (6 a weight) with the arithmetic of one of its
+    layers [N, K], about 40 K^2 + 40 N K.
+
+    Raises ValueError for models whose blocks cannot be run one by one, for text that is too short or not UTF-8, for
+    NaN, and for a store that belongs to other inputs.
+    """
+    device, store, text = torch.device(device), Path(store), Path(text)
+    _check(source, samples, length)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    texts, held_out = read_text(text, tokenizer, samples, length, seed)
+    reports: list[LayerReport] = []
+    with torch.no_grad():
+        model = BlockModel(source, device)
+        model.learn_calls(torch.stack([texts[0], held_out[0]]))
+        _open_store(store, _fingerprint(source, texts, held_out, device), len(model.blocks), resume)
+        seen = {stream: torch.cat([model.embed(ids, stream) for ids in texts]) for stream in (FLOAT, CALIBRATED)}
+        unseen = {stream: torch.cat([model.embed(ids, stream) for ids in held_out]) for stream in STREAMS}
+        model.unload()
+        bar = progress or Progress(disable=True)
+        task = bar.add_task("calibrating", total=len(model.blocks))
+        for index in range(len(model.blocks)):
+            file = store / f"block-{index:05}.safetensors"
+            if file.exists():
+                results, rows = _read_block(file)
+                model.restore(index, results)
+                _advance(model, index, seen)
+            else:
+                reasons = _round_block(model, index, seen, lambda share: bar.advance(task, share))
+                rows = _advance_and_compare(model, index, seen, reasons)
+                _save_block(file, model, index, rows)
+            reports += rows
+            _advance(model, index, unseen)
+            model.unload()
+            bar.update(task, completed=index + 1)
+        # low-bit layers around the blocks
+        reports += [
+            LayerReport(model.names[layer], math.nan, math.nan, "outside the blocks") for layer in model.outside
+        ]
+        losses = {}
+        for stream, hidden in unseen.items():
+            logits = (model.logits(ids, hidden[i : i + 1], stream)[0, :-1] for i, ids in enumerate(held_out))
+            pairs = zip(logits, held_out[:, 1:].to(device), strict=True)
+            losses[stream] = sum(F.cross_entropy(y.float(), ids, reduction="sum").item() for y, ids in pairs)
+        model.unload()
+    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in held_out)
+    tokens = held_out[:, 1:].numel()
+    bits = {stream: loss / size / math.log(2) for stream, loss in losses.items()}
+    return Calibration(reports, bits, {stream: math.exp(loss / tokens) for stream, loss in losses.items()}, tokens)
+
+
+def calibrated(store: str | Path) -> dict[str, Quantized]:
+    """What calibrate left in `store`, by layer; layers that got plain rounding are not there.
+
+    Raises ValueError if the calibration did not get to the last block.
+    """
+    settings = Path(store) / SETTINGS
+    blocks = json.loads(settings.read_text())["blocks"] if settings.exists() else 0
+    files = [Path(store) / f"block-{index:05}.safetensors" for index in range(blocks)]
+    if not files or not all(file.exists() for file in files):
+        done = sum(file.exists() for file in files)
+        raise ValueError(f"{store}: holds {done} of {blocks or '?'} calibrated blocks; go on with resume")
+    results: dict[str, Quantized] = {}
+    for file in files:
+        results |= _read_block(file)[0]
+    return results
+
+
+def _check(source: Source, samples: int, length: int) -> None:
+    """Refuse what cannot be calibrated before anything is read."""
+    kind = type(source.model).__name__
+    layers = source.layers()
+    if samples < 1 or length < 2:
+        raise ValueError(f"calibrate: samples must be at least 1 and length at least 2, got {samples} and {length}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or source.model.config.is_encoder_decoder:
+        raise ValueError(f"calibrate: {kind} is not a decoder-only language model; convert it without calibration")
+    if any(isinstance(layer, PackedBitLinear) for layer in layers.values()) or getattr(source, "settings", None):
+        raise ValueError(f"calibrate: {source.path} is low-bit already; start from a float checkpoint")
+    if any(layer.spec.rms_norm for layer in layers.values()):
+        raise ValueError(
+            "calibrate: rms_norm=True adds norms, which change the model until it is trained; leave it out"
+        )
+    limit = getattr(source.model.config, "max_position_embeddings", None) or length
+    if length > limit:
+        raise ValueError(f"calibrate: length={length} is more than the {limit} positions of the model")
+
+
+def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Stretches of a text as ids, [samples, length] to calibrate on and ceil(samples / 4) others."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error}); convert it, or name another file") from None
+    start = tokenizer("").input_ids[:1]
+    start = start if start and start[0] == tokenizer.bos_token_id else []  # models with such a token never miss it
+    own = length - len(start)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    wanted = samples + -(-samples // 4)
+    count = len(ids) // own
+    if count < wanted:
+        raise ValueError(
+            f"{file}: has {len(ids):,} tokens, but {samples} samples of {length} and a quarter more, held out, need "
+            f"{wanted * own:,}; give more text, or fewer or shorter samples"
+        )
+    stretches = ids[: count * own].view(count, own)
+    chosen = stretches[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]]
+    chosen = torch.cat([torch.tensor(start, dtype=torch.long).expand(wanted, -1), chosen], dim=1)
+    return chosen[:samples], chosen[samples:]
+
+
+def _fingerprint(source: Source, texts: Tensor, held_out: Tensor, device: torch.device) -> str:
+    """Changes with anything that decides the results, but for the tensors' values, told by their files' times."""
+    files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
+    facts: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    facts += [[name, asdict(layer.spec)] for name, layer in source.layers().items()]
+    facts += [texts.tolist(), held_out.tolist(), source.model.config.to_json_string(), device.type]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _open_store(store: Path, fingerprint: str, blocks: int, resume: bool) -> None:
+    """Make the directory, or see that what it holds comes from the same inputs and may be continued."""
+    settings = {"fingerprint": fingerprint, "blocks": blocks}
+    file = store / SETTINGS
+    store.mkdir(parents=True, exist_ok=True)
+    if not any(store.iterdir()):
+        _write(file, json.dumps(settings).encode())
+    elif not resume:
+        raise ValueError(f"calibrate: {store} is not empty; ask to resume, or name another directory")
+    elif not file.exists() or json.loads(file.read_text()) != settings:
+        raise ValueError(
+            f"calibrate: {store} was made from another checkpoint, text, or options; start anew in another directory"
+        )
+
+
+def _write(file: Path, data: bytes) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    scratch = file.with_suffix(".part")
+    scratch.write_bytes(data)
+    os.replace(scratch, file)
+
+
+def _save_block(file: Path, model: BlockModel, index: int, rows: list[LayerReport]) -> None:
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for layer in model.layers(index):
+        if CALIBRATED in layer.rounded and layer.rounded[CALIBRATED] is not layer.rounded[PLAIN]:
+            name, (codes, scale) = model.names[layer], layer.rounded[CALIBRATED]
+            tensors |= {f"{name}.weight": layout.pack_ternary(codes).cpu(), f"{name}.weight_scale": scale.cpu()}
+            sizes[name] = layer.out_features
+    # one entry, because safetensors writes several in any order
+    facts = json.dumps({"out_features": sizes, "layers": [asdict(row) for row in rows]})
+    _write(file, save(tensors, {"calibration": facts}))
+
+
+def _read_block(file: Path) -> tuple[dict[str, Quantized], list[LayerReport]]:
+    with safe_open(file, "pt") as stream:
+        facts = json.loads(stream.metadata()["calibration"])
+        results = {}
+        for name, size in facts["out_features"].items():
+            codes = layout.unpack_ternary(stream.get_tensor(f"{name}.weight"), size)
+            results[name] = Quantized(codes, stream.get_tensor(f"{name}.weight_scale"))
+    return results, [LayerReport(**row) for row in facts["layers"]]
+
+
+def _round_block(
+    model: BlockModel, index: int, seen: dict[str, Tensor], advance: Callable[[float], None]
+) -> dict[str, str]:
+    """Round all layers of a block; returns the reasons why some got plain rounding, by name."""
+    groups, reasons = model.groups(index, seen[FLOAT][:1])
+    for group in groups:
+        leader, k = group[0], group[0].in_features
+        h, c = torch.zeros(2, k, k, device=model.device)
+        for before, after in zip(seen[FLOAT].split(1), seen[CALIBRATED].split(1), strict=True):
+            x = model.inputs(index, before, FLOAT, leader)
+            y = model.inputs(index, after, CALIBRATED, leader)
+            if leader.spec.activation_bits is not None:
+                q, s = reference.quantize_activation(y, leader.spec.activation_bits)
+                y = q / s
+            h.addmm_(y.T, y)
+            c.addmm_(y.T, x)
+        if not bool(h.isfinite().all() & c.isfinite().all()):
+            raise ValueError(f"calibrate: {model.names[leader]}: its inputs are NaN or too large to square in float32")
+        for layer in group:
+            try:
+                layer.rounded[CALIBRATED] = Quantized(*ternarize(layer.weight, h, c, layer.spec.per_row))
+            except ValueError as error:
+                raise ValueError(f"calibrate: {model.names[layer]}: {error}") from None
+        advance(1 / (len(groups) + 1))
+    for layer in reasons:
+        model.load(layer)
+        layer.rounded[CALIBRATED] = layer.rounded[PLAIN]
+    return {model.names[layer]: reason for layer, reason in reasons.items()}
+
+
+def _advance(model: BlockModel, index: int, streams: dict[str, Tensor]) -> None:
+    """Put the outputs of a block in the place of its inputs."""
+    for stream, hidden in streams.items():
+        for one in hidden.split(1):
+            one.copy_(model.block(index, one, stream))
+
+
+def _advance_and_compare(
+    model: BlockModel, index: int, streams: dict[str, Tensor], reasons: dict[str, str]
+) -> list[LayerReport]:
+    """_advance, and how far the layers' outputs are from those of the float model."""
+    sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in model.layers(index)}
+    wanted: dict[Layer, Tensor] = {}
+
+    def watch(layer: Layer, input: Tensor) -> None:
+        if model.stream == FLOAT:
+            wanted[layer] = layer.output(input, FLOAT)
+            return
+        y = wanted.pop(layer, None)
+        if y is not None and y.shape[:-1] == input.shape[:-1]:
+            parts = (y, y - layer.output(input, PLAIN), y - layer.output(input, CALIBRATED))
+            sums[layer] += torch.stack([part.square().sum(dtype=torch.float64).cpu() for part in parts])
+
+    try:
+        model.watch = watch
+        for pair in zip(streams[FLOAT].split(1), streams[CALIBRATED].split(1), strict=True):
+            _advance(model, index, dict(zip((FLOAT, CALIBRATED), pair, strict=True)))
+    finally:
+        model.watch = None
+    rows = []
+    for layer, (signal, plain, calibrated) in sums.items():
+        name = model.names[layer]
+        before, after = (10 * (signal.log10() - noise.log10()).item() for noise in (plain, calibrated))
+        rows.append(LayerReport(name, before, after, reasons.get(name, "")))
+    return rows

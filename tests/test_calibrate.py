@@ -1,0 +1,362 @@
+"""Calibrated rounding: the arithmetic against slow definitions, and the walk through a model block by block."""
+
+import math
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from tiny import llama, randomize
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import bitnet
+from bitnet import BitLinear, PackedBitLinear
+from bitnet.convert import gptq
+from bitnet.convert.calibrate import calibrate, calibrated, read_text
+from bitnet.convert.source import FolderSource
+from bitnet.kernels import layout, reference
+from bitnet.quickstart import build_tokenizer
+
+TEXT = "".join(f"def f{i}(x):\n    return {i * i} * x + {i}\n\n\n" for i in range(60))
+OPTIONS: dict[str, Any] = {"samples": 8, "length": 16}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only lose time to more, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def opt() -> OPTForCausalLM:
+    """Positions are embedded, and two linear layers stand outside the blocks."""
+    options = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 257}
+    return randomize(OPTForCausalLM(OPTConfig(**options, word_embed_proj_dim=8, max_position_embeddings=64)))
+
+
+def neox_257() -> PreTrainedModel:
+    options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**options, vocab_size=257)))
+
+
+def checkpoint(model: PreTrainedModel, path: Path) -> Path:
+    model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return checkpoint(llama(vocab_size=257), tmp_path_factory.mktemp("float") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def layer(n: int, k: int, tokens: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, and correlated inputs before and after some disturbance."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, k, generator=generator) @ torch.randn(k, k, generator=generator)
+    y = x + 0.3 * torch.randn(tokens, k, generator=generator)
+    return torch.randn(n, k, generator=generator), x, y
+
+
+def output_error(w: Tensor, x: Tensor, y: Tensor, codes: Tensor, scale: Tensor, damping: float) -> Tensor:
+    """The sum in gptq.py's docstring, from its definition, by row."""
+    v = (codes * scale[:, None]).double()
+    outputs = x.double() @ w.double().T - y.double() @ v.T
+    return outputs.square().sum(0) + damping * (w.double() - v).square().sum(1)
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+@pytest.mark.parametrize(("n", "k", "tokens"), [(8, 24, 64), (5, 200, 40), (3, 130, 400), (1, 1, 4), (24, 4, 1)])
+def test_outputs_are_never_further_off_than_with_plain_rounding(n: int, k: int, tokens: int, per_row: bool) -> None:
+    for seed in range(2 if k > 4 else 30):  # with few columns plain rounding now and then wins by luck
+        w, x, y = layer(n, k, tokens, seed)
+        w[0] *= 10  # a row that spoils the scale of all
+        h, c = y.T @ y, y.T @ x
+        codes, scale = gptq.ternarize(w, h, c, per_row)
+        assert codes.dtype == torch.int8
+        assert scale.shape == ((n,) if per_row else (1,))
+        assert bool((scale > 0).all())
+        damping = gptq.DAMPING * h.diagonal().mean().item()
+        ours = output_error(w, x, y, codes, scale, damping)
+        plain = output_error(w, x, y, *reference.quantize_weight(w, per_row=per_row), damping)
+        if not per_row:
+            ours, plain = ours.sum(), plain.sum()
+        assert bool((ours <= plain * (1 + 1e-4)).all())  # float32 sums
+        if tokens > k > 1:
+            assert ours.sum() < 0.7 * plain.sum()
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+def test_a_ternary_matrix_comes_back_as_it_was(per_row: bool) -> None:
+    codes = torch.randint(-1, 2, (12, 150))
+    codes[3] = 0
+    scale = torch.rand(12, 1) + 0.1 if per_row else torch.tensor([[0.37]])
+    _, x, _ = layer(1, 150, 100)
+    found, scales = gptq.ternarize(codes * scale, x.T @ x, x.T @ x, per_row)
+    assert torch.equal(found, codes.to(torch.int8))
+    used = codes.any(dim=1) if per_row else torch.tensor([True])
+    torch.testing.assert_close(scales[used], scale[:, 0][used])
+
+
+def test_columns_and_layers_without_input_are_rounded_by_their_weights() -> None:
+    w, x, y = layer(8, 32)
+    x[:, 5] = y[:, 5] = 0
+    codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, True)
+    size = (w[:, 5] / scale).abs()
+    clear = (size < 0.45) | (size > 0.55)  # the scale was refitted after the codes
+    assert int(clear.sum()) > 5
+    assert torch.equal(codes[clear, 5].float(), (w[:, 5] / scale).round().clamp(-1, 1)[clear])
+    codes, scale = gptq.ternarize(w, torch.zeros(32, 32), torch.zeros(32, 32), True)
+    torch.testing.assert_close(scale, gptq.first_scale(w, torch.ones(32), True))
+    assert torch.equal(codes.float(), (w / scale[:, None]).round().clamp(-1, 1))
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+def test_the_first_scale_is_the_best_for_its_codes(per_row: bool) -> None:
+    w, d = torch.randn(4, 90), torch.rand(90) + 0.1
+    w[2] = 0
+    scale = gptq.first_scale(w, d, per_row)
+    codes = (w / scale[:, None]).round().clamp(-1, 1)
+    fit, mass = d * w * codes, d * codes * codes
+    best = fit.sum(1) / mass.sum(1) if per_row else (fit.sum() / mass.sum()).reshape(1)
+    torch.testing.assert_close(scale, best.nan_to_num(reference.EPS))
+
+
+def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
+    w, x, _ = layer(6, 150, 300)  # more columns than are propagated at once
+    h = x.T @ x
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    scale = gptq.first_scale(w, h.diagonal(), True)
+    exact, free, slow = h.double().numpy(), w.double().numpy().copy(), np.zeros((6, 150))
+    s = scale.double().numpy()
+    for j in range(150):  # arXiv 2210.17323, eq. 2: fix one weight, move its error to the free ones
+        inverse = np.linalg.inv(exact[j:, j:])
+        slow[:, j] = np.clip(np.round(free[:, j] / s), -1, 1)
+        free[:, j:] -= np.outer((free[:, j] - slow[:, j] * s) / inverse[0, 0], inverse[0])
+    codes = gptq.gptq(w, gptq.inverse_factor(h), scale)
+    assert np.array_equal(codes.numpy(), slow)
+
+    for j in range(150):
+        tried = []
+        for code in (-1, 0, 1):
+            slow[:, j] = code
+            e = w.double().numpy() - slow * s[:, None]
+            tried.append(((e @ exact) * e).sum(1))
+        slow[:, j] = np.argmin(tried, axis=0) - 1
+    assert np.array_equal(gptq.sweep(w, h, codes, scale).numpy(), slow)
+
+
+def perplexity(model: PreTrainedModel, texts: Tensor) -> float:
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:]).item() for ids in texts]
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+@pytest.mark.parametrize("build", [lambda: llama(vocab_size=257, tie_word_embeddings=True), neox_257, opt])
+def test_scores_are_those_of_the_whole_model_as_it_is_served(
+    build: Callable[[], PreTrainedModel], per_row: bool, text: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint(build(), tmp_path / "float")
+    with Progress(disable=True) as progress:
+        result = calibrate(
+            FolderSource(folder, per_row=per_row), text, tmp_path / "store", progress=progress, **OPTIONS
+        )
+        assert all(task.finished for task in progress.tasks)
+    _, held_out = read_text(text, build_tokenizer(), OPTIONS["samples"], OPTIONS["length"], 0)
+    assert result.tokens == 2 * 15
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert result.perplexity["float"] == pytest.approx(perplexity(model, held_out), rel=1e-5)
+    assert result.bits_per_byte["float"] == pytest.approx(math.log2(result.perplexity["float"]))  # a byte is a token
+    bitnet.replace_linear(model, per_row=per_row)
+    assert result.perplexity["plain"] == pytest.approx(perplexity(model, held_out), rel=1e-4)
+    codes = calibrated(tmp_path / "store")
+    rows = {row.name: row for row in result.layers}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BitLinear):
+            assert bool(rows[name].reason) == (name not in codes)
+            if name in codes:
+                assert rows[name].calibrated > rows[name].plain + 1
+                assert codes[name].scale.shape == (module.out_features if per_row else 1,)
+                PackedBitLinear.from_bit_linear(module, layout.pack_ternary(codes[name].codes), codes[name].scale)
+    assert len(codes) == len(rows) - (2 if isinstance(model, OPTForCausalLM) else 0)  # project_in and project_out
+    assert result.perplexity["calibrated"] == pytest.approx(perplexity(model, held_out), rel=1e-4)
+    assert str(result).count("\n") == len(rows) + 4
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.iterdir()}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate(FolderSource(folder), text, tmp_path / "whole", **OPTIONS)
+    store = tmp_path / "store"
+    with monkeypatch.context() as patched:
+        replace = os.replace
+
+        def killed(scratch: Path, file: Path) -> None:
+            if file.name == "block-00001.safetensors":
+                raise KeyboardInterrupt
+            replace(scratch, file)
+
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(FolderSource(folder), text, store, **OPTIONS)
+    assert sorted(contents(store)) == ["block-00000.safetensors", "block-00001.part", "calibration.json"]
+    with pytest.raises(ValueError, match="1 of 2 calibrated blocks"):
+        calibrated(store)
+    with pytest.raises(ValueError, match="not empty"):
+        calibrate(FolderSource(folder), text, store, **OPTIONS)
+    for options in ({"seed": 1}, {"samples": 7}):
+        with pytest.raises(ValueError, match="another checkpoint, text, or options"):
+            calibrate(FolderSource(folder), text, store, resume=True, **OPTIONS | options)
+    with pytest.raises(ValueError, match="another checkpoint, text, or options"):
+        calibrate(FolderSource(folder, per_row=True), text, store, resume=True, **OPTIONS)
+    finished = (store / "block-00000.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as patched:
+        solved = []
+        solve = gptq.ternarize
+        patched.setattr("bitnet.convert.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args))
+        resumed = calibrate(FolderSource(folder), text, store, resume=True, **OPTIONS)
+        assert len(solved) == 7  # the second block's layers
+    assert (store / "block-00000.safetensors").stat().st_mtime_ns == finished
+    assert resumed == whole
+    assert contents(store) == contents(tmp_path / "whole")
+
+
+class Watched(FolderSource):
+    """Knows which of the tensors it handed out are still in memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.alive: set[str] = set()
+        self.together: list[set[str]] = []
+
+    def tensor(self, key: str) -> Tensor:
+        array = super().tensor(key).numpy().copy()
+        self.alive.add(key)
+        self.together.append(set(self.alive))
+        weakref.finalize(array, self.alive.discard, key)
+        return torch.from_numpy(array)
+
+
+def test_no_more_than_one_block_is_in_memory(folder: Path, text: Path, tmp_path: Path) -> None:
+    source = Watched(folder)
+    calibrate(source, text, tmp_path / "store", **OPTIONS)
+    assert not source.alive
+    for keys in source.together:
+        where = {key.split(".")[2] if key.startswith("model.layers.") else "outside" for key in keys}
+        assert len(where) == 1 or keys == {"model.embed_tokens.weight"} | {k for k in keys if ".layers.0." in k}
+    read = Counter(
+        key for keys, before in zip(source.together, [set(), *source.together], strict=False) for key in keys - before
+    )
+    assert read["model.layers.1.mlp.up_proj.weight"] == 1
+
+
+def low_bit(folder: Path, tmp_path: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bitnet.replace_linear(model)
+    return bitnet.save(model, tmp_path / "low_bit")
+
+
+def t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=257))
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=257))
+
+
+def overflowing(factor: float, *names: str) -> PreTrainedModel:
+    model = llama(vocab_size=257)
+    for name in names:
+        model.get_submodule(f"model.layers.1.mlp.{name}").weight.data *= factor
+    return model
+
+
+def damaged() -> PreTrainedModel:
+    model = llama(vocab_size=257)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (t5, "T5ForConditionalGeneration is not a decoder-only language model"),
+        (gpt2, "GPT2LMHeadModel cannot be run one by one .low-bit layers are in 0 lists"),
+        (lambda: overflowing(1e38, "up_proj"), r"model.layers.1.mlp.up_proj: its outputs overflow float32"),
+        (lambda: overflowing(1e15, "gate_proj", "up_proj"), r"layers.1.mlp.down_proj: its inputs are NaN or too large"),
+        (damaged, r"model.layers.1.mlp.up_proj.weight holds NaN or Inf"),
+    ],
+    ids=["t5", "gpt2", "outputs", "inputs", "nan"],
+)
+def test_models_that_cannot_be_calibrated_are_refused(
+    build: Callable[[], PreTrainedModel], message: str, text: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint(build(), tmp_path / "float")
+    with pytest.raises(ValueError, match=message):
+        calibrate(FolderSource(folder), text, tmp_path / "store", **OPTIONS)
+
+
+def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_path: Path) -> None:
+    def refuse(message: str, source: FolderSource, file: Path = text, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            calibrate(source, file, tmp_path / "store", **OPTIONS | options)
+        assert not (tmp_path / "store").exists()
+
+    source = FolderSource(folder)
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "latin").write_bytes("é".encode("latin-1") * 1000)
+    refuse("has 0 tokens", source, tmp_path / "empty")
+    refuse("not UTF-8", source, tmp_path / "latin")
+    refuse(
+        f"has {len(TEXT):,} tokens, but 900 samples of 16 and a quarter more, held out, need 18,000",
+        source,
+        samples=900,
+    )
+    refuse("samples must be at least 1", source, samples=0)
+    refuse("length=4096 is more than the 2048 positions", source, length=4096)
+    refuse("rms_norm=True adds norms", FolderSource(folder, rms_norm=True))
+    refuse("is low-bit already", FolderSource(low_bit(folder, tmp_path)))
+
+
+def test_latent_weights_made_from_codes_round_back_to_them() -> None:
+    w, x, y = layer(8, 32)
+    for per_row in (True, False):
+        codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, per_row)
+        share = codes.float().abs().mean(dim=1, keepdim=True) if per_row else codes.float().abs().mean()
+        again, scale_again = reference.quantize_weight(codes * scale[:, None] / share, per_row=per_row)
+        assert torch.equal(again, codes)
+        torch.testing.assert_close(scale_again, scale)
