@@ -106,7 +106,7 @@ def convert_checkpoint(
         raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
     start = time.perf_counter()
     target, shard_bytes = Path(target), _bytes(max_shard_size)
-    opened = source if isinstance(source, Source) else open_source(source, **swap)
+    opened = source if isinstance(source, Source) else open_source(source, floats=to == "bf16", **swap)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"convert: {target} exists already; remove it or choose another name")
     if missing := opened.missing():
@@ -151,7 +151,7 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
         )
     if to == "bf16" and (normed := [weight.name for weight in weights.values() if weight.spec.rms_norm]):
         raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
-    if not weights:
+    if not weights and (source.plain or to != "bf16"):
         raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
     consumed = {f"{name}.{leaf}" for name in embeddings for leaf in ("weight", "weight_scale")}
     consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}

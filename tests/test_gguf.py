@@ -444,7 +444,7 @@ def test_other_ternary_rules_are_read_as_floats(exported: Path, tmp_path: Path) 
         GgufSource(tmp_path / "m.gguf")
     source = GgufSource(tmp_path / "m.gguf", dequantize=True)
     assert source.layers() == {}
-    convert_checkpoint(source, tmp_path / "floats", "bf16", console=Console(quiet=True))
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "floats", "bf16", console=Console(quiet=True))
     stored = load_file(tmp_path / "floats" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(stored, source.tensor("model.layers.1.mlp.down_proj.weight").bfloat16())
     weight = source.tensor("model.layers.1.mlp.down_proj.weight")
