@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "folder: a float model, or a `bitnet` one in any published form. DST must not exist yet, and exists only when "
         "it is complete.",
         epilog="forms:\n" + "".join(f"  {name:<8} {what}\n" for name, what in FORMS.items()) + "\n"
-        "A float model is rounded, not trained: expect nonsense from the result until it is fine-tuned.",
+        "A float model is rounded, not trained: expect nonsense from the result until it is fine-tuned, or use "
+        "--calibrate, and expect less.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("source", metavar="SRC", help="a checkpoint folder")
@@ -85,7 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     swap = convert.add_argument_group("of a float model, which layers become low-bit, and how")
     swap.add_argument("--skip", action="append", metavar="REGEX", help="layers to leave alone besides head and routers")
     swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")
-    swap.add_argument("--per-row", action="store_true", help="one scale per output row instead of one per matrix")
+    swap.add_argument(
+        "--per-row",
+        action=argparse.BooleanOptionalAction,
+        help="one scale per output row (default with --calibrate; loads with this package only), or one per matrix",
+    )
+    calibrate = convert.add_argument_group(
+        "of a float model, rounding that is calibrated on text",
+        "Instead of taking each weight to the nearest code, choose codes block by block so that the outputs on TEXT "
+        "change least; prints each layer's signal-to-noise ratio and the perplexity on held-out parts of TEXT, both "
+        "ways. With --to latent, the weights become a start for training.",
+    )
+    calibrate.add_argument("--calibrate", metavar="TEXT", help="a UTF-8 text file like what the model will be used on")
+    calibrate.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="stretches of it (default: %(default)s)"
+    )
+    calibrate.add_argument("--length", type=int, default=512, metavar="N", help="tokens in each (default: %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0, metavar="N", help="of their choice (default: %(default)s)")
+    calibrate.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
 
     inspect = commands.add_parser(
         "inspect",
@@ -131,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .convert.stream import convert_checkpoint
 
             options = {name: value for name, value in vars(args).items() if name != "command"}
+            if args.per_row is None:
+                options["per_row"] = args.calibrate is not None
             convert_checkpoint(**options)
         elif args.command == "inspect":
             from .convert.inspection import diff_checkpoints, inspect_checkpoint

@@ -5,8 +5,7 @@ Each decoder block is loaded alone, its low-bit layers are rounded so that their
 the order in which they run, those that share an input together, so that each makes up for the errors before it.
 
 What it costs is measured on held-out stretches of the text; training is what closes the gap. To train on from a result,
-set each latent weight to codes * scale / mean|codes|: absmean rounding gives back exactly these codes and, but for the
-last bits, this scale. From codes * scale alone it would make a smaller one.
+start from latent_weight: absmean rounding would make a smaller scale of codes * scale alone.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,8 @@ def calibrate(
         for index in range(len(model.blocks)):
             file = store / f"block-{index:05}.safetensors"
             if file.exists():
-                results, rows = _read_block(file)
-                model.restore(index, results)
+                sizes, rows = _facts(file)
+                model.restore(index, {name: _read_layer(file, name, size) for name, size in sizes.items()})
                 _advance(model, index, seen)
             else:
                 reasons = _round_block(model, index, seen, lambda share: bar.advance(task, share))
@@ -155,8 +155,8 @@ def calibrate(
     return Calibration(reports, bits, {stream: math.exp(loss / tokens) for stream, loss in losses.items()}, tokens)
 
 
-def calibrated(store: str | Path) -> dict[str, Quantized]:
-    """What calibrate left in `store`, by layer; layers that got plain rounding are not there.
+def calibrated(store: str | Path) -> dict[str, Callable[[], Quantized]]:
+    """How to read what calibrate left in `store`, by layer; layers that got plain rounding are not there.
 
     Raises ValueError if the calibration did not get to the last block.
     """
@@ -166,10 +166,16 @@ def calibrated(store: str | Path) -> dict[str, Quantized]:
     if not files or not all(file.exists() for file in files):
         done = sum(file.exists() for file in files)
         raise ValueError(f"{store}: holds {done} of {blocks or '?'} calibrated blocks; go on with resume")
-    results: dict[str, Quantized] = {}
-    for file in files:
-        results |= _read_block(file)[0]
-    return results
+    return {name: partial(_read_layer, file, name, size) for file in files for name, size in _facts(file)[0].items()}
+
+
+def latent_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Float weights that absmean rounding takes to these codes and, but for the last bits, this scale.
+
+    codes: ternary [N, K]; scale: float32 [1] or [N]; returns float32 [N, K]
+    """
+    share = codes.abs().mean(dim=None if len(scale) == 1 else 1, dtype=torch.float32)
+    return codes * (scale / share.clamp(min=1 / codes.numel()))[:, None]
 
 
 def _check(source: Source, samples: int, length: int) -> None:
@@ -258,14 +264,17 @@ def _save_block(file: Path, model: BlockModel, index: int, rows: list[LayerRepor
     _write(file, save(tensors, {"calibration": facts}))
 
 
-def _read_block(file: Path) -> tuple[dict[str, Quantized], list[LayerReport]]:
+def _facts(file: Path) -> tuple[dict[str, int], list[LayerReport]]:
+    """The out_features of a block's calibrated layers, by name, and the reports of all of its layers."""
     with safe_open(file, "pt") as stream:
         facts = json.loads(stream.metadata()["calibration"])
-        results = {}
-        for name, size in facts["out_features"].items():
-            codes = layout.unpack_ternary(stream.get_tensor(f"{name}.weight"), size)
-            results[name] = Quantized(codes, stream.get_tensor(f"{name}.weight_scale"))
-    return results, [LayerReport(**row) for row in facts["layers"]]
+    return facts["out_features"], [LayerReport(**row) for row in facts["layers"]]
+
+
+def _read_layer(file: Path, name: str, out_features: int) -> Quantized:
+    with safe_open(file, "pt") as stream:
+        codes = layout.unpack_ternary(stream.get_tensor(f"{name}.weight"), out_features)
+        return Quantized(codes, stream.get_tensor(f"{name}.weight_scale"))
 
 
 def _round_block(

@@ -82,6 +82,7 @@ class Source:
     config: dict[str, Any]  # as in config.json
     plain: bool  # nothing in it is low-bit yet: layers() are those that the swap would take, as `report` says
     report: Report | None
+    calibrated: dict[str, Callable[[], Quantized]]  # by layer, what to take instead of rounding its float weight
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every stored tensor in the order of the files: dtype as safetensors spells it, and shape.
@@ -231,7 +232,7 @@ class FolderSource(Source):
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
-        self.plain = settings is None
+        self.plain, self.calibrated = settings is None, {}
         self.merged = hf.merged(self.model, self.headers)
         self._layers, self._weights = super().layers(), super().weights()
 
@@ -267,6 +268,9 @@ class FolderSource(Source):
         return next(self.matrices(self._weights[name]))
 
     def matrices(self, weight: Weight) -> Iterator[Quantized]:
+        if weight.name in self.calibrated:
+            yield self.calibrated[weight.name]()
+            return
         spec = weight.spec
         for where, matrix, scale in self._each(weight):
             with naming(where):
@@ -278,7 +282,7 @@ class FolderSource(Source):
                     yield Quantized(*hf.stored_codes(matrix, scale, *shape, self.settings))
 
     def packed(self, weight: Weight) -> Iterator[tuple[Tensor, Tensor]]:
-        if not weight.latent or weight.spec.weights != "ternary":
+        if not weight.latent or weight.spec.weights != "ternary" or weight.name in self.calibrated:
             yield from super().packed(weight)
             return
         for where, matrix, _ in self._each(weight):

@@ -21,7 +21,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from torch import Tensor
 
 import bitnet
@@ -31,6 +39,8 @@ from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from . import hf
+from .calibrate import calibrate as calibrate_source
+from .calibrate import calibrated, latent_weight
 from .checkpoint import CONFIG, INDEX, WEIGHTS
 from .source import DTYPES, Source, Weight, open_source
 
@@ -76,6 +86,11 @@ def convert_checkpoint(
     *,
     max_shard_size: str | int = "5GB",
     resume: bool = False,
+    calibrate: str | Path | None = None,
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    device: str = "cpu",
     workers: int | None = None,
     console: Console | None = None,
     **swap: Any,
@@ -90,12 +105,15 @@ def convert_checkpoint(
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
+    calibrate:      a text file: round a float model's weights so that the layers' outputs on it change least, instead
+                    of each weight to the nearest; samples, length, seed and device are options of calibrate.calibrate.
+                    With "latent", the float weights become ones that round to the result: a start for training
     workers:        jobs at a time; default one for each core, at most four
     console:        where the progress goes; default standard error
     swap:           skip, include and the options of replace_linear, for a float source: which layers become low-bit
 
-    A float source is rounded as bitnet.replace_linear followed by bitnet.pack would: only useful for weights that were
-    trained for it. The result is the same whatever the number of workers and interruptions.
+    A float source is rounded as bitnet.replace_linear followed by bitnet.pack would (but see calibrate): only useful
+    for weights that were trained for it. The result is the same whatever the number of workers and interruptions.
 
     Memory: the largest low-bit weight as it is stored and in 8 bits, or 256 MB if that is more, besides the program.
 
@@ -105,6 +123,8 @@ def convert_checkpoint(
     if to not in TARGETS:
         raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
     start = time.perf_counter()
+    calibration = {"text": calibrate, "samples": samples, "length": length, "seed": seed, "device": device}
+    calibration = calibration if calibrate else {}
     target, shard_bytes = Path(target), _bytes(max_shard_size)
     opened = source if isinstance(source, Source) else open_source(source, floats=to == "bf16", **swap)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -116,14 +136,17 @@ def convert_checkpoint(
     console = console or Console(stderr=True)
     if opened.plain:
         console.print(str(opened.report), markup=False, highlight=False, soft_wrap=True)
-        if to != "latent":
+        if to != "latent" and not calibrate:
             console.print(
                 f"{opened.path} is a float model: its weights are rounded, not trained. Expect nonsense from the "
-                "result; fine-tune to close the gap (README, Training advice).",
+                "result; fine-tune to close the gap, or see --calibrate (README, Converting).",
                 style="yellow",
                 highlight=False,
             )
-    work = _Work(target, _fingerprint(opened, to, shard_bytes, swap), resume)
+    work = _Work(target, _fingerprint(opened, to, shard_bytes, swap | calibration), resume)
+    if calibrate:
+        opened.calibrated = _calibrate(opened, work, calibration, console)
+        config, jobs = plan(opened, to)
     files = place(jobs, work.files, shard_bytes)
     _check_space(work, jobs)
     lost = {file for file, outputs in files.items() if not work.create(file, outputs)}
@@ -165,7 +188,9 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
     jobs = []
     for key, (dtype, shape) in source.stored().items():
         name = key.removesuffix(".weight")
-        if key not in consumed or to == "latent":
+        if to == "latent" and key in starts and starts[key].name in source.calibrated:
+            jobs.append(_latent(source, starts[key], dtype))
+        elif key not in consumed or to == "latent":
             floats = to == "bf16" and DTYPES[dtype].is_floating_point
             jobs.append(_copy(source, key, "BF16" if floats else dtype, shape, names.get(key)))
         elif key in starts:
@@ -173,6 +198,16 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
         elif key != name and name in embeddings:
             jobs.extend(_embedding(source, name, to))
     return _config(source, to), jobs
+
+
+def _calibrate(source: Source, work: "_Work", options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Calibrate or read what an interrupted run left of it; shows what it achieved."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True)
+    store = work.folder / "calibration"
+    with Progress(*columns, console=console) as progress:
+        result = calibrate_source(source, store=store, resume=store.exists(), progress=progress, **options)
+    console.print(str(result), markup=False, highlight=False, soft_wrap=True)
+    return calibrated(store)
 
 
 def _config(source: Source, to: str) -> dict[str, Any]:
@@ -208,6 +243,16 @@ def _bias_names(source: Source, to: str) -> dict[str, str]:
 def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: str | None = None) -> Job:
     output = Output(source.file_key(name or key), dtype, shape)
     return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
+
+
+def _latent(source: Source, weight: Weight, dtype: str) -> Job:
+    """Float weights that round to the calibrated codes."""
+
+    def make() -> list[Iterable[Tensor]]:
+        return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
+
+    n, k = weight.shape
+    return Job(weight.name, [Output(source.file_key(weight.key), dtype, (n, k))], 2 * n * k, 10 * n * k, make)
 
 
 def _weight(source: Source, weight: Weight, to: str) -> Job:

@@ -1,5 +1,6 @@
 """Calibrated rounding: the arithmetic against slow definitions, and the walk through a model block by block."""
 
+import json
 import math
 import os
 import weakref
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import Progress
 from tiny import llama, randomize
 from torch import Tensor
@@ -29,10 +31,11 @@ from transformers import (
 )
 
 import bitnet
-from bitnet import BitLinear, PackedBitLinear
+from bitnet import BitLinear, PackedBitLinear, cli
 from bitnet.convert import gptq
-from bitnet.convert.calibrate import calibrate, calibrated, read_text
+from bitnet.convert.calibrate import calibrate, calibrated, latent_weight, read_text
 from bitnet.convert.source import FolderSource
+from bitnet.convert.stream import convert_checkpoint
 from bitnet.kernels import layout, reference
 from bitnet.quickstart import build_tokenizer
 
@@ -206,8 +209,9 @@ def test_scores_are_those_of_the_whole_model_as_it_is_served(
             assert bool(rows[name].reason) == (name not in codes)
             if name in codes:
                 assert rows[name].calibrated > rows[name].plain + 1
-                assert codes[name].scale.shape == (module.out_features if per_row else 1,)
-                PackedBitLinear.from_bit_linear(module, layout.pack_ternary(codes[name].codes), codes[name].scale)
+                ternary, scale = codes[name]()
+                assert scale.shape == (module.out_features if per_row else 1,)
+                PackedBitLinear.from_bit_linear(module, layout.pack_ternary(ternary), scale)
     assert len(codes) == len(rows) - (2 if isinstance(model, OPTForCausalLM) else 0)  # project_in and project_out
     assert result.perplexity["calibrated"] == pytest.approx(perplexity(model, held_out), rel=1e-4)
     assert str(result).count("\n") == len(rows) + 4
@@ -356,7 +360,74 @@ def test_latent_weights_made_from_codes_round_back_to_them() -> None:
     w, x, y = layer(8, 32)
     for per_row in (True, False):
         codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, per_row)
-        share = codes.float().abs().mean(dim=1, keepdim=True) if per_row else codes.float().abs().mean()
-        again, scale_again = reference.quantize_weight(codes * scale[:, None] / share, per_row=per_row)
+        again, scale_again = reference.quantize_weight(latent_weight(codes, scale), per_row=per_row)
         assert torch.equal(again, codes)
         torch.testing.assert_close(scale_again, scale)
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    codes = torch.tensor([[0, 0, 0], [1, 0, -1]], dtype=torch.int8)
+    weight = latent_weight(codes, torch.tensor([0.5, 2.0]))
+    assert torch.equal(weight, torch.tensor([[0, 0, 0], [3.0, 0, -3.0]]))
+
+
+# In a conversion
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
+def test_a_conversion_writes_what_was_calibrated(folder: Path, text: Path, per_row: bool, tmp_path: Path) -> None:
+    calibrate(FolderSource(folder, per_row=per_row), text, tmp_path / "store", **OPTIONS)
+    expected = {name: read() for name, read in calibrated(tmp_path / "store").items()}
+    options = {"calibrate": text, "per_row": per_row, "console": Console(quiet=True), **OPTIONS}
+    models = {}
+    for to in ("hub", "base3", "latent", "bf16"):
+        models[to] = bitnet.load(convert_checkpoint(folder, tmp_path / to, to, **options))
+    for name, (codes, scale) in expected.items():
+        for to in ("hub", "base3"):
+            layer = models[to].get_submodule(name)
+            assert torch.equal(layer.codes(), codes)
+            assert torch.equal(layer.weight_scale, scale)
+        again, scale_again = reference.quantize_weight(models["latent"].get_submodule(name).weight, per_row=per_row)
+        assert torch.equal(again, codes)
+        torch.testing.assert_close(scale_again, scale)
+        weight = models["bf16"].get_submodule(name).weight
+        assert torch.equal(weight, (codes * scale[:, None]).bfloat16())
+    assert len(expected) == 14
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "hub", "base3", "latent", "bf16"}
+
+
+def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"calibrate": text, "console": Console(quiet=True), **OPTIONS}
+    whole = convert_checkpoint(folder, tmp_path / "whole", **options)
+    solve, solved = gptq.ternarize, []
+
+    def failing(*args: Any) -> Any:
+        solved.append(args)
+        if len(solved) == 9:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    monkeypatch.setattr("bitnet.convert.calibrate.ternarize", failing)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="or with other options"):
+        convert_checkpoint(folder, tmp_path / "out", **options | {"seed": 1, "resume": True})
+    solved.clear()
+    monkeypatch.setattr("bitnet.convert.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args))
+    convert_checkpoint(folder, tmp_path / "out", **options, resume=True)
+    assert len(solved) == 7  # the second block's layers; the first block was finished
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_the_command_calibrates_per_row(folder: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["convert", str(folder), str(tmp_path / "out"), "--to", "hub", "--calibrate", str(text)]
+    numbers = [item for name, value in OPTIONS.items() for item in (f"--{name}", str(value))]
+    assert cli.main([*arguments, *numbers]) == 0
+    told = capsys.readouterr().err
+    assert "output SNR on the calibration text, dB" in told
+    assert "rounded, not trained" not in told
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["bitnet_toolkit"]["spec"]["per_row"]
