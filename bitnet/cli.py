@@ -21,6 +21,10 @@ FORMS = {
     "base3": "packed, 1.6 bits a weight; loads with this package only",
     "latent": "float weights, marked for training in 1.58 bit",
     "bf16": "codes x scale in bfloat16, for any runtime; activations are no longer quantized",
+    "gguf-tq2_0": "a GGUF file for llama.cpp, 2.06 bits a weight",
+    "gguf-tq1_0": "the same, 1.69 bits; slower",
+    "gguf-q2_0": "for recent llama.cpp, 2.25 bits; row lengths may be any multiple of 64 instead of 256",
+    "gguf-i2_s": "for bitnet.cpp on x86-64, 2 bits",
 }
 
 
@@ -69,16 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert = commands.add_parser(
         "convert",
         help="turn a checkpoint on disk into another form, whatever its size",
-        description="Converts a checkpoint tensor by tensor, in bounded memory. SRC is a Hugging Face checkpoint "
-        "folder: a float model, or a `bitnet` one in any published form. DST must not exist yet, and exists only when "
-        "it is complete.",
-        epilog="forms:\n" + "".join(f"  {name:<8} {what}\n" for name, what in FORMS.items()) + "\n"
-        "A float model is rounded, not trained: expect nonsense from the result until it is fine-tuned, or use "
-        "--calibrate, and expect less.",
+        description="Converts a checkpoint tensor by tensor, in bounded memory. SRC is a Hugging Face checkpoint\n"
+        "folder, a float model or a `bitnet` one in any published form, or a GGUF file. DST must not\n"
+        "exist yet, and exists only when it is complete.",
+        epilog="forms:\n" + "".join(f"  {name:<10}  {what}\n" for name, what in FORMS.items()) + "\n"
+        "A float model is rounded, not trained: expect nonsense from the result until it is\n"
+        "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    convert.add_argument("source", metavar="SRC", help="a checkpoint folder")
-    convert.add_argument("target", metavar="DST", help="a folder that does not exist yet")
+    convert.add_argument("source", metavar="SRC", help="a checkpoint folder, or a GGUF file")
+    convert.add_argument("target", metavar="DST", help="a folder, or GGUF file, that does not exist yet")
     convert.add_argument(
         "--to", choices=FORMS, required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}; see below"
     )
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Reads a checkpoint once and prints, for every matrix, its shape, bits a weight, scale, the shares "
         "of -1, 0 and +1 and their entropy; then the totals and the problems found (exit status 1 if there are any).",
     )
-    inspect.add_argument("checkpoint", metavar="PATH", help="a checkpoint folder")
+    inspect.add_argument("checkpoint", metavar="PATH", help="a checkpoint folder, or a GGUF file")
     inspect.add_argument("--plot", metavar="FILE.png", help="draw shares, entropies and scales by depth")
     inspect.add_argument(
         "--diff",

@@ -321,6 +321,16 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
-def open_source(path: str | Path, **swap: Any) -> Source:
-    """A checkpoint folder, or a GGUF file, as a Source; swap: skip, include and options, for a float checkpoint."""
+def open_source(path: str | Path, *, floats: bool = False, **swap: Any) -> Source:
+    """A checkpoint folder, or a GGUF file, as a Source.
+
+    floats: of a GGUF file all matrices count as floats, also those whose scales no packed layer can hold
+    swap:   skip, include and options, for a float checkpoint
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such folder or file")
+    if Path(path).is_file():
+        from .gguf import GgufSource
+
+        return GgufSource(path, dequantize=floats)
     return FolderSource(path, **swap)

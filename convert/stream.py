@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,20 @@ from bitnet.kernels import layout
 from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
-from . import hf
+from . import ggml, gguf, hf
 from .calibrate import calibrate as calibrate_source
 from .calibrate import calibrated, latent_weight
 from .checkpoint import CONFIG, INDEX, WEIGHTS
 from .source import DTYPES, Source, Weight, open_source
 
-TARGETS = ("hub", "base3", "latent", "bf16")
+TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
+BYTES = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(True),
+)
 SYNC = 256 << 20  # bytes after which finished jobs are noted
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -97,12 +105,13 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a checkpoint on disk to another form without ever loading the model; returns `target`.
 
-    source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form
-    target:         a folder that does not exist yet
+    source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form, or a GGUF file
+    target:         a folder, or GGUF file, that does not exist yet
     to:             "hub":    packed, 2 bits a weight, in the Hub's `bitnet` format
                     "base3":  packed, 1.6 bits a weight; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
+                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s": a GGUF file, see gguf.py
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     calibrate:      a text file: round a float model's weights so that the layers' outputs on it change least, instead
@@ -120,47 +129,85 @@ def convert_checkpoint(
     Raises ValueError or OSError naming the tensor or file and what to do; then, and when it is killed, `target` does
     not exist, and what was finished waits in a folder beside it for resume=True.
     """
+    start = time.perf_counter()
     if to not in TARGETS:
         raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
-    start = time.perf_counter()
+    target, shard_bytes, console = Path(target), _bytes(max_shard_size), console or Console(stderr=True)
+    opened = source if isinstance(source, Source) else open_source(source, floats=to == "bf16", **swap)
+    _check_options(opened, target, calibrate, swap)
     calibration = {"text": calibrate, "samples": samples, "length": length, "seed": seed, "device": device}
-    calibration = calibration if calibrate else {}
-    target, shard_bytes = Path(target), _bytes(max_shard_size)
-    opened = source if isinstance(source, Source) else open_source(source, **swap)
+    options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
+    form = {"to": to, "max_shard_size": shard_bytes, "options": options}
+    fingerprint = {"version": bitnet.__version__, "source": opened.fingerprint(), **form}
+    (gguf.plan if to in gguf.KINDS else plan)(opened, to)  # refuses what cannot be done
+    _announce(opened, rounded=to != "latent" and not calibrate, console=console)
+    work = _Work(target, fingerprint, resume)
+    try:
+        if calibrate:
+            opened.calibrated = _calibrate(opened, work.folder / "calibration", calibration, console)
+        if to in gguf.KINDS:
+            _write_gguf(opened, work, to, console)
+        else:
+            _write_folder(opened, work, to, shard_bytes, workers or min(os.cpu_count() or 1, 4), console)
+    except OSError as error:
+        if not work.begun():
+            shutil.rmtree(work.folder)
+            raise OSError(f"convert: {error}") from error
+        kept = f"what is finished is kept in {work.folder}, for resume=True (--resume)"
+        raise OSError(f"convert: {error}; {kept}") from error
+    except ValueError:  # the source has to change, and then nothing of this can be gone on with
+        shutil.rmtree(work.folder)
+        raise
+    size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
+    console.print(f"{target}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
+    return target
+
+
+def _check_options(source: Source, target: Path, calibrate: str | Path | None, swap: dict[str, Any]) -> None:
+    """Refuse what is missing in the source, would go nowhere, or would overwrite something."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"convert: {target} exists already; remove it or choose another name")
-    if missing := opened.missing():
+    if not source.plain and (unused := [name for name, value in (swap | {"calibrate": calibrate}).items() if value]):
+        raise ValueError(f"convert: {source.path} is low-bit already; {', '.join(unused)} is for float checkpoints")
+    if missing := source.missing():
         more = f", and {len(missing) - 1} others are missing" if len(missing) > 1 else ""
-        raise ValueError(f"convert: {opened.path}: {missing[0]}, which the model needs{more}")
-    config, jobs = plan(opened, to)
-    console = console or Console(stderr=True)
-    if opened.plain:
-        console.print(str(opened.report), markup=False, highlight=False, soft_wrap=True)
-        if to != "latent" and not calibrate:
+        raise ValueError(f"convert: {source.path}: {missing[0]}, which the model needs{more}")
+
+
+def _announce(source: Source, rounded: bool, console: Console) -> None:
+    if source.plain:
+        console.print(str(source.report), markup=False, highlight=False, soft_wrap=True)
+        if rounded:
             console.print(
-                f"{opened.path} is a float model: its weights are rounded, not trained. Expect nonsense from the "
-                "result; fine-tune to close the gap, or see --calibrate (README, Converting).",
+                f"{source.path} is a float model: its weights are rounded, not trained. Expect nonsense from the "
+                "result; fine-tune to close the gap, or see --calibrate (README, Without training).",
                 style="yellow",
                 highlight=False,
             )
-    work = _Work(target, _fingerprint(opened, to, shard_bytes, swap | calibration), resume)
-    if calibrate:
-        opened.calibrated = _calibrate(opened, work, calibration, console)
-        config, jobs = plan(opened, to)
+
+
+def _write_folder(source: Source, work: "_Work", to: str, shard_bytes: int, workers: int, console: Console) -> None:
+    config, jobs = plan(source, to)
     files = place(jobs, work.files, shard_bytes)
-    _check_space(work, jobs)
+    _check_space(work, sum(output.nbytes for job in jobs if job.name not in work.done for output in job.outputs))
     lost = {file for file, outputs in files.items() if not work.create(file, outputs)}
     work.done -= {job.name for job in jobs if job.outputs[0].file in lost}
-    try:
-        _run(jobs, work, workers or min(os.cpu_count() or 1, 4), console, f"{to}: {target.name}")
-    except OSError as error:
-        raise OSError(
-            f"convert: {error}; what is finished is kept in {work.folder}, for resume=True (--resume)"
-        ) from error
-    work.finish(files, config, opened)
-    written = sum(output.nbytes for outputs in files.values() for output in outputs)
-    console.print(f"{target}: {written / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
-    return target
+    _run(jobs, work, workers, console)
+    work.finish(files, config, source)
+
+
+def _write_gguf(source: Source, work: "_Work", to: str, console: Console) -> None:
+    _, entries = gguf.plan(source, to)
+    total = sum(ggml.nbytes(entry.kind, entry.shape) for entry in entries.values())
+    _check_space(work, total - sum(path.stat().st_size for path in work.files.iterdir()))
+    with Progress(*BYTES, console=console) as progress:
+        bar = progress.add_task(work.target.name, total=total)
+        gguf.write_gguf(source, work.files / work.target.name, to, progress=partial(progress.advance, bar), resume=True)
+        progress.update(bar, completed=total)
+    if work.target.exists():
+        work.target.rmdir()  # an empty folder
+    os.rename(work.files / work.target.name, work.target)
+    shutil.rmtree(work.folder)
 
 
 def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
@@ -174,7 +221,7 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
         )
     if to == "bf16" and (normed := [weight.name for weight in weights.values() if weight.spec.rms_norm]):
         raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
-    if not weights:
+    if not weights and (source.plain or to != "bf16"):
         raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
     consumed = {f"{name}.{leaf}" for name in embeddings for leaf in ("weight", "weight_scale")}
     consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}
@@ -200,10 +247,9 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
     return _config(source, to), jobs
 
 
-def _calibrate(source: Source, work: "_Work", options: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Calibrate or read what an interrupted run left of it; shows what it achieved."""
+def _calibrate(source: Source, store: Path, options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Calibrate, or go on where an interrupted run stopped; shows what it achieved."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True)
-    store = work.folder / "calibration"
     with Progress(*columns, console=console) as progress:
         result = calibrate_source(source, store=store, resume=store.exists(), progress=progress, **options)
     console.print(str(result), markup=False, highlight=False, soft_wrap=True)
@@ -393,6 +439,10 @@ class _Work:
         self.unsynced = 0
         self.lock = threading.Lock()
 
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return any(self.files.iterdir()) or (self.folder / "calibration").exists()
+
     def create(self, file: Path, outputs: list[Output]) -> bool:
         """Open an output file in its final size, its header written; returns whether it was there in that size."""
         handle = self.handles[file] = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -453,20 +503,13 @@ class _Work:
         shutil.rmtree(self.folder)
 
 
-def _run(jobs: list[Job], work: _Work, workers: int, console: Console, label: str) -> None:
+def _run(jobs: list[Job], work: _Work, workers: int, console: Console) -> None:
     """Run the jobs that are not done yet, a few at a time, in the order of the list; what fails stops all."""
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
     budget = max([256 << 20, *(job.memory for job in jobs)])
     running: dict[Future[None], Job] = {}
     left = [job for job in jobs if job.name not in work.done][::-1]
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
-        bar = progress.add_task(label, total=sum(job.reads for job in jobs))
+    with Progress(*BYTES, console=console) as progress, ThreadPoolExecutor(workers) as pool:
+        bar = progress.add_task(work.target.name, total=sum(job.reads for job in jobs))
         progress.advance(bar, sum(job.reads for job in jobs if job.name in work.done))
         try:
             while left or running:
@@ -505,22 +548,10 @@ def _bytes(size: str | int) -> int:
     return number
 
 
-def _fingerprint(source: Source, to: str, shard_bytes: int, swap: dict[str, Any]) -> dict[str, Any]:
-    """What must not change between an interruption and resume."""
-    return {
-        "version": bitnet.__version__,
-        "source": source.fingerprint(),
-        "to": to,
-        "max_shard_size": shard_bytes,
-        "options": {name: str(value) for name, value in sorted(swap.items())},
-    }
-
-
-def _check_space(work: _Work, jobs: list[Job]) -> None:
-    needs = sum(output.nbytes for job in jobs if job.name not in work.done for output in job.outputs)
+def _check_space(work: _Work, needs: int) -> None:
     free = shutil.disk_usage(work.files).free
     if needs > free:
         raise OSError(
-            f"convert: {work.target} needs {needs / 1e9:,.1f} GB more, but the disk has {free / 1e9:,.1f} GB free; "
+            f"{work.target} needs {needs / 1e9:,.1f} GB more, but the disk has {free / 1e9:,.1f} GB free; "
             "make room, or choose another disk"
         )

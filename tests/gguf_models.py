@@ -1,0 +1,133 @@
+"""Small models with tokenizers for the GGUF tests: dimensions that fill ggml's blocks, every parameter random."""
+
+import argparse
+import json
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    BitNetForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+import bitnet
+from bitnet.convert import gguf_tokenizer
+
+CLASSES: dict[str, Any] = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "bitnet": BitNetForCausalLM,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None, "head_dim": 128},
+    "qwen3": {"head_dim": 128},
+    "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+TEXTS = [
+    "def parse_args(self, 12345 args=None):\n    return  x.foo('it''s', \"I'll\")  \n\n\tnaïve 日本 😀",
+    " leading",
+    "trailing  ",
+    "a\r\n\r\nb",
+    "x = 3.14159e10;y=1234567",
+    "<|end|>hi<|start|> there",
+    "I'VE don'T a . b , c !",
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n🦙🦙 3 33 333 3333 3.3 3..3 3...3 កាន់តែ ------===== нещо на Български",
+]
+
+
+def model(family: str, **changes: Any) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+    }
+    cls = CLASSES[family]
+    built = cls(cls.config_class(**options | OWN.get(family, {}) | changes)).eval()
+    for parameter in built.parameters():
+        parameter.data += (0.1 if parameter.ndim == 1 else 0.02) * torch.randn_like(parameter)
+    return built
+
+
+@lru_cache
+def tokenizer(pre: str = "gpt-2", size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that cuts text by llama.cpp's rule `pre`, trained on Python's sources."""
+    steps, ignore_merges = gguf_tokenizer.PRE[pre]
+    build: dict[str, Any] = {
+        "ByteLevel": lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex),
+        "Split": lambda regex: pre_tokenizers.Split(Regex(regex), "isolated"),
+        "Digits": pre_tokenizers.Digits,
+        "Punctuation": lambda behavior: pre_tokenizers.Punctuation(behavior.lower()),
+    }
+    parts = [build[kind](detail) for kind, detail in steps]
+    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|end|>", "<|start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([Path(str(m.__file__)).read_text() for m in (argparse, json, logging)], trainer)
+    return fast(backend)
+
+
+def sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers makes them of sentencepiece models."""
+    pieces = ["<unk>", "<|start|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = [gguf_tokenizer.SPACE, *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,='()_"]
+    pairs = ["_ t", "h e", "_t he", "r e", "a r", "e t", "r s"]  # the order decides "ret" and "ars"
+    merges = [tuple(pair.replace("_", gguf_tokenizer.SPACE).split(" ")) for pair in pairs]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *letters, *("".join(merge) for merge in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Prepend(gguf_tokenizer.SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", gguf_tokenizer.SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(gguf_tokenizer.SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.add_special_tokens(["<|start|>", "<|end|>"])
+    return fast(backend, unk_token="<unk>")
+
+
+def fast(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{"eos_token": "<|end|>", "bos_token": "<|start|>"} | special
+    )
+    wrapped.chat_template = "{{ messages }}"
+    return wrapped
+
+
+def checkpoint(folder: Path, family: str = "llama", pre: str = "gpt-2", head: str | None = None, **changes: Any) -> Any:
+    """Save a packed model, with a tokenizer, to folder; returns the model."""
+    built = model(family, **changes)
+    bitnet.replace_linear(built)
+    bitnet.pack(built, head=head)
+    bitnet.save(built, folder)
+    tokenizer(pre).save_pretrained(folder)
+    return built
