@@ -82,6 +82,7 @@ class Source:
     config: dict[str, Any]  # as in config.json
     plain: bool  # nothing in it is low-bit yet: layers() are those that the swap would take, as `report` says
     report: Report | None
+    multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
     calibrated: dict[str, Callable[[], Quantized]]  # by layer, what to take instead of rounding its float weight
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -233,6 +234,8 @@ class FolderSource(Source):
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
         self.plain, self.calibrated = settings is None, {}
+        if self.settings is not None and self.settings.linear_class == "autobitlinear":
+            self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = hf.merged(self.model, self.headers)
         self._layers, self._weights = super().layers(), super().weights()
 

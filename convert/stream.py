@@ -271,6 +271,8 @@ def _config(source: Source, to: str) -> dict[str, Any]:
             to_packed(module)
     settings = hf.config_of(model, 1.6 if to == "base3" else 2)
     assert settings is not None
+    if to == "hub" and source.multiplies:
+        settings.linear_class, settings.quantization_mode = "autobitlinear", "offline"
     config["quantization_config"] = settings.to_dict()
     return config
 
@@ -320,6 +322,8 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         dtype, shape = "U8", (n, -(-k // 5)) if base3 else (layout.packed_rows(n), k)
     scale = (*stack, n) if spec.per_row else stack or (1,)
     outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", "F32", scale)]
+    if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
+        outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
 
     def pack() -> list[Iterable[Tensor]]:
         scales: list[Tensor] = []  # known once the codes have been made, which are written first
@@ -329,7 +333,7 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
                 scales.append(hf.stored_scale(scale))
                 yield from map(layout.pack_base3, _blocks(matrix)) if base3 else [matrix]
 
-        return [codes(), (scale for scale in scales)]
+        return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]
 
     return Job(weight.name, outputs, reads, memory, pack)
 

@@ -335,7 +335,7 @@ def bind(
         return y
 
     def linear_4_bits(x: Tensor) -> Tensor:
-        # the mean of |x| depends on the order of summation: only torch's own gives the definition's very bits
+        # rare enough for a pass of torch's before the product
         q, s = reference.quantize_activation(x.reshape(-1, k), 4)
         y = _multiply(layer, q, s, x.dtype if x.dtype in types else torch.float32)
         return y.to(x.dtype).reshape(*x.shape[:-1], n)

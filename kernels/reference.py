@@ -23,8 +23,8 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     per_row: take the means and maxima over each row instead of the whole tensor
     returns: codes int8 [N, K] and scale float32 [1] (or [N] if per_row), so that weight ~ codes * scale
 
-    Means are summed in float64 and rounded once, so that they do not depend on the order of summation: a weight gets
-    the same codes on every device and with every number of threads.
+    Means, here and below, are summed in float64 and rounded once, so that they do not depend on the order of summation:
+    values get the same codes on every device and with every number of threads.
     The scale is 1 / inv with inv = 1 / mean|W| (127 / max|W| for int8), because inv is what Hub checkpoints store: a
     float32 save and load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS
     (EPS / 127).
@@ -33,7 +33,7 @@ def quantize_weight(weight: Tensor, kind: str = "ternary", per_row: bool = False
     if kind == "ternary":
         codes = (w * inv).round_().clamp_(-1, 1)  # torch rounds half to even
     elif kind == "binary":
-        codes = (w > _mean(w, per_row).float()).float() * 2 - 1
+        codes = (w > _mean(w, 1 if per_row else None).float()).float() * 2 - 1
     elif kind == "int8":
         codes = (w * inv).round_().clamp_(-127, 127)
     else:
@@ -48,7 +48,7 @@ def inverse_scale(weight: Tensor, kind: str = "ternary", per_row: bool = False) 
         # as a reciprocal and a product: bit for bit what torch computes for 127 / a
         top = (size.amax(dim=1) if per_row else size.amax()).float()
         return 127 * top.clamp(min=EPS).reciprocal().reshape(-1, 1)
-    return inverse_of_mean(_mean(size, per_row))
+    return inverse_of_mean(_mean(size, 1 if per_row else None))
 
 
 def inverse_of_mean(mean: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ def inverse_of_mean(mean: Tensor) -> Tensor:
     return 1 / mean.float().clamp(min=EPS).reshape(-1, 1)
 
 
-def _mean(weight: Tensor, per_row: bool) -> Tensor:
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-    return weight.mean(dim=1, keepdim=True, dtype=wide) if per_row else weight.mean(dtype=wide)
+def _mean(t: Tensor, dim: int | None) -> Tensor:
+    wide = torch.float32 if t.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    return t.mean(dtype=wide) if dim is None else t.mean(dim=dim, keepdim=True, dtype=wide)
 
 
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         s = 127 * x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
         low, high = -128, 127
     elif bits == 4:
-        s = 7**0.5 * x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
+        s = 7**0.5 * _mean(x.abs(), dim=-1).float().clamp(min=EPS).reciprocal()
         low, high = -8, 7
     else:
         raise ValueError(f"bits must be 8 or 4, got {bits!r}")

@@ -7,8 +7,7 @@ writes M K b.
 Exactness: the formulas are reference.py's, one correctly rounded float32 operation each, and every launch passes
 enable_fp_fusion=False, so products and sums stay apart. The largest |x| is found on the bit patterns, where NaN is
 above Inf and Inf above all numbers, so that both reach the scale as they do in the reference. Four-bit codes come from
-the reference: the mean of |x| depends on the order of summation. An RMSNorm is not fused, because it would not have the
-bits of torch's.
+the reference. An RMSNorm is not fused, because it would not have the bits of torch's.
 
 Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
 """

@@ -322,9 +322,11 @@ def test_a_converted_stock_format_computes_what_the_original_does_in_stock(writt
     assert not isinstance(written.stock[f"{name}-hub"], str), written.stock[f"{name}-hub"]
     compare(written.stock[f"{name}-hub"], bitnet.load(written.root / f"{name}-hub"), RTOL)
     if name != "online":
-        for layer, codes in written.by_hand[name].codes.items():
-            packed = bitnet.load(written.root / f"{name}-hub").get_submodule(layer)
-            assert torch.equal(packed.codes(), codes.to(torch.int8))
+        codes, scale, _ = written.by_hand[name]
+        model = bitnet.load(written.root / f"{name}-hub")
+        for layer in codes:
+            assert torch.equal(model.get_submodule(layer).codes(), codes[layer].to(torch.int8))
+            assert torch.equal(model.get_submodule(layer).weight_scale, scale[layer])
 
 
 @pytest.mark.parametrize("name", ["online", "bitlinear"])
