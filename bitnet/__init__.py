@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert.checkpoint import load, save
+    from .convert.inspection import diff_checkpoints, inspect_checkpoint
+    from .convert.stream import convert_checkpoint
     from .convert.swap import Report, pack, replace_linear, unpack
     from .experts import BitExperts, PackedExperts
     from .kernels.ops import backends
@@ -40,6 +42,9 @@ _HOME = {
     "Report": "bitnet.convert.swap",
     "StrengthCallback": "bitnet.trainer",
     "backends": "bitnet.kernels.ops",
+    "convert_checkpoint": "bitnet.convert.stream",
+    "diff_checkpoints": "bitnet.convert.inspection",
+    "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
     "pack": "bitnet.convert.swap",
     "replace_linear": "bitnet.convert.swap",
@@ -60,6 +65,9 @@ __all__ = [
     "Report",
     "StrengthCallback",
     "backends",
+    "convert_checkpoint",
+    "diff_checkpoints",
+    "inspect_checkpoint",
     "load",
     "pack",
     "replace_linear",
