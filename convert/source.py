@@ -221,6 +221,7 @@ class FolderSource(Source):
         names = hf.model_names(self.model, headers)
         self.headers = {names[key]: header for key, header in headers.items()}
         self.file_keys = {name: key for key, name in names.items()}
+        self._stored = {name: (header.dtype, header.shape) for name, header in self.headers.items()}
         self.settings: hf.BitNetConfig | None = None
         self.report = None
         if settings is None:
@@ -240,7 +241,7 @@ class FolderSource(Source):
         self._layers, self._weights = super().layers(), super().weights()
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {name: (header.dtype, header.shape) for name, header in self.headers.items()}
+        return self._stored
 
     def file_key(self, key: str) -> str:
         return self.file_keys.get(key) or hf.stored_name(self.model, key)
