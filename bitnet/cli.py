@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     calibrate = convert.add_argument_group(
         "of a float model, rounding that is calibrated on text",
-        "Instead of taking each weight to the nearest code, choose codes block by block so that the outputs on TEXT "
-        "change least; prints each layer's signal-to-noise ratio and the perplexity on held-out parts of TEXT, both "
-        "ways. With --to latent, the weights become a start for training.",
+        "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "
+        "change least; prints each layer's signal-to-noise ratio and the perplexity\non held-out parts of TEXT, both "
+        "ways. With --to latent, the weights become a start for\ntraining.",
     )
     calibrate.add_argument("--calibrate", metavar="TEXT", help="a UTF-8 text file like what the model will be used on")
     calibrate.add_argument(

@@ -142,6 +142,7 @@ def convert_checkpoint(
     (gguf.plan if to in gguf.KINDS else plan)(opened, to)  # refuses what cannot be done
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     work = _Work(target, fingerprint, resume)
+    kept = f"what is finished is kept in {work.folder}, for resume=True (--resume)"
     try:
         if calibrate:
             opened.calibrated = _calibrate(opened, work.folder / "calibration", calibration, console)
@@ -153,8 +154,10 @@ def convert_checkpoint(
         if not work.begun():
             shutil.rmtree(work.folder)
             raise OSError(f"convert: {error}") from error
-        kept = f"what is finished is kept in {work.folder}, for resume=True (--resume)"
         raise OSError(f"convert: {error}; {kept}") from error
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {kept}", highlight=False)
+        raise
     except ValueError:  # the source has to change, and then nothing of this can be gone on with
         shutil.rmtree(work.folder)
         raise

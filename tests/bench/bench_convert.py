@@ -80,11 +80,12 @@ def copy(source: Path, target: Path) -> float:
 def convert(source: Path, target: Path, to: str) -> tuple[float, float]:
     """Seconds of the conversion, start of the process not counted, and its peak memory in MB."""
     code = f"""
-import resource, time
+import re, time
 from bitnet.convert.stream import convert_checkpoint
 start = time.perf_counter()
 convert_checkpoint({str(source)!r}, {str(target)!r}, {to!r})
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())  # ru_maxrss would count the parent's, too
+print(time.perf_counter() - start, int(peak[1]) * 1.024e-3)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     seconds, memory = map(float, done.stdout.split())
