@@ -381,7 +381,7 @@ class GgufSource(Source):
         self.family, config = self._config(stored)
         self.config = json.loads(config.to_json_string())
         self.model = skeleton(config)
-        self.plain, self.report, self.calibrated = False, None, {}
+        self.plain, self.report, self.calibrated, self.problems, self.scale_ranges = False, None, {}, [], {}
         inverse = {theirs: ours for ours, theirs in self.family.modules.items()}
         self.infos: dict[str, TensorInfo] = {}
         self.rows: dict[str, Tensor] = {}

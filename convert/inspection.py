@@ -138,7 +138,8 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
                 found.other_bytes += source.nbytes(key)
         except ValueError as error:
             found.problems.append(str(error))
-    found.problems += _scale_problems(found.matrices)
+    packed = [m for m in found.matrices if m.kind == "packed" and m.shares]
+    found.problems += scale_problems({m.name: m.scale for m in packed if m.scale})
     return found
 
 
@@ -176,9 +177,11 @@ def _check_floats(source: Source, key: str, problems: list[str]) -> None:
         problems.append(f"{key}: every value is zero")
 
 
-def _scale_problems(matrices: list[Matrix]) -> list[str]:
-    """Scales that are far from those of the other layers, or all so large that they were probably meant to divide."""
-    scales = {m.name: m.scale for m in matrices if m.scale and m.kind == "packed" and m.shares}
+def scale_problems(scales: dict[str, tuple[float, float]]) -> list[str]:
+    """Scales that are far from those of the other layers, or all so large that they were probably meant to divide.
+
+    scales: of ternary layers by name, the least and the greatest
+    """
     if not scales:
         return []
     middle = sorted(high for _, high in scales.values())[len(scales) // 2]

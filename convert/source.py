@@ -84,6 +84,8 @@ class Source:
     report: Report | None
     multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
     calibrated: dict[str, Callable[[], Quantized]]  # by layer, what to take instead of rounding its float weight
+    problems: list[str]  # what looked wrong in the codes that were read so far
+    scale_ranges: dict[str, tuple[float, float]]  # their least and greatest scales, by matrix
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every stored tensor in the order of the files: dtype as safetensors spells it, and shape.
@@ -234,7 +236,7 @@ class FolderSource(Source):
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = hf.BitNetConfig.from_dict(settings)
             hf.swap_for_loading(self.model, self.settings, self.headers)
-        self.plain, self.calibrated = settings is None, {}
+        self.plain, self.calibrated, self.problems, self.scale_ranges = settings is None, {}, [], {}
         if self.settings is not None and self.settings.linear_class == "autobitlinear":
             self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = hf.merged(self.model, self.headers)
@@ -283,7 +285,10 @@ class FolderSource(Source):
                 else:
                     assert self.settings is not None
                     shape = weight.in_features, weight.out_features
-                    yield Quantized(*hf.stored_codes(matrix, scale, *shape, self.settings))
+                    found = Quantized(*hf.stored_codes(matrix, scale, *shape, self.settings))
+                    if spec.weights != "int8":
+                        self._note(where, found)
+                    yield found
 
     def packed(self, weight: Weight) -> Iterator[tuple[Tensor, Tensor]]:
         if not weight.latent or weight.spec.weights != "ternary" or weight.name in self.calibrated:
@@ -292,6 +297,13 @@ class FolderSource(Source):
         for where, matrix, _ in self._each(weight):
             with naming(where):
                 yield ops.pack_latent(matrix, per_row=weight.spec.per_row)
+
+    def _note(self, where: str, found: Quantized) -> None:
+        flat = found.codes.view(-1)
+        same = flat == flat[0] if bool((flat[:64] == flat[0]).all()) else flat[:0]
+        if len(same) and bool(same.all()):
+            self.problems.append(f"{where}: every weight is {flat[0]:+d}; the checkpoint is probably damaged")
+        self.scale_ranges[where] = float(found.scale.min()), float(found.scale.max())
 
     def _each(self, weight: Weight) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Name, values and stored scale (None where the values are float weights) of each matrix of a weight."""

@@ -43,6 +43,7 @@ from . import ggml, gguf, hf
 from .calibrate import calibrate as calibrate_source
 from .calibrate import calibrated, latent_weight
 from .checkpoint import CONFIG, INDEX, WEIGHTS
+from .inspection import scale_problems
 from .source import DTYPES, Source, Weight, open_source
 
 TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
@@ -161,6 +162,8 @@ def convert_checkpoint(
     except ValueError:  # the source has to change, and then nothing of this can be gone on with
         shutil.rmtree(work.folder)
         raise
+    for problem in [*opened.problems, *scale_problems(opened.scale_ranges)]:
+        console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
     console.print(f"{target}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
     return target

@@ -27,6 +27,7 @@ from bitnet import cli
 from bitnet.convert import stream
 from bitnet.convert.checkpoint import read_headers
 from bitnet.convert.stream import convert_checkpoint
+from bitnet.quickstart import build_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -321,6 +322,25 @@ def test_a_senseless_shard_size_is_refused(forms: Path, size: str, tmp_path: Pat
 
 def test_sizes_are_decimal() -> None:
     assert [stream._bytes(size) for size in ("5GB", "1.5 mb", "200", 7, "3K")] == [5 * 10**9, 1500000, 200, 7, 3000]
+
+
+@pytest.mark.parametrize("to", ["hub", "base3", "bf16", "gguf-q2_0"])
+def test_a_damaged_source_is_converted_with_a_warning(forms: Path, to: str, tmp_path: Path, capsys: Any) -> None:
+    """As some uploads are: every byte of a layer zero. And a scale that is far from the others."""
+    model = llama(hidden_size=64, intermediate_size=128, vocab_size=257)
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "source")
+    build_tokenizer().save_pretrained(tmp_path / "source")
+    state = load_file(tmp_path / "source" / "model.safetensors")
+    state[f"{UP}.weight"].zero_()
+    state["model.layers.0.mlp.up_proj.weight_scale"] *= 200
+    save_file(state, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", to)
+    told = capsys.readouterr().err
+    assert f"warning: {UP}: every weight is -1; the checkpoint is probably damaged" in told
+    assert "warning: model.layers.0.mlp.up_proj: its scale of " in told
+    assert told.count("warning") == 2
 
 
 # Interruptions
