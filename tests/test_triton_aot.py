@@ -26,8 +26,8 @@ from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS, row_bytes  # noq
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 MATRIX = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA", "sm_120": "IMMA", "gfx942": "v_mfma_i32_"}
-if triton.__version__.startswith("3.6."):
-    MATRIX["sm_100"] = "IMMA"  # that version has no int8 products in tensor memory
+if triton.__version__.startswith(("3.6.", "3.7.")):
+    MATRIX["sm_100"] = "IMMA"  # those versions have no int8 products in tensor memory
 K, N = 4096, 14336
 
 each_arch = pytest.mark.parametrize("arch", ARCHS)
