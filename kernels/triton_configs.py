@@ -105,7 +105,7 @@ def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = Fal
     if planes == BASE3 and 16 < m <= 64:
         tile = tile._replace(block_k=128)  # decoding takes more registers
     elif planes == BASE3 and m <= 16 and family(gpu.arch) == "sm_80":
-        tile = tile._replace(block_k=256)  # Triton 3.8 holds five planes of activations: 116 KB with 512 features
+        tile = tile._replace(block_n=64)  # with 128 rows Triton 3.8 takes 116 KB of shared memory
     if per_row and tile.block_n * tile.block_m > 2048 * tile.warps:
         tile = tile._replace(block_n=128, warps=8)  # a division for each output takes registers, too
     return tile._replace(split=_split(gpu, tile, m, n, k))
