@@ -11,7 +11,6 @@ start from latent_weight: absmean rounding would make a smaller scale of codes *
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 
 from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
+from .checkpoint import write_whole
 from .gptq import ternarize
 from .source import Quantized, Source
 
@@ -222,8 +222,7 @@ def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) 
 
 def _fingerprint(source: Source, texts: Tensor, held_out: Tensor, device: torch.device) -> str:
     """Changes with anything that decides the results, but for the tensors' values, told by their files' times."""
-    files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
-    facts: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    facts: list[Any] = [source.fingerprint()]
     facts += [[name, asdict(layer.spec)] for name, layer in source.layers().items()]
     facts += [texts.tolist(), held_out.tolist(), source.model.config.to_json_string(), device.type]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -235,20 +234,13 @@ def _open_store(store: Path, fingerprint: str, blocks: int, resume: bool) -> Non
     file = store / SETTINGS
     store.mkdir(parents=True, exist_ok=True)
     if not any(store.iterdir()):
-        _write(file, json.dumps(settings).encode())
+        write_whole(file, json.dumps(settings).encode())
     elif not resume:
         raise ValueError(f"calibrate: {store} is not empty; ask to resume, or name another directory")
     elif not file.exists() or json.loads(file.read_text()) != settings:
         raise ValueError(
             f"calibrate: {store} was made from another checkpoint, text, or options; start anew in another directory"
         )
-
-
-def _write(file: Path, data: bytes) -> None:
-    """All of it or nothing, whenever the process is killed."""
-    scratch = file.with_suffix(".part")
-    scratch.write_bytes(data)
-    os.replace(scratch, file)
 
 
 def _save_block(file: Path, model: BlockModel, index: int, rows: list[LayerReport]) -> None:
@@ -261,7 +253,7 @@ def _save_block(file: Path, model: BlockModel, index: int, rows: list[LayerRepor
             sizes[name] = layer.out_features
     # one entry, because safetensors writes several in any order
     facts = json.dumps({"out_features": sizes, "layers": [asdict(row) for row in rows]})
-    _write(file, save(tensors, {"calibration": facts}))
+    write_whole(file, save(tensors, {"calibration": facts}))
 
 
 def _facts(file: Path) -> tuple[dict[str, int], list[LayerReport]]:

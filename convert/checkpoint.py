@@ -187,6 +187,13 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from None
 
 
+def write_whole(file: Path, data: bytes) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    scratch = file.with_suffix(".part")
+    scratch.write_bytes(data)
+    os.replace(scratch, file)
+
+
 def _complete(directory: str | Path, missing: Iterable[str]) -> None:
     if names := sorted(missing):
         more = f" and {len(names) - 1} others" if len(names) > 1 else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitnet.linear import describe
 
-from .source import DTYPES, Quantized, Source, Weight, open_source
+from .source import DTYPES, Quantized, Source, Weight, open_source, uniform
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,8 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> Matrix:
     for expert, (codes, scale) in enumerate(source.matrices(weight)):
         signed, used = int(codes.sum(dtype=torch.int64)), int(codes.count_nonzero())
         here = (used - signed) / 2, size - used, (used + signed) / 2
-        where = weight.name if weight.experts is None else f"{weight.name}, expert {expert}"
-        for count, value in zip(here, ("-1", "0", "+1"), strict=True):
-            if count == size and weight.spec.weights != "int8":
-                problems.append(
-                    f"{where}: every weight is {value}; the checkpoint is probably damaged (some uploads are)"
-                )
+        if weight.spec.weights != "int8":
+            problems += uniform(weight.name if weight.experts is None else f"{weight.name}, expert {expert}", codes)
         counts = [a + b for a, b in zip(counts, here, strict=True)]
         scales.append(scale)
         total += size
@@ -218,10 +214,12 @@ def diff_checkpoints(one: str | Path, other: str | Path, console: Console | None
     """
     a, b = open_source(one), open_source(other)
     names = list(dict.fromkeys([*_named(a), *_named(b)]))
-    transposed = {w.float_key for source in (a, b) for w in source.weights().values() if w.transposed}
+    low_bit = [{w.float_key: w for w in s.weights().values()} if not s.plain else {} for s in (a, b)]
+    transposed = {key for weights in low_bit for key, weight in weights.items() if weight.transposed}
     differences = {}
     for name in track(names, "comparing", console=console or Console(stderr=True), transient=True):
-        if what := _difference(_values(a, name), _values(b, name), name in transposed):
+        x, y = _values(a, low_bit[0], name), _values(b, low_bit[1], name)
+        if what := _difference(x, y, name in transposed):
             differences[name] = what
     return Comparison(len(names) - len(differences), differences)
 
@@ -235,9 +233,11 @@ def _named(source: Source) -> list[str]:
     return [names.get(key, key) for key in source.stored() if key not in scales]
 
 
-def _values(source: Source, key: str) -> Quantized | Tensor | None:
-    """A low-bit weight as codes and scales, each [..., N, K] and [..., 1] or [..., N], or another tensor as it is."""
-    weights = {} if source.plain else {weight.float_key: weight for weight in source.weights().values()}
+def _values(source: Source, weights: dict[str, Weight], key: str) -> Quantized | Tensor | None:
+    """A low-bit weight as codes and scales, each [..., N, K] and [..., 1] or [..., N], or another tensor as it is.
+
+    weights: the source's low-bit ones, by the names they have in the float model
+    """
     if key in weights:
         codes, scales = zip(*source.matrices(weights[key]), strict=True)
         if weights[key].experts is None:

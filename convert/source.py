@@ -299,10 +299,7 @@ class FolderSource(Source):
                 yield ops.pack_latent(matrix, per_row=weight.spec.per_row)
 
     def _note(self, where: str, found: Quantized) -> None:
-        flat = found.codes.view(-1)
-        same = flat == flat[0] if bool((flat[:64] == flat[0]).all()) else flat[:0]
-        if len(same) and bool(same.all()):
-            self.problems.append(f"{where}: every weight is {flat[0]:+d}; the checkpoint is probably damaged")
+        self.problems += uniform(where, found.codes)
         self.scale_ranges[where] = float(found.scale.min()), float(found.scale.max())
 
     def _each(self, weight: Weight) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -335,6 +332,15 @@ def naming(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def uniform(where: str, codes: Tensor) -> list[str]:
+    """The problem, in words, of a matrix whose ternary codes are all the same; none if they are not."""
+    flat = codes.reshape(-1)
+    if not bool((flat[:64] == flat[0]).all()) or not bool((flat == flat[0]).all()):
+        return []
+    value = ("-1", "0", "+1")[int(flat[0]) + 1]
+    return [f"{where}: every weight is {value}; the checkpoint is probably damaged (some uploads are)"]
 
 
 def open_source(path: str | Path, *, floats: bool = False, **swap: Any) -> Source:

@@ -42,7 +42,7 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 from . import ggml, gguf, hf
 from .calibrate import calibrate as calibrate_source
 from .calibrate import calibrated, latent_weight
-from .checkpoint import CONFIG, INDEX, WEIGHTS
+from .checkpoint import CONFIG, INDEX, WEIGHTS, write_whole
 from .inspection import scale_problems
 from .source import DTYPES, Source, Weight, open_source
 
@@ -263,7 +263,7 @@ def _calibrate(source: Source, store: Path, options: dict[str, Any], console: Co
 
 
 def _config(source: Source, to: str) -> dict[str, Any]:
-    config = json.loads(json.dumps(source.config))
+    config = dict(source.config)
     config.pop("quantization_config", None)
     if to == "bf16":
         config["dtype"] = "bfloat16"
@@ -438,7 +438,7 @@ class _Work:
                 )
         self.files.mkdir(parents=True, exist_ok=True)
         if not job.exists():  # nothing else was written before it
-            _write_whole(job, json.dumps(fingerprint, indent=1))
+            write_whole(job, json.dumps(fingerprint, indent=1).encode())
         self.path = self.folder / "journal"
         if self.path.exists():
             lines = self.path.read_bytes().split(b"\n")  # what follows the last line's end was cut off
@@ -506,7 +506,7 @@ class _Work:
             total = sum(output.nbytes for outputs in files.values() for output in outputs)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.files / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _write_whole(self.files / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_whole(self.files / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         if self.target.exists():
             self.target.rmdir()  # empty
         os.rename(self.files, self.target)
@@ -541,12 +541,6 @@ def _write_at(handle: int, view: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(handle, view[: 1 << 30], offset)  # at most 2 GB in one call
         view, offset = view[count:], offset + count
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(text)
-    os.replace(partial, file)
 
 
 def _bytes(size: str | int) -> int:
