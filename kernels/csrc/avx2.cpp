@@ -4,13 +4,16 @@
 namespace {
 
 struct Avx2 : Avx256 {  // sums are 16 x int16
-  static constexpr int kMaxTokens = 4;
+  static constexpr int kMaxTokens = 5;
   // A group adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
   // Of two sums the odd one grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a group.
   static constexpr int64_t kSumGroups = 16, kPlaneGroups = 8;
   using Planes = TwoSums<Avx2>;
 
-  static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s)); }
+  static INLINE void dot(Sum& sum, Vec u, Vec s) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
+    asm("" : "+x"(sum));  // gcc would add products first, and spill most of them
+  }
   static INLINE Vec total(Sum sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 

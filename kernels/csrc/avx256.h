@@ -12,15 +12,17 @@ struct Avx256 {
   struct Packed {};
   static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
   static constexpr int kBytes = 32, kTileVecs = 2;
+  static constexpr int kPlaneVecs = 2;  // with four, 16 registers do not hold the sums, the activations and the masks
 
   static INLINE Vec load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static INLINE void store(void* p, Vec v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static INLINE Vec splat(const int8_t* p) {
     int32_t word;
     memcpy(&word, p, 4);
     return _mm256_set1_epi32(word);
   }
   static INLINE Vec load32(const int32_t* p) { return load(p); }
-  static INLINE void store32(int32_t* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static INLINE void store32(int32_t* p, Vec v) { store(p, v); }
   static INLINE Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>

@@ -9,23 +9,28 @@ namespace {
 struct Avx512 {
   using Vec = __m512i;
   using Sum = __m512i;  // 16 x int32
-  static constexpr int kBytes = 64, kTileVecs = 4, kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
+  static constexpr int kBytes = 64, kPlaneVecs = 2, kTileVecs = 4;
+  static constexpr int kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
   static constexpr int64_t kSumGroups = kMaxFeatures;
 
   static INLINE Vec load(const void* p) { return _mm512_loadu_si512(p); }
+  static INLINE void store(void* p, Vec v) { _mm512_storeu_si512(p, v); }
   static INLINE Vec splat(const int8_t* p) {
     int32_t word;
     memcpy(&word, p, 4);
     return _mm512_set1_epi32(word);
   }
   static INLINE Vec load32(const int32_t* p) { return load(p); }
-  static INLINE void store32(int32_t* p, Vec v) { _mm512_storeu_si512(p, v); }
+  static INLINE void store32(int32_t* p, Vec v) { store(p, v); }
   static INLINE Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
   template <int J>
   static INLINE Vec plane(Vec w) {
     return _mm512_and_si512(_mm512_srli_epi16(w, 2 * J), _mm512_set1_epi8(3));
   }
-  static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = _mm512_dpbusd_epi32(sum, u, s); }
+  static INLINE void dot(Sum& sum, Vec u, Vec s) {
+    sum = _mm512_dpbusd_epi32(sum, u, s);
+    asm("" : "+v"(sum));  // gcc would move sums from register to register
+  }
   static INLINE Vec total(Sum sum) { return sum; }
 
   // Four 2-bit planes for one token: one sum a plane and no shift at all, so plane j comes out times 4^j.

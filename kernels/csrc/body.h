@@ -1,13 +1,14 @@
 // The kernels, written once over a small set of primitives that each instruction set's file defines as struct I:
 //
 //   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
-//   load, splat, load32, store32, add32      splat repeats 4 bytes
+//   load, store, splat, load32, store32, add32      splat repeats 4 bytes
 //   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumGroups           a partial accumulator, and how many groups it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
 //   Planes, kPlaneGroups      the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
-//   kTileVecs, kMaxTokens     shape of the register tile
+//   kPlaneVecs                vectors of rows that are summed at once for one token
+//   kTileVecs, kMaxTokens     shape of the register tile for many: vectors of rows, tokens
 //   kZero                     what a packed field holds for a weight of 0
 //
 // Everything is in an unnamed namespace and no standard library template is used: an inline function that is compiled
@@ -230,89 +231,143 @@ void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, 
   const uint8_t* w = layer.weight + first * groups * kGroupBytes;
   for (int64_t block = first; block < last; ++block) {
     alignas(64) int32_t acc[kBlockRows] = {};
-    const int8_t* q = codes;
     for (int64_t left = groups; left > 0; left -= I::kPlaneGroups) {
-      typename I::Planes planes[kVecs] = {};
-      for (int64_t g = smaller(left, I::kPlaneGroups); g > 0; --g, w += kGroupBytes, q += kGroup) {
-        __builtin_prefetch(w + 4096);  // the hardware's prefetcher stops at every 4 KB page
-        __builtin_prefetch(w + 4096 + 64);
-        typename I::Vec s[I::kFields];
-        UNROLL for (int j = 0; j < I::kFields; ++j) s[j] = I::splat(q + 4 * j);
-        UNROLL for (int v = 0; v < kVecs; ++v) planes[v].add(I::load(w + v * I::kBytes), s);
+      const int64_t here = smaller(left, I::kPlaneGroups);
+      for (int first = 0; first < kVecs; first += I::kPlaneVecs) {
+        typename I::Planes planes[I::kPlaneVecs] = {};
+        const uint8_t* p = w + first * I::kBytes;
+        const int8_t* q = codes + (groups - left) * kGroup;
+        for (int64_t g = here; g > 0; --g, p += kGroupBytes, q += kGroup) {
+          // the hardware's prefetcher stops at every 4 KB page
+          for (int byte = 0; byte < I::kPlaneVecs * I::kBytes; byte += 64) __builtin_prefetch(p + 4096 + byte);
+          typename I::Vec s[I::kFields];
+          UNROLL for (int j = 0; j < I::kFields; ++j) s[j] = I::splat(q + 4 * j);
+          UNROLL for (int v = 0; v < I::kPlaneVecs; ++v) planes[v].add(I::load(p + v * I::kBytes), s);
+        }
+        UNROLL for (int v = 0; v < I::kPlaneVecs; ++v) {
+          int32_t* a = acc + (first + v) * I::kBytes / 4;
+          I::store32(a, I::add32(I::load32(a), planes[v].total()));
+        }
       }
-      UNROLL for (int v = 0; v < kVecs; ++v) {
-        int32_t* a = acc + v * I::kBytes / 4;
-        I::store32(a, I::add32(I::load32(a), planes[v].total()));
-      }
+      w += here * kGroupBytes;
     }
     finish<kBlockRows>(layer, acc, {token.s, I::kZero * token.sum}, block * kBlockRows, y, block * kBlockRows, y_type);
   }
 }
 
-// T tokens times R vectors of rows, all of K: weights are unpacked in registers and used T times.
+// Many tokens. A slice of V vectors of rows goes through K in chunks. Where there are several panels of tokens, the weights
+// of a chunk are unpacked once, to bytes that stay in the first cache, and these multiply one panel after the other; a
+// single panel takes them from registers. Either way R vectors of rows times T tokens are summed in registers.
 
-template <class I, int J, int R, int T>
-INLINE void multiply(const uint8_t* const (&w)[R], const typename I::Packed (&packed)[R], const int8_t* q,
-                     typename I::Sum (&sum)[R][T]) {
-  if constexpr (J + 1 < I::kFields) multiply<I, J + 1>(w, packed, q, sum);
+constexpr int kChunkSteps = 64;  // of 4 features: 16 KB of unpacked weights where a slice has 64 rows
+
+template <class I, int V>
+struct Unpacked {
+  struct Packed {};
+  static constexpr int64_t kStride = I::kFields * V * I::kBytes;
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
+  template <int J>
+  static INLINE typename I::Vec field(const uint8_t* p, Packed) {
+    return I::load(p + J * V * I::kBytes);
+  }
+};
+
+template <class I>
+struct AsStored : I {
+  static constexpr int64_t kStride = kGroupBytes;
+};
+
+template <class I, class W, int J, int R, int T>
+INLINE void multiply_fields(const uint8_t* const (&w)[R], const typename W::Packed (&packed)[R], const int8_t* q,
+                            typename I::Sum (&sum)[R][T]) {
   typename I::Vec u[R];
-  UNROLL for (int r = 0; r < R; ++r) u[r] = I::template field<J>(w[r], packed[r]);
+  UNROLL for (int r = 0; r < R; ++r) u[r] = W::template field<J>(w[r], packed[r]);
   UNROLL for (int t = 0; t < T; ++t) {
     const typename I::Vec s = I::splat(q + 4 * (J * T + t));
     UNROLL for (int r = 0; r < R; ++r) I::dot(sum[r][t], u[r], s);
   }
+  if constexpr (J + 1 < I::kFields) multiply_fields<I, W, J + 1>(w, packed, q, sum);
 }
 
-template <class I, int R, int T>
-void tile(const Layer& layer, int64_t n0, const int8_t* q, const Token* token, void* y, int32_t y_type) {
-  constexpr int kRows = R * I::kBytes / 4;
-  constexpr int kGroup = 4 * I::kFields;
-  const int64_t groups = (layer.k + kGroup - 1) / kGroup;
+// acc [T][V vectors] += a panel's share of a chunk, for R vectors from v on. w: the weights, a block's after the other's.
+template <class I, class W, int V, int R, int T>
+void multiply(const uint8_t* weight, int64_t block_bytes, int v, int64_t groups, const int8_t* q, int32_t* acc) {
+  constexpr int kBlockVecs = kGroupBytes / I::kBytes;
   const uint8_t* w[R];
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = n0 + r * I::kBytes / 4;
-    w[r] = layer.weight + row / kBlockRows * groups * kGroupBytes + row % kBlockRows * 4;
+  UNROLL for (int r = 0; r < R; ++r)
+    w[r] = weight + (v + r) / kBlockVecs * block_bytes + (v + r) % kBlockVecs * I::kBytes;
+  typename I::Sum sum[R][T] = {};
+  for (; groups > 0; --groups, q += 4 * I::kFields * T) {
+    typename W::Packed packed[R];
+    UNROLL for (int r = 0; r < R; ++r) packed[r] = W::unpack(w[r]);
+    multiply_fields<I, W, 0>(w, packed, q, sum);
+    UNROLL for (int r = 0; r < R; ++r) w[r] += W::kStride;
   }
-  alignas(64) int32_t acc[T][kRows] = {};
-  for (int64_t left = groups; left > 0; left -= I::kSumGroups) {
-    typename I::Sum sum[R][T] = {};
-    for (int64_t g = smaller(left, I::kSumGroups); g > 0; --g, q += kGroup * T) {
-      typename I::Packed packed[R];
-      UNROLL for (int r = 0; r < R; ++r) packed[r] = I::unpack(w[r]);
-      multiply<I, 0>(w, packed, q, sum);
-      UNROLL for (int r = 0; r < R; ++r) w[r] += kGroupBytes;
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      int32_t* a = acc + (t * V + v + r) * I::kBytes / 4;
+      I::store32(a, I::add32(I::load32(a), I::total(sum[r][t])));
     }
-    UNROLL for (int t = 0; t < T; ++t) {
-      UNROLL for (int r = 0; r < R; ++r) {
-        int32_t* a = acc[t] + r * I::kBytes / 4;
-        I::store32(a, I::add32(I::load32(a), I::total(sum[r][t])));
-      }
-    }
-  }
-  for (int t = 0; t < T; ++t) {
-    finish<kRows>(layer, acc[t], {token[t].s, I::kZero * token[t].sum}, n0, y, t * layer.n + n0, y_type);
   }
 }
 
-template <class I, int R, int T>
-void tiles(const Layer& layer, int64_t n0, int64_t n1, const int8_t* panel, const Token* token, int tokens, void* y,
-           int32_t y_type) {
+template <class I, class W, int V, int T = I::kMaxTokens>
+INLINE void multiply_panel(const uint8_t* w, int64_t block_bytes, int64_t groups, const int8_t* q, int tokens,
+                           int32_t* acc) {
   if (tokens < T) {
-    if constexpr (T > 1) tiles<I, R, T - 1>(layer, n0, n1, panel, token, tokens, y, y_type);
+    if constexpr (T > 1) multiply_panel<I, W, V, T - 1>(w, block_bytes, groups, q, tokens, acc);
     return;
   }
-  for (; n0 < n1; n0 += R * I::kBytes / 4) tile<I, R, T>(layer, n0, panel, token, y, y_type);
+  constexpr int R = I::kTileVecs < V ? I::kTileVecs : V;
+  for (int v = 0; v < V; v += R) multiply<I, W, V, R, T>(w, block_bytes, v, groups, q, acc);
+}
+
+template <class I, int V, int J>
+INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* u) {
+  I::store(u + J * V * I::kBytes, I::template field<J>(w, packed));
+  if constexpr (J + 1 < I::kFields) unpack_fields<I, V, J + 1>(w, packed, u);
+}
+
+template <class I, int V>
+void slice(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
+  constexpr int kRows = V * I::kBytes / 4, kBlockVecs = kGroupBytes / I::kBytes, kGroup = 4 * I::kFields;
+  constexpr int64_t kChunk = I::kSumGroups < kChunkSteps / I::kFields ? I::kSumGroups : kChunkSteps / I::kFields;
+  alignas(64) uint8_t unpacked[kChunk * Unpacked<I, V>::kStride];
+  const int64_t groups = (layer.k + kGroup - 1) / kGroup, block_bytes = groups * kGroupBytes;
+  memset(acc, 0, panels.tokens * kRows * sizeof(*acc));
+  for (int64_t first = 0; first < groups; first += kChunk) {
+    const int64_t here = smaller(kChunk, groups - first);
+    const uint8_t* w = layer.weight + block * block_bytes + first * kGroupBytes;
+    if (panels.count == 1) {
+      const int8_t* q = panels.codes + first * kGroup * panels.tokens;
+      multiply_panel<I, AsStored<I>, V>(w, block_bytes, here, q, int(panels.tokens), acc);
+      continue;
+    }
+    for (int64_t g = 0; g < here; ++g)
+      for (int v = 0; v < V; ++v) {
+        const uint8_t* from = w + v / kBlockVecs * block_bytes + g * kGroupBytes + v % kBlockVecs * I::kBytes;
+        unpack_fields<I, V, 0>(from, I::unpack(from), unpacked + g * Unpacked<I, V>::kStride + v * I::kBytes);
+      }
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t token = panels.first(p), tokens = panels.first(p + 1) - token;
+      const int8_t* q = panels.codes + (token * groups + first * tokens) * kGroup;
+      int32_t* a = acc + token * kRows;
+      multiply_panel<I, Unpacked<I, V>, V>(unpacked, kBlockVecs * I::kBytes, here, q, int(tokens), a);
+    }
+  }
+  const int64_t n0 = block * kBlockRows;
+  for (int64_t t = 0; t < panels.tokens; ++t) {
+    const Token token = panels.token[t];
+    finish<kRows>(layer, acc + t * kRows, {token.s, I::kZero * token.sum}, n0, y, t * layer.n + n0, y_type);
+  }
 }
 
 template <class I>
-void gemm(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, const Token* token, int tokens, void* y,
+void gemm(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
           int32_t y_type) {
-  constexpr int R = I::kTileVecs, kBlockVecs = kGroupBytes / I::kBytes;
-  const int64_t n0 = first * kBlockRows, n1 = last * kBlockRows;
-  int64_t whole = n1;
-  if constexpr (R > kBlockVecs) whole = n0 + (n1 - n0) / (R * I::kBytes / 4) * (R * I::kBytes / 4);
-  tiles<I, R, I::kMaxTokens>(layer, n0, whole, panel, token, tokens, y, y_type);
-  if constexpr (R > kBlockVecs) tiles<I, kBlockVecs, I::kMaxTokens>(layer, whole, n1, panel, token, tokens, y, y_type);
+  constexpr int kBlockVecs = kGroupBytes / I::kBytes, V = I::kTileVecs > kBlockVecs ? I::kTileVecs : kBlockVecs;
+  for (; first + V / kBlockVecs <= last; first += V / kBlockVecs) slice<I, V>(layer, first, panels, acc, y, y_type);
+  for (; first < last; ++first) slice<I, kBlockVecs>(layer, first, panels, acc, y, y_type);
 }
 
 // Planes of an instruction set that has nothing better than to unpack plane<j>(w) and multiply each.

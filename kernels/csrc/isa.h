@@ -5,6 +5,7 @@
 #include "bitnet_cpu.h"
 
 constexpr int64_t kBlockRows = 32;    // rows of a block
+constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at once
 constexpr int64_t kGroupBytes = 128;  // bytes of one block and group: a 32-bit lane for each row
 constexpr int group_features(int layout) { return layout == kBase3 ? 20 : layout == kEightBits ? 4 : 16; }
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
@@ -13,6 +14,14 @@ constexpr int64_t max_features(int layout) { return layout == kEightBits ? int64
 struct Token {
   float s;      // activation scale; divides
   int32_t sum;  // sum of the codes: times what was added to every weight's code, it has to come off the accumulators
+};
+
+// The codes of many tokens, in `count` panels of up to max_tokens: those of a panel [k/4, its tokens] in words of 4 codes.
+struct Panels {
+  const int8_t* codes;
+  const Token* token;
+  int64_t tokens, count;
+  int64_t first(int64_t panel) const { return tokens * panel / count; }  // token of a panel
 };
 
 struct Isa {
@@ -37,9 +46,9 @@ struct Isa {
   void (*gemv)(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
                int32_t y_type);
 
-  // The same for a panel of `tokens` tokens, whose codes are interleaved in 4-byte words: word [k/4][token].
-  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const int8_t* panel, const Token* token, int tokens,
-               void* y, int32_t y_type);
+  // The same for many tokens. acc: scratch for kTileRows accumulators a token, aligned to 64 bytes.
+  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
+               int32_t y_type);
 };
 
 extern const Isa kScalar, kScalarInt8;

@@ -150,16 +150,16 @@ Status prefill(const Call& call, int64_t m, int threads) {
   if (!memory) return kNoMemory;
   auto* codes = reinterpret_cast<int8_t*>(memory);
   auto* token = reinterpret_cast<Token*>(memory + largest * padded);
-  constexpr int64_t kPair = 2;  // blocks a thread keeps in its cache while all panels pass
   Status status = kOk;
   parallel(threads, [&](int thread, int count) {
-    auto* row = static_cast<int8_t*>(row_scratch.reserve(padded));
-    if (!row) __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
+    auto* acc = static_cast<int32_t*>(row_scratch.reserve(largest * kTileRows * sizeof(int32_t) + padded));
+    auto* row = reinterpret_cast<int8_t*>(acc + largest * kTileRows);
+    if (!acc) __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
     for (int64_t slab = 0; slab < slabs; ++slab) {
       const int64_t m0 = share(m, slab, slabs), tokens = share(m, slab + 1, slabs) - m0;
-      const int64_t panels = ceil_div(tokens, call.isa.max_tokens);
-      for (int64_t p = share(panels, thread, count); row && p < share(panels, thread + 1, count); ++p) {
-        const int64_t first = share(tokens, p, panels), width = share(tokens, p + 1, panels) - first;
+      const Panels panels{codes, token, tokens, ceil_div(tokens, call.isa.max_tokens)};
+      for (int64_t p = share(panels.count, thread, count); acc && p < share(panels.count, thread + 1, count); ++p) {
+        const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
         for (int64_t t = 0; t < width; ++t) {
           token[first + t] = call.quantize(m0 + first + t, row);
           int8_t* word = codes + first * padded + 4 * t;
@@ -167,13 +167,9 @@ Status prefill(const Call& call, int64_t m, int threads) {
         }
       }
       barrier(count);
-      const int64_t last = share(blocks, thread + 1, count);
-      for (int64_t b = share(blocks, thread, count); b < last; b += kPair)
-        for (int64_t p = 0; p < panels; ++p) {
-          const int64_t first = share(tokens, p, panels), width = share(tokens, p + 1, panels) - first;
-          call.isa.gemm(call.layer, b, b + kPair < last ? b + kPair : last, codes + first * padded, token + first,
-                        int(width), call.y + (m0 + first) * call.y_stride, call.y_type);
-        }
+      if (acc)
+        call.isa.gemm(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), panels, acc,
+                      call.y + m0 * call.y_stride, call.y_type);
       if (slab + 1 < slabs) barrier(count);
     }
   });

@@ -13,9 +13,10 @@ struct Neon {
   using Vec = int8x16_t;
   struct Packed {};
   static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
-  static constexpr int kBytes = 16, kTileVecs = 4;
+  static constexpr int kBytes = 16, kPlaneVecs = 8, kTileVecs = 4;
 
   static INLINE Vec load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
+  static INLINE void store(void* p, Vec v) { vst1q_s8(static_cast<int8_t*>(p), v); }
   static INLINE Vec splat(const int8_t* p) {
     int32_t word;
     memcpy(&word, p, 4);

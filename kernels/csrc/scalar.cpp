@@ -8,7 +8,7 @@ struct Scalar {
   using Sum = int32_t;
   struct Packed {};
   static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
-  static constexpr int kBytes = 4, kTileVecs = 4, kMaxTokens = 4;
+  static constexpr int kBytes = 4, kPlaneVecs = 32, kTileVecs = 4, kMaxTokens = 4;
   static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = kMaxFeatures;
 
   static INLINE Vec load(const void* p) {
@@ -16,6 +16,7 @@ struct Scalar {
     memcpy(&v, p, sizeof(v));
     return v;
   }
+  static INLINE void store(void* p, Vec v) { memcpy(p, &v, sizeof(v)); }
   static INLINE Vec splat(const int8_t* p) { return load(p); }
   static INLINE int32_t load32(const int32_t* p) { return *p; }
   static INLINE void store32(int32_t* p, int32_t v) { *p = v; }
