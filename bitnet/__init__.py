@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .convert.stream import convert_checkpoint
     from .convert.swap import Report, pack, replace_linear, unpack
     from .experts import BitExperts, PackedExperts
-    from .kernels.ops import backends
+    from .kernels.backends import backends
     from .linear import BitConv1D, BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
@@ -41,7 +41,7 @@ _HOME = {
     "QuantSpec": "bitnet.quantize",
     "Report": "bitnet.convert.swap",
     "StrengthCallback": "bitnet.trainer",
-    "backends": "bitnet.kernels.ops",
+    "backends": "bitnet.kernels.backends",
     "convert_checkpoint": "bitnet.convert.stream",
     "diff_checkpoints": "bitnet.convert.inspection",
     "inspect_checkpoint": "bitnet.convert.inspection",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .kernels import ops
+from .kernels import backends
 
 
 def hardware() -> dict[str, str]:
@@ -45,7 +45,7 @@ def info() -> str:
         lines.append(f"  {'gpu':<16}none: {why}")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         lines += ["", f'backends on {device} (the first that is ready is what "auto" takes)']
-        for row in ops.backends(device):
+        for row in backends.backends(device):
             lines.append(f"  {row.name:<16}{'ready' if row.ready else 'missing'}: {row.detail}")
     return "\n".join(lines)
 

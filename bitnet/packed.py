@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import layout, ops
+from .kernels import backends, layout, ops
 from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
@@ -150,7 +150,7 @@ class PackedBitLinear(Packed):
             unseen = torch.compiler.is_compiling() or scale.is_meta
             if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
                 raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
-            backend = ops.choose_backend(self.backend, self.weight.device, self.spec.activation_bits, self.bits)
+            backend = backends.choose_backend(self.backend, self.weight.device, self.spec.activation_bits, self.bits)
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
                 self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
         return self._prepacked
@@ -198,7 +198,7 @@ class PackedBitLinear(Packed):
 
 def check_backend(backend: str, bits: float) -> None:
     """Raise ValueError for a backend or bits a weight that there are not."""
-    ops.check_backend(backend)
+    backends.check_backend(backend)
     if bits not in (2, 1.6):
         raise ValueError(f"bits must be 2 or 1.6, got {bits!r}")
 

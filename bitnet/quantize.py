@@ -57,16 +57,28 @@ def bit_linear(
     w = weight
     if isinstance(strength, Tensor) or strength != 0:
         codes, scale = ops.quantize_latent(weight.detach(), spec.weights, spec.per_row)
-        w = _blend(weight, codes * scale[:, None], strength)
+        w = _blend(weight, codes.float().mul_(scale[:, None]), strength)
         if spec.activation_bits is not None:
-            q, s = reference.quantize_activation(x.detach(), spec.activation_bits)
-            x = _blend(x, q / s, strength)
+            q, s = ops.quantize_tokens(x.detach().reshape(-1, x.shape[-1]), spec.activation_bits)
+            x = _blend(x, ops.dequantize(q, s, torch.float32).view(x.shape), strength)
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _blend(v: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
     """v + strength * (quantized - v) whose gradient is that of v (quantized is float32, the result has v's dtype)."""
-    return v + (strength * (quantized - v.detach())).to(v.dtype)
+    return _Become.apply(v, torch.lerp(v.detach().float(), quantized, strength).to(v.dtype))
+
+
+class _Become(torch.autograd.Function):
+    """Another value with v's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -88,7 +100,7 @@ class _QuantizedLinear(torch.autograd.Function):
         else:
             q, s = ops.quantize_tokens(x2, bits)
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
-            y = ops.int_linear(q, s, codes, scale, bias, x.dtype)
+            y = ops.int_linear(q, s, codes, scale, bias, x.dtype, kind == "int8")
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return y.reshape(*x.shape[:-1], codes.shape[0])
 

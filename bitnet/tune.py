@@ -9,7 +9,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .kernels import int8, ops
+from .kernels import backends, int8
 from .kernels.layout import ZEROS, packed_rows
 from .kernels.triton_layout import BASE3, INT8, TWO_BITS, prepack, unprepack
 
@@ -29,7 +29,7 @@ def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, dev
         raise ValueError(f"--tokens must be at least 1, got {bad[0]}")
     planes = BASE3 if base3 else TWO_BITS
     shapes = [shape for target in targets for shape in shapes_of(target, planes)]
-    if missing := ops._BACKENDS["triton"].missing(torch.device(device), 8):
+    if missing := backends.BACKENDS["triton"].missing(torch.device(device), 8):
         raise RuntimeError(f"there is nothing to tune here: {missing}")
     from .kernels import triton_configs as configs
 

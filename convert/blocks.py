@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bitnet.kernels import int8, ops
+from bitnet.kernels import ops
 from bitnet.linear import BitLinear, become
 
 from .source import Quantized, Source
@@ -45,7 +45,9 @@ class Layer(BitLinear):
         if stream not in self.rounded:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(-1, self.in_features)
-        y = int8.linear(x, *self.rounded[stream], self.bias, self.spec.activation_bits)
+        y = ops.codes_linear(
+            x, *self.rounded[stream], self.bias, self.spec.activation_bits, self.spec.weights == "int8"
+        )
         return y.view(*input.shape[:-1], self.out_features)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 6  # bitnet_abi() of a library built from these sources
+_ABI = 7  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
@@ -67,11 +67,21 @@ def description(layout: int = TWO_BITS) -> str:
 
 def isas(layout: int = TWO_BITS) -> list[str]:
     """The instruction sets that multiply a layout and this CPU can run, best first."""
+    return list(_isas(layout))
+
+
+@lru_cache
+def _isas(layout: int) -> tuple[str, ...]:
     library = _library()
     names: list[str] = []
     while name := library.bitnet_isa(layout, len(names)):
         names.append(name.decode())
-    return names
+    return tuple(names)
+
+
+def _index(layout: int = TWO_BITS, isa: str | None = None) -> int:
+    """By which the library knows an instruction set; by default the best."""
+    return _isas(layout).index(isa or isas(layout)[0])
 
 
 def _library() -> ctypes.CDLL:
@@ -102,11 +112,12 @@ def _load() -> ctypes.CDLL | str:
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.bitnet_isa.argtypes, library.bitnet_isa.restype = (int32, int32), ctypes.c_char_p
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
-    library.bitnet_prepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
+    library.bitnet_prepack.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)
     library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
-    library.bitnet_ternary_codes.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32)
-    library.bitnet_pack_ternary.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32)
-    library.bitnet_magnitudes.argtypes = (pointer, int32, int64, int64, pointer, int32)
+    library.bitnet_quantize.argtypes = (pointer, int32, int64, int64, int64, pointer, pointer, int32, int32)
+    library.bitnet_ternary_codes.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32, int32)
+    library.bitnet_pack_ternary.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32, int32)
+    library.bitnet_magnitudes.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)
     library.bitnet_read.argtypes, library.bitnet_read.restype = (pointer, int64, int32), int64
     return library
 
@@ -155,7 +166,7 @@ class _Arena:
         """An uninitialized uint8 tensor."""
         size = torch.Size(shape).numel()
         if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(shape, dtype=torch.uint8)
+            return torch.empty(shape, dtype=torch.uint8, device="cpu")
         with self._lock:
             chunk = self._chunk()
             if chunk is None or self._next + size > len(chunk):
@@ -185,16 +196,29 @@ def layout_of(weight: Tensor, layout: int) -> int:
 
 def prepack(packed: Tensor, n: int, layout: int = TWO_BITS) -> Tensor:
     """Hub bytes uint8 [ceil(N/4), K] to uint8 layout_shape(N, K), or int8 [N, K] to int8; exact for any N and K."""
-    packed, layout = packed.contiguous(), layout_of(packed, layout)
-    k, threads = packed.shape[1], torch.get_num_threads()
-    weight = _arena.empty(*layout_shape(n, k, layout)).view(packed.dtype)
-    _check(_library().bitnet_prepack(packed.data_ptr(), n, k, weight.data_ptr(), layout, threads))
+    layout = layout_of(packed, layout)
+    weight = _arena.empty(*layout_shape(n, packed.shape[1], layout)).view(packed.dtype)
+    return _prepack(packed, False, n, layout, weight)
+
+
+def prepack_codes(codes: Tensor, eight_bits: bool) -> Tensor:
+    """Codes int8 [N, K], ternary or eight_bits, for a few products: the same, in memory that goes and comes quickly."""
+    layout = _EIGHT_BITS if eight_bits else TWO_BITS
+    n, k = codes.shape
+    weight = codes.new_empty(layout_shape(n, k, layout), dtype=torch.int8 if eight_bits else torch.uint8)
+    return _prepack(codes, True, n, layout, weight)
+
+
+def _prepack(source: Tensor, from_codes: bool, n: int, layout: int, weight: Tensor) -> Tensor:
+    source, k = source.contiguous(), source.shape[1]
+    args = (source.data_ptr(), from_codes, n, k, weight.data_ptr(), layout)
+    _check(_library().bitnet_prepack(*args, torch.get_num_threads()))
     return weight
 
 
 def unprepack(weight: Tensor, n: int, k: int, layout: int = TWO_BITS) -> Tensor:
     """The inverse, as codes int8 [N, K]."""
-    codes, layout = torch.empty(n, k, dtype=torch.int8), layout_of(weight, layout)
+    codes, layout = weight.new_empty(n, k, dtype=torch.int8), layout_of(weight, layout)
     _check(_library().bitnet_unprepack(weight.data_ptr(), n, k, codes.data_ptr(), layout, torch.get_num_threads()))
     return codes
 
@@ -207,14 +231,25 @@ def read(weight: Tensor) -> None:
 # Training
 
 
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.quantize_activation(x, 8) of float32, bfloat16 or float16 x [M, K]: int8 [M, K], float32 [M, 1]."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    m, k = x.shape
+    q, s = x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, 1, dtype=torch.float32)
+    args = (x.data_ptr(), _TYPES[x.dtype], x.stride(0), m, k, q.data_ptr(), s.data_ptr(), _index())
+    _check(_library().bitnet_quantize(*args, torch.get_num_threads()))
+    return q, s
+
+
 def ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
     """clamp(round(weight * inv), -1, 1) as int8 [N, K], in one pass over a float32, bfloat16 or float16 weight.
 
     weight: contiguous [N, K]; inv: float32 [1] or [N, 1]
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)
     n, k = weight.shape
-    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, codes.data_ptr())
+    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, codes.data_ptr(), _index())
     _check(_library().bitnet_ternary_codes(*args, torch.get_num_threads()))
     return codes
 
@@ -222,8 +257,8 @@ def ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
 def pack_ternary(weight: Tensor, inv: Tensor) -> Tensor:
     """layout.pack_ternary(ternary_codes(weight, inv)), uint8 [ceil(N/4), K], in one pass."""
     n, k = weight.shape
-    packed = torch.empty(-(-n // 4), k, dtype=torch.uint8)
-    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, packed.data_ptr())
+    packed = weight.new_empty(-(-n // 4), k, dtype=torch.uint8)
+    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, inv.data_ptr(), inv.numel() > 1, packed.data_ptr(), _index())
     _check(_library().bitnet_pack_ternary(*args, torch.get_num_threads()))
     return packed
 
@@ -234,8 +269,8 @@ def magnitudes(weight: Tensor) -> Tensor:
     The order of summation depends on nothing but K. Not finite where the row is not.
     """
     n, k = weight.shape
-    sums = torch.empty(n, dtype=torch.float64)
-    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, sums.data_ptr())
+    sums = weight.new_empty(n, dtype=torch.float64)
+    args = (weight.data_ptr(), _TYPES[weight.dtype], n, k, sums.data_ptr(), _index())
     _check(_library().bitnet_magnitudes(*args, torch.get_num_threads()))
     return sums
 
@@ -261,7 +296,6 @@ def _layer(
     if (scale is not None and scale.numel() not in (1, n)) or (bias is not None and bias.numel() != n):
         sizes = [None if t is None else t.numel() for t in (scale, bias)]
         raise ValueError(f"native CPU kernel: scale and bias of sizes {sizes} do not fit {n} rows")
-    index = -1 if isa is None else isas(layout).index(isa)
     if bias is not None:
         bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()
     scale = None if scale is None else scale.contiguous()
@@ -274,7 +308,7 @@ def _layer(
         scale is not None and scale.numel() > 1,
         0 if bias is None else _TYPES[bias.dtype],
         layout,
-        index,
+        _index(layout, isa),
     )
     layer.alive = (weight, scale, bias)
     return layer
@@ -284,7 +318,7 @@ def _multiply(layer: ctypes.Structure, q: Tensor, s: Tensor | None, dtype: torch
     """Codes q int8 [M, K] with scales s float32 [M, 1] times a layer, as dtype [M, N]."""
     q = q.contiguous()
     s = None if s is None else s.contiguous()
-    y = torch.empty(len(q), layer.n, dtype=dtype)
+    y = q.new_empty(len(q), layer.n, dtype=dtype)
     pointer = None if s is None else s.data_ptr()
     args = (q.data_ptr(), _TYPES[q.dtype], layer.k, pointer, len(q), y.data_ptr(), _TYPES[dtype])
     _check(_library().bitnet_linear(ctypes.byref(layer), *args, torch.get_num_threads()))
@@ -294,6 +328,14 @@ def _multiply(layer: ctypes.Structure, q: Tensor, s: Tensor | None, dtype: torch
 def int_matmul(q: Tensor, weight: Tensor, n: int, layout: int = TWO_BITS, isa: str | None = None) -> Tensor:
     """reference.int_matmul of codes q int8 [M, K] and prepacked ones: int32 [M, N]. isa: a name from isas(layout)."""
     return _multiply(_layer(weight, None, None, n, q.shape[1], layout, isa), q, None, torch.int32)
+
+
+def codes_linear(
+    q: Tensor, s: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, dtype: torch.dtype
+) -> Tensor:
+    """reference.rescale of int_matmul(q, weight, n): dtype [M, N]."""
+    y = _multiply(_layer(weight, scale, bias, n, q.shape[1]), q, s, dtype if dtype in FLOATS else torch.float32)
+    return y.to(dtype)
 
 
 def bind(
@@ -337,7 +379,7 @@ def bind(
     def linear_4_bits(x: Tensor) -> Tensor:
         # rare enough for a pass of torch's before the product
         q, s = reference.quantize_activation(x.reshape(-1, k), 4)
-        y = _multiply(layer, q, s, x.dtype if x.dtype in types else torch.float32)
+        y = _multiply(layer, q, s, x.dtype if x.dtype in FLOATS else torch.float32)
         return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
     return linear if bits == 8 else linear_4_bits

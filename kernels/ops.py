@@ -1,142 +1,17 @@
-"""The public operations: argument checks, backend choice, and registration with torch.
-
-Every backend keeps a layer's weight in a layout of its own, made once from the Hub bytes by `prepack` and never
-saved, and implements one function: `bind`, which takes all that a layer consists of and returns the function of x.
-The plain-torch definitions in reference.py say what that function must return.
+"""The public operations: argument checks, the way to a backend (backends.py), and registration with torch.
 
 In eager inference a layer calls its bound function directly. Under autograd, torch.compile and torch.export the same
 function runs as the registered operator `torch.ops.bitnet.ternary_linear`.
 """
 
-import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cpu, int8, reference, triton_layout
-from .layout import check_packed, check_stored, codes_of, pack_ternary, packed_rows, validate_packed
-
-Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
-
-
-class Backend(NamedTuple):
-    """How one backend does the job."""
-
-    description: Callable[[], str]
-    missing: Callable[[torch.device, int | None], str | None]
-    # (device, activation_bits) -> None where it can run, else why not and what to do
-    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own layout, one tensor
-    unprepack: Callable[[Tensor, int, int], Tensor]  # (own layout, N, K) -> int8 codes [N, K]
-    bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
-    # bind(own layout, scale, bias, N, K, activation_bits)
-
-
-def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, bits).reshape(*x.shape[:-1], n)
-
-
-def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, bits)
-
-
-def _cpu(layout: int) -> Backend:
-    return Backend(
-        partial(cpu.description, layout),
-        missing=partial(cpu.missing, layout=layout),
-        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, layout),
-        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, layout),
-        bind=partial(cpu.bind, layout=layout),
-    )
-
-
-def _triton(planes: int) -> Backend:
-    return Backend(
-        partial(triton_layout.description, planes),
-        missing=triton_layout.missing,
-        prepack=partial(triton_layout.prepack, planes=planes),
-        unprepack=partial(triton_layout.unprepack, planes=planes),
-        bind=partial(triton_layout.bind, planes=planes),
-    )
-
-
-# In the order in which "auto" prefers them. NAME-base3 stores 1.6 bits a weight; "auto" never comes to it, because NAME
-# runs wherever it does.
-_BACKENDS = {
-    "cpu": _cpu(cpu.TWO_BITS),
-    "cpu-base3": _cpu(cpu.BASE3),
-    "triton": _triton(triton_layout.TWO_BITS),
-    "triton-base3": _triton(triton_layout.BASE3),
-    "torch": Backend(
-        lambda: "int8 codes kept in memory, torch's int8 matmul",
-        missing=lambda device, bits: None,
-        prepack=codes_of,
-        unprepack=lambda codes, n, k: codes,
-        bind=_bind_torch,
-    ),
-    "reference": Backend(
-        lambda: "the plain-torch definition; unpacks on every call",
-        missing=lambda device, bits: None,
-        prepack=lambda packed, n: packed,
-        unprepack=lambda packed, n, k: codes_of(packed, n),
-        bind=_bind_reference,
-    ),
-}
-
-
-class BackendStatus(NamedTuple):
-    """One row of backends()."""
-
-    name: str
-    ready: bool
-    detail: str  # what it is, or why it is not ready and what to do
-
-
-def backends(device: str | torch.device = "cpu", activation_bits: int | None = 8) -> list[BackendStatus]:
-    """Which backends can run on `device`, best first, and for the others why not and what to do."""
-    device = torch.device(device)
-    rows = []
-    for name, backend in _BACKENDS.items():
-        missing = backend.missing(device, activation_bits)
-        rows.append(BackendStatus(name, missing is None, missing or backend.description()))
-    return rows
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is "auto" or the name of a backend, whether or not that one can run here."""
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(map(repr, _BACKENDS))}")
-
-
-@torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
-def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, bits: float = 2) -> str:
-    """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
-
-    bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
-
-    Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
-    """
-    name = _choose(backend, device.type, activation_bits)
-    if bits == 1.6 and not name.endswith("-base3"):
-        base3 = _BACKENDS.get(f"{name}-base3")
-        why = base3.missing(device, activation_bits) if base3 else "that backend has no such form"
-        if why is None:
-            return f"{name}-base3"
-        warnings.warn(f"bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2)
-    return name
-
-
-@lru_cache
-def _choose(backend: str, device_type: str, activation_bits: int | None) -> str:
-    device = torch.device(device_type)
-    check_backend(backend)
-    if backend == "auto":
-        return next(name for name, one in _BACKENDS.items() if one.missing(device, activation_bits) is None)
-    if missing := _BACKENDS[backend].missing(device, activation_bits):
-        raise RuntimeError(f"backend {backend!r} cannot run on {device_type}: {missing}")
-    return backend
+from . import backends, cpu, int8, products, reference
+from .backends import Linear, choose_backend
+from .layout import check_packed, check_stored, pack_ternary, packed_rows, validate_packed
 
 
 def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = False) -> tuple[Tensor, Tensor]:
@@ -179,13 +54,27 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
     if bits == 8 and _on_triton(x):
         return torch.ops.bitnet.quantize_activation(x, bits)
-    return reference.quantize_activation(x, bits)
+    return cpu.quantize_tokens(x) if bits == 8 and _on_native(x) else reference.quantize_activation(x, bits)
 
 
-def int_linear(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Codes q int8 [M, K] times codes int8 [N, K], rescaled: reference.rescale(reference.int_matmul(q, codes), ...)."""
+def int_linear(
+    q: Tensor,
+    s: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    eight_bits: bool = False,
+) -> Tensor:
+    """Codes q int8 [M, K] times codes int8 [N, K], rescaled: reference.rescale(reference.int_matmul(q, codes), ...).
+
+    eight_bits: whether codes may be others than -1, 0 and 1
+    """
     if _on_triton(q):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
+    if q.is_cpu and _is_plain(q):
+        run = torch.ops.bitnet.cpu_int_linear if torch.compiler.is_compiling() else _cpu_int_linear
+        return run(q, s, codes, scale, bias, dtype, eight_bits)
     return reference.rescale(int8.int_matmul(q, codes), s, scale, bias, dtype)
 
 
@@ -193,7 +82,17 @@ def dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     """q / s in dtype, for codes q int8 [M, K]."""
     if _on_triton(q) and not torch.compiler.is_compiling():  # a compiler fuses it by itself
         return torch.ops.bitnet.gpu_dequantize(q, s, dtype)
-    return (q / s).to(dtype)
+    return q.float().div_(s).to(dtype)  # torch divides integers by floats forty times slower
+
+
+def codes_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int | None, eight_bits: bool = False
+) -> Tensor:
+    """reference.ternary_linear of x [M, K] and codes int8 [N, K] that are not packed."""
+    if activation_bits is None:
+        return reference.float_linear(x, codes, scale, bias)
+    q, s = quantize_tokens(x, activation_bits)
+    return int_linear(q, s, codes, scale, bias, x.dtype, eight_bits)
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -206,7 +105,7 @@ def _on_triton(t: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _triton_is_chosen() -> bool:
-    return _choose("auto", "cuda", 8) == "triton"
+    return choose_backend("auto", torch.device("cuda")) == "triton"
 
 
 def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
@@ -227,9 +126,17 @@ def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tenso
 
 def _native(weight: Tensor, kind: str) -> bool:
     """Whether the CPU library can quantize this weight."""
-    plain = _is_plain(weight) and weight.is_cpu and weight.is_contiguous()
-    able = plain and kind == "ternary" and weight.dtype in cpu.FLOATS and not torch.compiler.is_compiling()
-    return able and _choose("auto", "cpu", 8) == "cpu"
+    return kind == "ternary" and weight.is_contiguous() and _on_native(weight)
+
+
+def _on_native(t: Tensor) -> bool:
+    able = t.is_cpu and t.dtype in cpu.FLOATS and _is_plain(t)
+    return able and not torch.compiler.is_compiling() and _native_is_chosen()
+
+
+@torch.compiler.assume_constant_result
+def _native_is_chosen() -> bool:
+    return choose_backend("auto", torch.device("cpu")) == "cpu"
 
 
 def _inverse(sums: Tensor, weight: Tensor, per_row: bool) -> Tensor:
@@ -301,7 +208,7 @@ def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
     if packed.dtype == torch.uint8 and not torch.compiler.is_compiling() and not packed.is_meta:
         validate_packed(packed)
-    return _BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n)
+    return backends.BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n)
 
 
 def linear_prepacked(
@@ -351,7 +258,7 @@ def bind(
     It keeps the tensors and sees what is written into them; for other tensors bind again.
     """
     detached = None if bias is None else bias.detach()
-    return _BACKENDS[backend].bind(weight, scale.detach(), detached, out_features, in_features, activation_bits)
+    return backends.BACKENDS[backend].bind(weight, scale.detach(), detached, out_features, in_features, activation_bits)
 
 
 # Registration with torch: schemas, kernels, fakes (shapes without data) and the gradient.
@@ -367,6 +274,10 @@ _LIBRARY.define("gpu_magnitudes(Tensor weight) -> Tensor")
 _LIBRARY.define("gpu_ternary_codes(Tensor weight, Tensor inv) -> Tensor")
 _LIBRARY.define(
     "gpu_int_linear(Tensor q, Tensor s, Tensor codes, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "cpu_int_linear(Tensor q, Tensor s, Tensor codes, Tensor scale, Tensor? bias, ScalarType dtype, bool eight_bits)"
+    " -> Tensor"
 )
 _LIBRARY.define("gpu_dequantize(Tensor q, Tensor s, ScalarType dtype) -> Tensor")
 _LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
@@ -407,6 +318,12 @@ def _gpu_int_linear(
     return int_linear(q, s, codes, scale, bias, dtype)
 
 
+def _cpu_int_linear(
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, eight_bits: bool
+) -> Tensor:
+    return products.linear(q, s, codes, scale, bias, dtype, eight_bits, native=_native_is_chosen())
+
+
 def _gpu_dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     from .triton_quantize import dequantize
 
@@ -431,6 +348,7 @@ _LIBRARY.impl("gpu_magnitudes", _gpu_magnitudes, "CompositeExplicitAutograd")
 _LIBRARY.impl("gpu_ternary_codes", _gpu_ternary_codes, "CompositeExplicitAutograd")
 _LIBRARY.impl("gpu_int_linear", _gpu_int_linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("gpu_dequantize", _gpu_dequantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("cpu_int_linear", _cpu_int_linear, "CPU")
 _LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
 _LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
 
@@ -466,6 +384,13 @@ def _(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, d
     return q.new_empty(q.shape[0], codes.shape[0], dtype=dtype)
 
 
+@torch.library.register_fake("bitnet::cpu_int_linear", lib=_LIBRARY)
+def _(
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, eight_bits: bool
+) -> Tensor:
+    return q.new_empty(q.shape[0], codes.shape[0], dtype=dtype)
+
+
 @torch.library.register_fake("bitnet::gpu_dequantize", lib=_LIBRARY)
 def _(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
@@ -494,7 +419,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor) -> tuple
             "or attach adapters (LoRA) beside the packed layers"
         )
     weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    codes = _BACKENDS[ctx.backend].unprepack(weight, ctx.n, ctx.k)  # type: ignore[attr-defined]
+    codes = backends.BACKENDS[ctx.backend].unprepack(weight, ctx.n, ctx.k)  # type: ignore[attr-defined]
     grad_x = reference.grad_input(grad_y.reshape(-1, codes.shape[0]), codes, scale)
     return grad_x.reshape(*grad_y.shape[:-1], codes.shape[1]), None, None, None, None, None, None
 
@@ -502,11 +427,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor) -> tuple
 torch.library.register_autograd("bitnet::ternary_linear", _backward, setup_context=_save_for_backward, lib=_LIBRARY)
 
 __all__ = [
-    "BackendStatus",
-    "backends",
     "bind",
-    "check_backend",
-    "choose_backend",
+    "codes_linear",
     "dequantize",
     "int_linear",
     "linear_prepacked",

@@ -103,9 +103,10 @@ def rescale(acc: Tensor, s: Tensor, scale: Tensor, bias: Tensor | None, dtype: t
 
     acc: int32 or integer-valued float32 [M, N]; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N] or None
     """
-    y = acc.float() * (scale / s)
+    y = acc.float()
+    y = y * (scale / s) if y is acc else y.mul_(scale / s)
     if bias is not None:
-        y = y + bias.float()
+        y += bias.float()
     return y.to(dtype)
 
 

@@ -41,6 +41,11 @@ def missing(device: torch.device, activation_bits: int | None = 8) -> str | None
     return None
 
 
+def hardware(device: torch.device) -> str:
+    """What the kernels are compiled for and by, in words."""
+    return f"{torch.cuda.get_device_name(device)}, triton {_triton_version()}"
+
+
 def description(planes: int) -> str:
     """What runs here, in words."""
     bits = "1.6 bits" if planes == BASE3 else "2 bits"

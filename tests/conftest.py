@@ -1,6 +1,33 @@
 import pytest
 import torch
 
+from bitnet.kernels import cpu
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--isa", help="hold the native kernels to an instruction set (avx2, ...), as on a lesser CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected: some are parametrized with the instruction sets there are."""
+    held = config.getoption("--isa")
+    if held is None:
+        return
+    every = cpu.isas
+    if held not in every():
+        raise pytest.UsageError(f"--isa {held}: this CPU has {', '.join(every())}")
+
+    def isas(layout: int = cpu.TWO_BITS) -> list[str]:
+        names = every(layout)
+        return names[names.index(held) :] if held in names else []
+
+    cpu.isas = isas
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    missing = cpu.missing(torch.device("cpu"))
+    return f"native kernels: {missing or ', '.join(dict.fromkeys(cpu.isas() + cpu.isas(cpu.BASE3)))}"
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.kernels import cpu, ops, reference
+from bitnet.kernels import backends, cpu, ops, reference
 from bitnet.kernels.layout import pack_ternary
 
 MISSING = cpu.missing(torch.device("cpu"))
@@ -307,6 +307,18 @@ def test_a_bound_layer_follows_its_buffers() -> None:
     assert torch.equal(layer(x), 4 * ones)
 
 
+def test_a_default_device_does_not_move_what_the_kernels_write() -> None:
+    """Fails with a crash if results are allocated wherever torch.device says."""
+    layer, weight = PackedBitLinear(40, 6, backend="cpu", activation_bits=4), torch.randn(6, 40)
+    x, expected = torch.randn(3, 40), bitnet.BitLinear(40, 6)
+    with torch.device("meta"):
+        assert layer(x).device.type == "cpu"
+        packed, scale = ops.pack_latent(weight)
+        codes = cpu.unprepack(cpu.prepack(packed, 6), 6, 40)
+        expected(x).sum().backward()
+    assert torch.equal(codes * scale, torch.mul(*ops.quantize_weight(weight)))
+
+
 def test_layers_without_a_plain_tensor_go_through_the_operator() -> None:
     """Fails if a traced or fake call reaches the C function, whose result no graph would see."""
     layer, x = PackedBitLinear(40, 6, backend="cpu"), grid(2, 40)
@@ -372,7 +384,7 @@ def test_1_6_bits_that_cannot_be_had_are_said_and_done_in_another_form(monkeypat
 
 def test_a_cuda_device_is_refused_with_the_remedy() -> None:
     with pytest.raises(RuntimeError, match="'cpu' cannot run on cuda: it runs on CPU tensors; on cuda choose 'auto'"):
-        ops.choose_backend("cpu", torch.device("cuda"))
+        backends.choose_backend("cpu", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("layout", [cpu.TWO_BITS, cpu._EIGHT_BITS])
@@ -414,16 +426,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("bitnet.__path__", [str(tmp_path)])
     monkeypatch.setattr(metadata, "distribution", none)
-    cpu._load.cache_clear()
-    ops._choose.cache_clear()
+    for cache in (cpu._load, backends._choose):
+        cache.cache_clear()
     yield tmp_path
-    cpu._load.cache_clear()
-    ops._choose.cache_clear()
+    for cache in (cpu._load, backends._choose):
+        cache.cache_clear()
 
 
 def reason() -> str:
     cpu._load.cache_clear()
-    row = ops.backends()[0]
+    row = backends.backends()[0]
     assert (row.name, row.ready) == ("cpu", False)
     return row.detail
 

@@ -27,11 +27,11 @@ from transformers.pytorch_utils import Conv1D
 import bitnet
 from bitnet.convert import hf
 from bitnet.experts import BitExperts, PackedExperts, PackedStack, pack_layer, stacks_of, to_packed
-from bitnet.kernels import ops
+from bitnet.kernels import backends
 from bitnet.linear import BitConv1D
 from bitnet.quantize import QuantSpec
 
-BACKENDS = [row.name for row in ops.backends("cpu") if row.ready]
+BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
 E, H, INNER = 4, 24, 10  # 2 * INNER is no multiple of 8, H / 4 = 6 packed rows
 
 

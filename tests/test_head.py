@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import ops
+from bitnet.kernels import backends, ops
 from bitnet.packed import PackedEmbedding
 
-BACKENDS = [row.name for row in ops.backends("cpu") if row.ready]
+BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

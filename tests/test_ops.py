@@ -8,9 +8,9 @@ from oracle import DTYPES, grid
 from shapes import AWKWARD, SHAPES
 from torch import Tensor
 
-from bitnet.kernels import int8, layout, ops, reference
+from bitnet.kernels import backends, int8, layout, ops, reference
 
-BACKENDS = [row.name for row in ops.backends("cpu") if row.ready]
+BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -20,7 +20,7 @@ each_matmul = pytest.mark.parametrize("matmul", [reference.int_matmul, int8.int_
 
 
 def skip_if_refused(backend: str, bits: int | None) -> None:
-    if why := ops._BACKENDS[backend].missing(torch.device("cpu"), bits):
+    if why := backends.BACKENDS[backend].missing(torch.device("cpu"), bits):
         pytest.skip(why)
 
 
@@ -241,7 +241,7 @@ def test_every_layout_can_be_undone(backend: str) -> None:
     for _, n, k in AWKWARD:
         codes = ternary(n, k)
         weight = ops.prepack(layout.pack_ternary(codes), n, backend=backend)
-        assert torch.equal(ops._BACKENDS[backend].unprepack(weight, n, k), codes)
+        assert torch.equal(backends.BACKENDS[backend].unprepack(weight, n, k), codes)
 
 
 @each_backend
@@ -256,28 +256,28 @@ def test_meta_tensors_give_shapes(backend: str) -> None:
 
 
 def test_backends_lists_every_backend_with_a_reason() -> None:
-    rows = ops.backends()
+    rows = backends.backends()
     assert {row.name for row in rows} >= {"torch", "reference"}
     assert all(row.detail for row in rows)
     assert rows[-1].name == "reference", "the slowest comes last"
-    assert ops.choose_backend("auto", torch.device("cpu")) == next(row.name for row in rows if row.ready)
+    assert backends.choose_backend("auto", torch.device("cpu")) == next(row.name for row in rows if row.ready)
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend, first in line, that cannot run."""
-    missing = ops._BACKENDS["torch"]._replace(missing=lambda device, bits: f"not for {device}; buy another")
-    monkeypatch.setattr(ops, "_BACKENDS", {"broken": missing, **ops._BACKENDS})
-    ops._choose.cache_clear()
+    missing = backends.BACKENDS["torch"]._replace(missing=lambda device, bits: f"not for {device}; buy another")
+    monkeypatch.setattr(backends, "BACKENDS", {"broken": missing, **backends.BACKENDS})
+    backends._choose.cache_clear()
     return "broken"
 
 
 def test_an_explicit_backend_never_falls_back(broken: str) -> None:
-    row = ops.backends()[0]
+    row = backends.backends()[0]
     assert row == (broken, False, "not for cpu; buy another")
     with pytest.raises(RuntimeError, match="'broken' cannot run on cpu: not for cpu; buy another"):
-        ops.choose_backend(broken, torch.device("cpu"))
-    assert ops.choose_backend("auto", torch.device("cpu")) != broken
+        backends.choose_backend(broken, torch.device("cpu"))
+    assert backends.choose_backend("auto", torch.device("cpu")) != broken
 
 
 def test_an_unknown_backend_is_refused_with_the_names() -> None:

@@ -12,11 +12,11 @@ from oracle import DTYPES, grid
 from torch import Tensor, nn
 
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import layout, ops
+from bitnet.kernels import backends, layout
 from bitnet.packed import quantize_packed
 
 M, N, K = 5, 6, 24
-BACKENDS = [row.name for row in ops.backends("cpu") if row.ready]
+BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -24,7 +24,9 @@ each_bits = pytest.mark.parametrize("bits", [8, 4, None], ids=["a8", "a4", "floa
 
 
 def pack(layer: BitLinear, backend: str = "auto") -> PackedBitLinear:
-    if backend in BACKENDS and (why := ops._BACKENDS[backend].missing(torch.device("cpu"), layer.spec.activation_bits)):
+    if backend in BACKENDS and (
+        why := backends.BACKENDS[backend].missing(torch.device("cpu"), layer.spec.activation_bits)
+    ):
         pytest.skip(why)
     return PackedBitLinear.from_bit_linear(layer, *quantize_packed(layer), backend=backend)
 
@@ -205,7 +207,7 @@ def test_weight_is_unpacked_once_for_many_calls(monkeypatch: pytest.MonkeyPatch)
         calls.append(n)
         return layout.unpack_ternary(packed, n)
 
-    monkeypatch.setitem(ops._BACKENDS, "torch", ops._BACKENDS["torch"]._replace(prepack=counting))
+    monkeypatch.setitem(backends.BACKENDS, "torch", backends.BACKENDS["torch"]._replace(prepack=counting))
     layer, x = make("torch"), torch.randn(M, K)
     assert calls == []
     for _ in range(3):
@@ -220,7 +222,7 @@ def test_weight_is_unpacked_once_for_many_calls(monkeypatch: pytest.MonkeyPatch)
 
 def test_prepack_names_the_backend_it_used() -> None:
     assert make("reference").prepack()[1] == "reference"
-    assert make().prepack()[1] == ops.choose_backend("auto", torch.device("cpu"))
+    assert make().prepack()[1] == backends.choose_backend("auto", torch.device("cpu"))
 
 
 def test_unknown_backend_raises() -> None:

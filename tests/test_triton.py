@@ -20,7 +20,7 @@ from shapes import AWKWARD, REAL, SHAPES
 from torch import Tensor
 
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import layout, ops, reference, triton_layout
+from bitnet.kernels import backends, layout, ops, reference, triton_layout
 from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -29,7 +29,7 @@ from bitnet.kernels import triton_linear as linear  # noqa: E402
 from bitnet.kernels import triton_quantize as quantize  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NO_GPU = not INTERPRETED and ops._BACKENDS["triton"].missing(torch.device("cuda"), 8)
+NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
@@ -417,32 +417,33 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 
 def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
+    monkeypatch.setattr(backends, "_fault", lambda name, device: None)
     cuda = torch.device("cuda")
-    assert "triton" not in ops.choose_backend("auto", torch.device("cpu"))
+    assert "triton" not in backends.choose_backend("auto", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="cannot run on cpu: it runs on CUDA and ROCm GPUs; on cpu choose 'auto'"):
-        ops.choose_backend("triton", torch.device("cpu"))
+        backends.choose_backend("triton", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert ops.choose_backend("auto", cuda) == "triton"
-    assert ops.choose_backend("auto", cuda, bits=1.6) == "triton-base3"
-    assert ops.choose_backend("auto", cuda, activation_bits=None) == "torch"
+    assert backends.choose_backend("auto", cuda) == "triton"
+    assert backends.choose_backend("auto", cuda, bits=1.6) == "triton-base3"
+    assert backends.choose_backend("auto", cuda, activation_bits=None) == "torch"
     with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float"):
-        ops.choose_backend("triton", cuda, None)
+        backends.choose_backend("triton", cuda, None)
     for name in ("get_device_capability", "is_available"):
-        ops._choose.cache_clear()
+        backends._choose.cache_clear()
         monkeypatch.setattr(torch.cuda, name, {"is_available": lambda: False}.get(name, lambda device=None: (7, 5)))
         why = "torch sees no GPU" if name == "is_available" else "needs compute capability 8.0.*this GPU has 7.5"
         with pytest.raises(RuntimeError, match=why):
-            ops.choose_backend("triton", cuda)
-        assert ops.choose_backend("auto", cuda) == "torch"
+            backends.choose_backend("triton", cuda)
+        assert backends.choose_backend("auto", cuda) == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
     with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
-        ops.choose_backend("triton", cuda)
+        backends.choose_backend("triton", cuda)
     monkeypatch.undo()
-    ops._choose.cache_clear()
+    backends._choose.cache_clear()
 
 
 @pytest.mark.parametrize(("n", "k"), [(65, 40), (64, 600), (63, 40)], ids=["row_more", "block_more", "row_less"])
@@ -644,7 +645,9 @@ def test_tuning_measures_checks_and_keeps_the_fastest(
         tune.tune(["12x40"], [1], device="cpu")
     cache = type("properties", (), {"L2_cache_size": 100})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
-    monkeypatch.setattr(ops, "_BACKENDS", {"triton": ops._BACKENDS["triton"]._replace(missing=lambda *args: None)})
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"triton": backends.BACKENDS["triton"]._replace(missing=lambda *args: None)}
+    )
     monkeypatch.setattr(configs, "gpu_of", lambda device: SMALL_GPU)
     monkeypatch.setattr(tune, "graph_seconds", seconds)
     configs.tuned.cache_clear()

@@ -28,7 +28,7 @@ struct Layer {
   int32_t per_row;
   int32_t bias_type;
   int32_t layout;
-  int32_t isa;  // index into bitnet_isa(layout); negative for the best this CPU can run
+  int32_t isa;  // index into bitnet_isa(layout)
 };
 
 // Changes whenever anything in this file does, so that a stale build is noticed.
@@ -44,23 +44,30 @@ BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i);
 BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads);
 
-// Hub bytes [ceil(n/4), k] (layout C: codes int8 [n, k]) to a layout, and a layout to codes int8 [n, k].
-BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t layout,
-                                     int32_t threads);
+// A weight to a layout, and a layout to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
+// for layout C, codes int8 [n, k].
+BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
+                                     int32_t layout, int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t layout,
                                        int32_t threads);
 
+// Quantizers. isa: index into bitnet_isa(kTwoBits).
+
+// Activation codes q int8 [m, k] and their scales s [m], which divide, of float x [m, k] (rows x_stride elements apart).
+BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int8_t* q,
+                                      float* s, int32_t isa, int32_t threads);
+
 // Ternary codes int8 [n, k] of a contiguous latent weight [n, k]: clamp(round(w inv), -1, 1). inv: [1], or [n] if per_row.
 BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
-                                           int32_t per_row, int8_t* codes, int32_t threads);
+                                           int32_t per_row, int8_t* codes, int32_t isa, int32_t threads);
 
 // The same codes as Hub bytes [ceil(n/4), k].
 BITNET_EXPORT int32_t bitnet_pack_ternary(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
-                                          int32_t per_row, uint8_t* hub, int32_t threads);
+                                          int32_t per_row, uint8_t* hub, int32_t isa, int32_t threads);
 
 // sums [n] = the sum of |w| over each row of a contiguous latent weight [n, k]: not finite if the row is not.
 BITNET_EXPORT int32_t bitnet_magnitudes(const void* w, int32_t type, int64_t n, int64_t k, double* sums,
-                                        int32_t threads);
+                                        int32_t isa, int32_t threads);
 
 // Reads bytes once and returns a checksum: the yardstick that benchmarks hold kernels against. Used for nothing else.
 BITNET_EXPORT int64_t bitnet_read(const void* data, int64_t bytes, int32_t threads);

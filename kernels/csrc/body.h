@@ -154,15 +154,18 @@ double magnitude_of(const void* w_, int64_t k) {
   const auto* w = static_cast<const typename F::Bits*>(w_);
   double sum[kLanes] = {};
   typename F::Bits top = 0;
-  for (int64_t at = 0; at < k; at += kLanes) {
-    typename F::Bits a[kLanes] = {};
-    memcpy(a, w + at, smaller(kLanes, k - at) * sizeof(*a));
+  const auto add = [&](const typename F::Bits* from) __attribute__((always_inline)) {
     for (int i = 0; i < kLanes; ++i) {
-      a[i] &= F::kAbs;
-      top = a[i] > top ? a[i] : top;
-      sum[i] += double(F::value(a[i]));
+      const typename F::Bits a = from[i] & F::kAbs;
+      top = a > top ? a : top;
+      sum[i] += double(F::value(a));
     }
-  }
+  };
+  int64_t at = 0;
+  for (; at + kLanes <= k; at += kLanes) add(w + at);
+  typename F::Bits rest[kLanes] = {};
+  memcpy(rest, w + at, (k - at) * sizeof(*w));
+  add(rest);
   if (top >= F::kInf) return top == F::kInf ? double(__builtin_inff()) : double(__builtin_nanf(""));
   for (int i = 1; i < kLanes; ++i) sum[0] += sum[i];
   return sum[0];

@@ -43,6 +43,7 @@ const Isa* const compiled[] = {
 
 // The i-th instruction set of a layout that this CPU can run, best first; null past the last.
 const Isa* find_isa(int32_t layout, int32_t i) {
+  if (i < 0) return nullptr;
   for (const Isa* isa : compiled)
     if (isa->layout == layout && isa->supported() && i-- == 0) return isa;
   return nullptr;
@@ -178,10 +179,37 @@ Status prefill(const Call& call, int64_t m, int threads) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 6; }
+// `size` bytes, of which the first `here` are copied, if there are that many, and the others are `padding`.
+template <int size, class Words>
+void copy_padded(Words& to, const uint8_t* from, int64_t here, int padding) {
+  if (here >= size) {
+    memcpy(to, from, size);  // of a size that the compiler knows
+  } else {
+    memset(to, padding, size);
+    if (here > 0) memcpy(to, from, here);
+  }
+}
+
+// One lane of a layout from the bytes of `here` codes, or of a whole group if there are as many; field() leaves code + 1
+// in the low two bits of each byte of a word, and turns `padding` into that of code 0.
+template <class Field>
+uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t layout, int padding, const Field& field) {
+  uint32_t t[5];
+  if (layout == kEightBits) {
+    copy_padded<4>(t, from, here, 0);
+    return t[0] ^ 0x80808080;
+  }
+  if (layout == kBase3) copy_padded<20>(t, from, here, padding);
+  else copy_padded<16>(t, from, here, padding), t[4] = 0;
+  for (uint32_t& word : t) word = field(word) & 0x03030303;
+  return layout == kBase3 ? t[0] + 3 * t[1] + 9 * t[2] + 27 * t[3] + 84 * t[4]
+                          : t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6;
+}
+
+BITNET_EXPORT int32_t bitnet_abi() { return 7; }
 
 BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
-  const Isa* isa = i < 0 ? nullptr : find_isa(layout, i);
+  const Isa* isa = find_isa(layout, i);
   return isa ? isa->name : nullptr;
 }
 
@@ -192,7 +220,7 @@ BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x
   if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
   if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;
-  const Isa* isa = find_isa(layer->layout, layer->isa < 0 ? 0 : layer->isa);
+  const Isa* isa = find_isa(layer->layout, layer->isa);
   if (!isa) return kBadIsa;
   if (m == 0) return kOk;
   if (m * n * k < int64_t(1) << 20) threads = 1;  // a few microseconds of work: waking a thread takes as long
@@ -202,35 +230,26 @@ BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x
   return m == 1 ? decode(call, threads) : prefill(call, m, threads);
 }
 
-BITNET_EXPORT int32_t bitnet_prepack(const uint8_t* hub, int64_t n, int64_t k, uint8_t* weight, int32_t layout,
-                                     int32_t threads) {
+BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
+                                     int32_t layout, int32_t threads) {
   if (n < 1 || k < 1 || k > max_features(layout)) return kBadShape;
   const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
   const int64_t group = group_features(layout), groups = ceil_div(k, group);
+  from_codes |= layout == kEightBits;
   parallel(threads, [&](int thread, int count) {
     for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
       for (int64_t r = 0; r < kBlockRows; ++r) {
-        const int64_t row = b * kBlockRows + r;
-        const uint8_t* from = hub + row % hub_rows * k;
+        const int64_t row = b * kBlockRows + r, filled = row < n ? k : 0;
+        const auto* from = static_cast<const uint8_t*>(source);
+        if (row < n) from += (from_codes ? row : row % hub_rows) * k;
+        const int shift = row < n ? int(row / hub_rows * 2) : 0;
         uint8_t* to = weight + b * groups * kGroupBytes + 4 * r;
+        const auto of_codes = [](uint32_t t) { return (t & 0x03030303) + 0x01010101; };  // -1 is 3 in two bits
+        const auto of_hub_bytes = [=](uint32_t t) { return t >> shift; };
         for (int64_t g = 0; g < groups; ++g, to += kGroupBytes) {
-          const int64_t here = k - g * group < group ? k - g * group : group;
-          if (layout == kEightBits) {
-            uint32_t lane = 0;
-            if (row < n) memcpy(&lane, hub + row * k + g * group, here);
-            lane ^= 0x80808080;
-            memcpy(to, &lane, 4);
-            continue;
-          }
-          uint32_t t[5];  // 4 codes + 1 each, a byte a code
-          memset(t, 1, sizeof(t));
-          if (row < n) {
-            memcpy(t, from + g * group, here);
-            for (uint32_t& word : t) word = word >> 2 * (row / hub_rows) & 0x03030303;
-            memset(reinterpret_cast<char*>(t) + here, 1, group - here);
-          }
-          const uint32_t lane = layout == kBase3 ? t[0] + 3 * t[1] + 9 * t[2] + 27 * t[3] + 84 * t[4]
-                                                 : t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6;
+          const int64_t here = filled - g * group;
+          const uint32_t lane = from_codes ? pack_lane(from + g * group, here, layout, 0, of_codes)
+                                           : pack_lane(from + g * group, here, layout, 0x55, of_hub_bytes);
           memcpy(to, &lane, 4);
         }
       }
@@ -262,26 +281,42 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
   return kOk;
 }
 
+BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int8_t* q,
+                                      float* s, int32_t isa, int32_t threads) {
+  const Isa* target = find_isa(kTwoBits, isa);
+  if (!target) return kBadIsa;
+  if (!is_float(x_type)) return kBadType;
+  if (m < 0 || k < 1) return kBadShape;
+  if (m * k < int64_t(1) << 18) threads = 1;
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row)
+      s[row] = target->quantize(static_cast<const char*>(x) + row * x_stride * element_size(x_type), x_type, k, q + row * k).s;
+  });
+  return kOk;
+}
+
 BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
-                                           int32_t per_row, int8_t* codes, int32_t threads) {
+                                           int32_t per_row, int8_t* codes, int32_t isa, int32_t threads) {
+  const Isa* target = find_isa(kTwoBits, isa);
+  if (!target) return kBadIsa;
   if (!is_float(type)) return kBadType;
   if (n < 0 || k < 0) return kBadShape;
-  const Isa& isa = *find_isa(kTwoBits, 0);
   if (n * k < int64_t(1) << 18) threads = 1;
   parallel(threads, [&](int thread, int count) {
     for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row) {
       const char* from = static_cast<const char*>(w) + row * k * element_size(type);
-      isa.ternary_codes(from, type, k, inv[per_row ? row : 0], codes + row * k);
+      target->ternary_codes(from, type, k, inv[per_row ? row : 0], codes + row * k);
     }
   });
   return kOk;
 }
 
 BITNET_EXPORT int32_t bitnet_pack_ternary(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
-                                          int32_t per_row, uint8_t* hub, int32_t threads) {
+                                          int32_t per_row, uint8_t* hub, int32_t isa, int32_t threads) {
+  const Isa* target = find_isa(kTwoBits, isa);
+  if (!target) return kBadIsa;
   if (!is_float(type)) return kBadType;
   if (n < 0 || k < 0) return kBadShape;
-  const Isa& isa = *find_isa(kTwoBits, 0);
   const int64_t hub_rows = ceil_div(n, 4), bytes = k * element_size(type);
   if (n * k < int64_t(1) << 18) threads = 1;
   parallel(threads, [&](int thread, int count) {
@@ -293,21 +328,22 @@ BITNET_EXPORT int32_t bitnet_pack_ternary(const void* w, int32_t type, int64_t n
         rows[j] = row < n ? static_cast<const char*>(w) + row * bytes : nullptr;
         scale[j] = row < n ? inv[per_row ? row : 0] : 0;
       }
-      isa.pack_ternary(rows, type, k, scale, hub + r * k);
+      target->pack_ternary(rows, type, k, scale, hub + r * k);
     }
   });
   return kOk;
 }
 
 BITNET_EXPORT int32_t bitnet_magnitudes(const void* w, int32_t type, int64_t n, int64_t k, double* sums,
-                                        int32_t threads) {
+                                        int32_t isa, int32_t threads) {
+  const Isa* target = find_isa(kTwoBits, isa);
+  if (!target) return kBadIsa;
   if (!is_float(type)) return kBadType;
   if (n < 0 || k < 0) return kBadShape;
-  const Isa& isa = *find_isa(kTwoBits, 0);
   if (n * k < int64_t(1) << 18) threads = 1;
   parallel(threads, [&](int thread, int count) {
     for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row)
-      sums[row] = isa.magnitude(static_cast<const char*>(w) + row * k * element_size(type), type, k);
+      sums[row] = target->magnitude(static_cast<const char*>(w) + row * k * element_size(type), type, k);
   });
   return kOk;
 }

@@ -59,7 +59,10 @@ void check_with(bool eight, int64_t m, int64_t n, int64_t k, int extreme) {
     const int64_t group = eight ? 4 : layout == kBase3 ? 20 : 16;
     weights[layout].resize((n + 31) / 32 * ((k + group - 1) / group) * 128);
     uint8_t* weight = weights[layout].data();
-    require(!bitnet_prepack(source, n, k, weight, layout, 2), "prepack", "all", m, n, k);
+    require(!bitnet_prepack(codes.data(), 1, n, k, weight, layout, 2), "prepack of codes", "all", m, n, k);
+    const std::vector<uint8_t> of_codes = weights[layout];
+    require(!bitnet_prepack(source, 0, n, k, weight, layout, 2), "prepack", "all", m, n, k);
+    require(same(weights[layout], of_codes), "prepack of codes", "all", m, n, k);
     require(!bitnet_unprepack(weight, n, k, back.data(), layout, 2) && codes == back, "unprepack", "all", m, n, k);
   }
 

@@ -1,0 +1,216 @@
+"""Which backends there are, which of them can run here and are right, and which one a layer takes.
+
+Every backend keeps a layer's weight in a layout of its own, made once from the Hub bytes by `prepack` and never
+saved, and implements one function: `bind`, which takes all that a layer consists of and returns the function of x.
+The plain-torch definitions in reference.py say what that function must return; proof.py sees whether it does.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu, int8, proof, reference, triton_layout
+from .layout import codes_of, pack_ternary
+
+Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
+
+
+class Backend(NamedTuple):
+    """How one backend does the job."""
+
+    description: Callable[[], str]
+    missing: Callable[[torch.device, int | None], str | None]
+    # (device, activation_bits) -> None where it can run, else why not and what to do
+    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own layout, one tensor
+    unprepack: Callable[[Tensor, int, int], Tensor]  # (own layout, N, K) -> int8 codes [N, K]
+    bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
+    # bind(own layout, scale, bias, N, K, activation_bits)
+    hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
+    others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
+
+
+def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
+    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, bits).reshape(*x.shape[:-1], n)
+
+
+def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
+    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, bits)
+
+
+def _cpu_quantizers(device: torch.device) -> proof.Results:
+    for dtype in cpu.FLOATS:
+        x = proof.tokens(5, dtype)
+        q, s = reference.quantize_activation(x)
+        for what, got, expected in zip(("codes", "scales"), cpu.quantize_tokens(x), (q, s), strict=True):
+            yield f"{what} of tokens of {dtype}", got, expected
+        codes, _ = reference.quantize_weight(x, per_row=True)
+        inv = reference.inverse_scale(x, per_row=True)
+        yield f"ternary codes of {dtype}", cpu.ternary_codes(x, inv), codes
+        yield f"packed codes of {dtype}", cpu.pack_ternary(x, inv), pack_ternary(codes)
+        yield f"inverse scales of {dtype}", reference.inverse_of_mean(cpu.magnitudes(x) / x.shape[1]), inv
+    codes, scale, bias = proof.example()
+    q, s = reference.quantize_activation(proof.tokens(5, torch.float32))
+    weight = cpu.prepack_codes(codes, eight_bits=False)
+    expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.float32)
+    yield "codes times codes", cpu.codes_linear(q, s, weight, scale, bias, len(codes), torch.float32), expected
+
+
+def _triton_quantizers(device: torch.device) -> proof.Results:
+    from .triton_linear import int_linear
+    from .triton_quantize import dequantize, magnitudes, quantize_activation, ternary_codes
+
+    for dtype in cpu.FLOATS:
+        x = proof.tokens(5, dtype)
+        q, s = reference.quantize_activation(x)
+        for what, got, expected in zip(("codes", "scales"), quantize_activation(x.to(device)), (q, s), strict=True):
+            yield f"{what} of tokens of {dtype}", got, expected
+        yield f"tokens from codes as {dtype}", dequantize(q.to(device), s.to(device), dtype), (q / s).to(dtype)
+        codes, _ = reference.quantize_weight(x, per_row=True)
+        inv = reference.inverse_scale(x, per_row=True)
+        yield f"ternary codes of {dtype}", ternary_codes(x.to(device), inv.to(device)), codes
+        yield f"inverse scales of {dtype}", reference.inverse_of_mean(magnitudes(x.to(device)) / x.shape[1]), inv
+    codes, scale, bias = proof.example()
+    q, s = reference.quantize_activation(proof.tokens(67, torch.float32))
+    expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.bfloat16)
+    q, s, codes, scale, bias = (t.to(device) for t in (q, s, codes, scale, bias))
+    yield "codes times codes", int_linear(q, s, codes, scale, bias, torch.bfloat16), expected
+
+
+def _cpu(layout: int) -> Backend:
+    return Backend(
+        partial(cpu.description, layout),
+        missing=partial(cpu.missing, layout=layout),
+        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, layout),
+        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, layout),
+        bind=partial(cpu.bind, layout=layout),
+        hardware=lambda device: cpu.isas(layout)[0],
+        others=_cpu_quantizers if layout == cpu.TWO_BITS else lambda device: iter(()),
+    )
+
+
+def _triton(planes: int) -> Backend:
+    return Backend(
+        partial(triton_layout.description, planes),
+        missing=triton_layout.missing,
+        prepack=partial(triton_layout.prepack, planes=planes),
+        unprepack=partial(triton_layout.unprepack, planes=planes),
+        bind=partial(triton_layout.bind, planes=planes),
+        hardware=triton_layout.hardware,
+        others=_triton_quantizers if planes == triton_layout.TWO_BITS else lambda device: iter(()),
+    )
+
+
+# In the order in which "auto" prefers them. NAME-base3, which stores 1.6 bits a weight, is taken by name only.
+BACKENDS = {
+    "cpu": _cpu(cpu.TWO_BITS),
+    "cpu-base3": _cpu(cpu.BASE3),
+    "triton": _triton(triton_layout.TWO_BITS),
+    "triton-base3": _triton(triton_layout.BASE3),
+    "torch": Backend(
+        lambda: "int8 codes kept in memory, torch's int8 matmul",
+        missing=lambda device, bits: None,
+        prepack=codes_of,
+        unprepack=lambda codes, n, k: codes,
+        bind=_bind_torch,
+    ),
+    "reference": Backend(
+        lambda: "the plain-torch definition; unpacks on every call",
+        missing=lambda device, bits: None,
+        prepack=lambda packed, n: packed,
+        unprepack=lambda packed, n, k: codes_of(packed, n),
+        bind=_bind_reference,
+    ),
+}
+
+
+class BackendStatus(NamedTuple):
+    """One row of backends()."""
+
+    name: str
+    ready: bool
+    detail: str  # what it is, or why it is not ready and what to do
+
+
+def backends(device: str | torch.device = "cpu", activation_bits: int | None = 8) -> list[BackendStatus]:
+    """Which backends can run on `device`, best first, and for the others why not and what to do.
+
+    Those that could are proved first (proof.py), which takes seconds on a GPU that has not compiled their kernels yet.
+    """
+    device = torch.device(device)
+    rows = []
+    for name, backend in BACKENDS.items():
+        obstacle = backend.missing(device, activation_bits) or _fault(name, device)
+        rows.append(BackendStatus(name, obstacle is None, obstacle or backend.description()))
+    return rows
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "auto" or the name of a backend, whether or not that one can run here."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+
+
+@torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
+def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, bits: float = 2) -> str:
+    """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
+
+    bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
+
+    Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
+    """
+    name = _choose(backend, device, activation_bits)
+    if bits == 1.6 and not name.endswith("-base3"):
+        base3 = BACKENDS.get(f"{name}-base3")
+        why = base3.missing(device, activation_bits) if base3 else "that backend has no such form"
+        why = why or _fault(f"{name}-base3", device)
+        if why is None:
+            return f"{name}-base3"
+        warnings.warn(f"bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2)
+    return name
+
+
+@lru_cache
+def _choose(backend: str, device: torch.device, activation_bits: int | None) -> str:
+    check_backend(backend)
+    if backend == "auto":
+        for name, one in BACKENDS.items():
+            if name.endswith("-base3") or one.missing(device, activation_bits):
+                continue
+            if (fault := _fault(name, device)) is None:
+                return name
+            _say_once(f"backend {name!r} is not used: {fault.partition(';')[0]}. Please report it.")
+        raise AssertionError("the definition runs everywhere")
+    if obstacle := BACKENDS[backend].missing(device, activation_bits) or _fault(backend, device):
+        raise RuntimeError(f"backend {backend!r} cannot run on {device.type}: {obstacle}")
+    return backend
+
+
+def _fault(name: str, device: torch.device) -> str | None:
+    """What is wrong with a backend's results on this hardware; None if nothing is. Looked at once in a process."""
+    if name == "reference" or device.type == "meta":
+        return None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():  # a layer of fake tensors
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the first call of a low-bit layer cannot be captured; run the model once before")
+    return _fault_on(name, BACKENDS[name].hardware(device), device)
+
+
+@lru_cache
+def _fault_on(name: str, hardware: str, device: torch.device) -> str | None:
+    backend = BACKENDS[name]
+    eight_bits = not name.endswith("-base3")
+    for results in (proof.layers(backend.prepack, backend.bind, eight_bits), backend.others):
+        if fault := proof.fault(results, device):
+            return f"its results are wrong on this hardware ({hardware}): {fault}; choose 'auto'"
+    return None
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)

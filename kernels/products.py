@@ -1,0 +1,97 @@
+"""The exact product of int8 codes on a CPU: several ways to one result, of which the fastest here is taken.
+
+What a CPU does well depends on its instruction set: without VNNI torch's int8 product runs at a fortieth of the rate
+of its float32 product, with VNNI at nine times. Names do not tell (a hypervisor or ONEDNN_MAX_CPU_ISA may hide what the
+CPU has), so the ways are timed once in a process, on a small product. All give the same bits.
+
+    native   the weight's codes in the `cpu` backend's layout, made for this one call, and its kernels
+    int8     torch._int_mm
+    float32  reference.int_matmul: float32 products of spans of K whose sums are exact
+"""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .proof import aside
+
+_FEW = 8  # tokens; for fewer, getting at the weight takes longer than the product
+_NATIVE_FEATURES = 1 << 16  # that the native kernels take whatever the codes are
+
+
+def rates(m: int, native: bool) -> dict[str, float]:
+    """GOP/s of each way on this machine, fastest first, for m tokens; native: whether the native kernels take part."""
+    return _rates(m < _FEW, native, torch.get_num_threads())
+
+
+def fastest(m: int, native: bool) -> str:
+    """The first of rates."""
+    return next(iter(rates(m, native)))
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """reference.int_matmul(a, b) on a CPU, by torch's own operations: int8 [M, K] and [N, K] to int32 [M, N]."""
+    return _by_int8(a, b) if fastest(len(a), native=False) == "int8" else reference.int_matmul(a, b)
+
+
+def linear(
+    q: Tensor,
+    s: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    eight_bits: bool,
+    native: bool,
+) -> Tensor:
+    """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) on a CPU, by the fastest way.
+
+    q: int8 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], ternary or eight_bits; scale: float32 [1] or [N]
+    native: whether the native kernels may take part
+    """
+    native &= codes.shape[1] <= _NATIVE_FEATURES
+    if native and fastest(len(q), native) == "native":
+        return _by_native(q, s, codes, scale, bias, dtype, eight_bits)
+    return reference.rescale(int_matmul(q, codes), s, scale, bias, dtype)
+
+
+def _by_int8(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[1] == 1:  # torch 2.13 on CPU returns wrong products for K = 1
+        return a.int() * b.int().T
+    return torch._int_mm(a, b.t())
+
+
+def _by_native(
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, eight_bits: bool
+) -> Tensor:
+    return cpu.codes_linear(q, s, cpu.prepack_codes(codes, eight_bits), scale, bias, len(codes), dtype)
+
+
+@lru_cache
+def _rates(few: bool, native: bool, threads: int) -> dict[str, float]:
+    m, n, k = (1, 1024, 768) if few else (128, 256, 768)
+    with aside():
+        q, codes = torch.full((m, k), 3, dtype=torch.int8), torch.ones(n, k, dtype=torch.int8)
+        s, scale = torch.ones(m, 1), torch.ones(1)
+        ways: dict[str, Callable[[], Tensor]] = {
+            "int8": lambda: reference.rescale(_by_int8(q, codes), s, scale, None, torch.float32),
+            "float32": lambda: reference.rescale(reference.int_matmul(q, codes), s, scale, None, torch.float32),
+        }
+        if native:
+            ways["native"] = lambda: _by_native(q, s, codes, scale, None, torch.float32, False)
+        seconds = {name: _seconds(way) for name, way in ways.items()}
+    return {name: 2e-9 * m * n * k / seconds[name] for name in sorted(seconds, key=lambda name: seconds[name])}
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The shortest of some calls: others wake threads, or lose a core for a while."""
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 20 and sum(times) < 0.1):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)

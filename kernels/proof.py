@@ -1,0 +1,90 @@
+"""What a backend has to show before it is trusted on a kind of hardware: the definition's very bits, in small cases.
+
+Compilers, drivers and hardware that nobody tried may do anything. So the first time that a backend is to run on a kind
+of hardware, each of its kernels runs once, with shapes that divide nothing, rows of only 1 and only -1, tokens of zeros
+and of one large value, and has to return what reference.py does on the CPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import reference
+from .layout import pack_ternary
+
+N, K = 70, 1100  # more than one tile, step and split of every kernel, and no multiple of any
+# tokens and their dtype: one, few, and several of the panels and tiles of many
+TOKENS = ((1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (5, torch.float16), (67, torch.bfloat16))
+
+Results = Iterator[tuple[str, Tensor, Tensor]]  # what was computed, the result, and the definition's
+
+
+def fault(results: Callable[[torch.device], Results], device: torch.device) -> str | None:
+    """The first of results(device) that is not what it should be, in words; or the exception raised; or None."""
+    what = "the first case"
+    with aside():
+        try:
+            for what, result, expected in results(device):
+                if difference := _difference(result.cpu(), expected):
+                    return f"{what}: {difference}"
+        except Exception as error:
+            return f"after {what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is computed here is not seen by whatever surrounds it: a trace, an export, a default device, autograd."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _difference(result: Tensor, expected: Tensor) -> str | None:
+    if (result.shape, result.dtype) != (expected.shape, expected.dtype):
+        return f"{list(result.shape)} {result.dtype} instead of {list(expected.shape)} {expected.dtype}"
+    wrong = (result != expected).nonzero()
+    if not len(wrong):
+        return None
+    first = tuple(wrong[0].tolist())
+    values = f"{result[first].item():.6g} instead of {expected[first].item():.6g}"
+    return f"{len(wrong)} of {expected.numel()} values differ from the definition, the first at {list(first)}: {values}"
+
+
+def layers(
+    prepack: Callable[[Tensor, int], Tensor], bind: Callable[..., Callable[[Tensor], Tensor]], eight_bits: bool
+) -> Callable[[torch.device], Results]:
+    """Results of a backend's layers, from its prepack and bind (ops.Backend); eight_bits: of int8 weights, too."""
+
+    def results(device: torch.device) -> Results:
+        for kind in ("ternary", "int8") if eight_bits else ("ternary",):
+            codes, scale, bias = example(kind)
+            stored = codes if kind == "int8" else pack_ternary(codes)
+            weight = prepack(stored.to(device), N)
+            for m, dtype in TOKENS:
+                x, row = tokens(m, dtype), scale if m % 2 else scale[:1].clone()
+                run = bind(weight, row.to(device), bias.to(device, dtype), N, K, 8)
+                expected = reference.ternary_linear(x, codes, row, bias.to(dtype))
+                yield f"{kind} weights times {m} tokens of {dtype}", run(x.to(device)), expected
+
+    return results
+
+
+def example(kind: str = "ternary") -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [N, K], a scale for each row, and a bias."""
+    draw = torch.Generator().manual_seed(0)
+    top = 127 if kind == "int8" else 1
+    codes = torch.randint(-top, top + 1, (N, K), generator=draw, dtype=torch.int8)
+    codes[0], codes[1] = top, -top
+    return codes, torch.rand(N, generator=draw) + 0.5, torch.randn(N, generator=draw)
+
+
+def tokens(m: int, dtype: torch.dtype) -> Tensor:
+    """[M, K]; the first holds one value only, the largest of its codes."""
+    x = torch.randn(m, K, generator=torch.Generator().manual_seed(m)).to(dtype)
+    x[0] = 3.0
+    if m > 2:
+        x[1], x[2, 5] = 0, 1e4
+    return x
