@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from machine import said
 from oracle import DTYPES, grid
 from safetensors.torch import load_file, save_file
 from tiny import IDS, gpt2, gpt_oss, mixtral
@@ -544,7 +545,9 @@ def test_options_and_mixtures_of_layers_do_not_come_back(build: Any, bits: float
         expected = model(IDS).logits
         assert torch.equal(loaded(IDS).logits, expected)
         bitnet.save(model, tmp_path / "packed", bits=bits, max_shard_size=3000)
-        assert torch.equal(bitnet.load(tmp_path / "packed", bits=bits)(IDS).logits, expected)
+        with said(bits):
+            result = bitnet.load(tmp_path / "packed", bits=bits)(IDS).logits
+        assert torch.equal(result, expected)
 
 
 def test_experts_outside_hugging_face_cannot_be_saved(tmp_path: Path) -> None:
