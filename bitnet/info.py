@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .kernels import backends
+from .kernels import backends, products
 
 
 def hardware() -> dict[str, str]:
@@ -43,6 +43,14 @@ def info() -> str:
         built = torch.version.cuda or torch.version.hip
         why = "torch sees no GPU" if built else "this torch is a CPU build"
         lines.append(f"  {'gpu':<16}none: {why}")
+    lines += [
+        "",
+        "exact products of codes on cpu, GOP/s: training takes the first, backend `torch` the first but native",
+    ]
+    native = backends.choose_backend("auto", torch.device("cpu")) == "cpu"
+    for tokens, what in ((64, "many tokens"), (1, "one token")):
+        rates = products.rates(tokens, native)
+        lines.append(f"  {what:<16}{', '.join(f'{name} {rate:,.0f}' for name, rate in rates.items())}")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         lines += ["", f'backends on {device} (the first that is ready is what "auto" takes)']
         for row in backends.backends(device):

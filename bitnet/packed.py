@@ -1,6 +1,6 @@
 """PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight (or eight, for heads)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,8 +130,8 @@ class PackedBitLinear(Packed):
         self.set_backend(backend, bits)
 
     def _drop_derived(self) -> None:
-        self._prepacked: tuple[Tensor, str] | None = None
-        self._bound: tuple[Tensor, Tensor | None, ops.Linear] | None = None  # with the scale and bias it is bound to
+        self._prepacked: _Prepacked | None = None
+        self._bound: _Bound | None = None
 
     def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
         """Choose the backend and its bits a weight; see the class. Raises ValueError for values there are not."""
@@ -143,21 +143,29 @@ class PackedBitLinear(Packed):
     def prepack(self) -> tuple[Tensor, str]:
         """Derive the backend's own layout now instead of at the first call; returns it with the backend's name.
 
+        Made again when the weight has been replaced or written to, which only inference tensors do not tell.
         Raises ValueError if the bytes or the scale are not those of a ternary weight.
         """
-        if self._prepacked is None:
+        made, weight = self._prepacked, self.weight
+        tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
+        if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             scale = self.weight_scale
-            unseen = torch.compiler.is_compiling() or scale.is_meta
+            unseen = scale.is_meta or ops.is_observed()
             if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
                 raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
             backend = backends.choose_backend(self.backend, self.weight.device, self.spec.activation_bits, self.bits)
+            tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
-                self._prepacked = ops.prepack(self.weight, self.out_features, backend=backend), backend
-        return self._prepacked
+                prepacked = ops.prepack(weight, self.out_features, backend=backend)
+            made = _Prepacked(prepacked, backend, weight, tracked, -1 if tracing else tracked._version)
+            if not torch.compiler.is_exporting():  # a program is to hold the stored bytes, not this machine's layout
+                self._prepacked = made
+        return made.weight, made.backend
 
     def nbytes(self) -> int:
         """Bytes this layer holds in memory now, the backend's own layout included."""
-        tensors = {id(t): t for t in [*self.parameters(), *self.buffers(), *(self._prepacked or ())[:1]]}
+        own = [] if self._prepacked is None else [self._prepacked.weight]
+        tensors = {id(t): t for t in [*self.parameters(), *self.buffers(), *own]}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def codes(self) -> Tensor:
@@ -175,18 +183,27 @@ class PackedBitLinear(Packed):
         scale, bias = buffers["weight_scale"], buffers["bias"]
         assert scale is not None
         if ops.needs_operator(x, scale, bias):
-            weight, backend = self._prepacked or self.prepack()
+            weight, backend = self.prepack()
             bits = self.spec.activation_bits
             return ops.linear_prepacked(x, weight, scale, bias, self.out_features, bits, backend)
         bound = self._bound
-        if bound is None or bound[0] is not scale or bound[1] is not bias:
-            bound = self._bound = scale, bias, self._bind(scale, bias)
-        return bound[2](x)
+        if (
+            bound is None
+            or bound[1] is not buffers["weight"]
+            or bound[2]._version != bound[3]
+            or bound[4] is not scale
+            or bound[5] is not bias
+        ):
+            bound = self._bound = self._bind(scale, bias)
+        return bound[0](x)
 
-    def _bind(self, scale: Tensor, bias: Tensor | None) -> ops.Linear:
-        weight, backend = self._prepacked or self.prepack()
+    def _bind(self, scale: Tensor, bias: Tensor | None) -> "_Bound":
+        weight, backend = self.prepack()
         bits = self.spec.activation_bits
-        return ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
+        run = ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
+        made = self._prepacked
+        assert made is not None
+        return run, made.source, made.tracked, made.version, scale, bias
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepacked": None, "_bound": None}
@@ -194,6 +211,22 @@ class PackedBitLinear(Packed):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {describe(self.spec)}, backend={self.backend}"
+
+
+class _Prepacked(NamedTuple):
+    """A weight in its backend's own layout, and what it was made from."""
+
+    weight: Tensor
+    backend: str
+    source: Tensor
+    tracked: Tensor  # the source, or a tensor that nobody writes to where the source does not count its versions
+    version: int
+
+
+_NEVER_WRITTEN = torch.empty(0, device="cpu")
+
+# the layer as a function of x; source, tracked and version of _Prepacked; the scale and the bias it is bound to
+_Bound = tuple[ops.Linear, Tensor, Tensor, int, Tensor, Tensor | None]
 
 
 def check_backend(backend: str, bits: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .kernels import ops, reference
 
@@ -105,6 +106,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], codes.shape[0])
 
     @staticmethod
+    @once_differentiable  # what it saved are integers, through which a second derivative would silently not go
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, s, codes, scale = ctx.saved_tensors
         gy = grad_y.reshape(-1, codes.shape[0])

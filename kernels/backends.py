@@ -33,6 +33,25 @@ class Backend(NamedTuple):
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
 
 
+# Converters that graphs may hold, registered with torch; ops.py has all else.
+
+_LIBRARY = torch.library.Library("bitnet", "DEF")
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
+_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int layout) -> Tensor")
+_LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
+_LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
+
+
+@torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
+def _(packed: Tensor, n: int, layout: int) -> Tensor:
+    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], cpu.layout_of(packed, layout)))
+
+
+@torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
+def _(weight: Tensor, n: int, k: int, layout: int) -> Tensor:
+    return weight.new_empty(n, k, dtype=torch.int8)
+
+
 def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
     return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, bits).reshape(*x.shape[:-1], n)
 
@@ -111,7 +130,7 @@ BACKENDS = {
     "triton": _triton(triton_layout.TWO_BITS),
     "triton-base3": _triton(triton_layout.BASE3),
     "torch": Backend(
-        lambda: "int8 codes kept in memory, torch's int8 matmul",
+        lambda: "int8 codes kept in memory, torch's fastest exact product",
         missing=lambda device, bits: None,
         prepack=codes_of,
         unprepack=lambda codes, n, k: codes,

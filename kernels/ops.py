@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, cpu, int8, products, reference
 from .backends import Linear, choose_backend
@@ -73,7 +75,7 @@ def int_linear(
     if _on_triton(q):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     if q.is_cpu and _is_plain(q):
-        run = torch.ops.bitnet.cpu_int_linear if torch.compiler.is_compiling() else _cpu_int_linear
+        run = torch.ops.bitnet.cpu_int_linear if is_observed() else _cpu_int_linear
         return run(q, s, codes, scale, bias, dtype, eight_bits)
     return reference.rescale(int8.int_matmul(q, codes), s, scale, bias, dtype)
 
@@ -131,7 +133,7 @@ def _native(weight: Tensor, kind: str) -> bool:
 
 def _on_native(t: Tensor) -> bool:
     able = t.is_cpu and t.dtype in cpu.FLOATS and _is_plain(t)
-    return able and not torch.compiler.is_compiling() and _native_is_chosen()
+    return able and not is_observed() and _native_is_chosen()
 
 
 @torch.compiler.assume_constant_result
@@ -206,7 +208,7 @@ def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "
     n = check_stored(packed, out_features)
     if 0 in packed.shape:
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
-    if packed.dtype == torch.uint8 and not torch.compiler.is_compiling() and not packed.is_meta:
+    if packed.dtype == torch.uint8 and not is_observed() and not packed.is_meta:
         validate_packed(packed)
     return backends.BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n)
 
@@ -226,17 +228,30 @@ def linear_prepacked(
     """
     if not x.is_floating_point():
         raise TypeError(f"ternary_linear: x must be floating point, got {x.dtype}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("packed layers have no forward-mode derivative; use reverse mode, or torch.func.vjp")
     run = torch.ops.bitnet.ternary_linear if needs_operator(x, scale, bias) else _ternary_linear
     return run(x, weight, scale, bias, out_features, activation_bits, backend)
 
 
+def is_observed() -> bool:
+    """Whether something looks at the operations that run, and would not see a native kernel: a trace, a mode, forward
+    differentiation, a functorch transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def needs_operator(x: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call must run as the registered operator: a graph is wanted, or x is no plain float tensor."""
+    """Whether a call must run as the registered operator: it is observed, or x is no plain float tensor."""
     return (
         type(x) is not Tensor
         or not x.is_floating_point()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or is_observed()
         or (
             torch.is_grad_enabled()
             and (x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad))
@@ -263,7 +278,7 @@ def bind(
 
 # Registration with torch: schemas, kernels, fakes (shapes without data) and the gradient.
 
-_LIBRARY = torch.library.Library("bitnet", "DEF")
+_LIBRARY = torch.library.Library("bitnet", "FRAGMENT")
 _LIBRARY.define("quantize_weight(Tensor weight, str kind, bool per_row) -> (Tensor, Tensor)")
 _LIBRARY.define("quantize_activation(Tensor x, int bits) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -280,8 +295,6 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.define("gpu_dequantize(Tensor q, Tensor s, ScalarType dtype) -> Tensor")
-_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
-_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int layout) -> Tensor")
 
 
 def _ternary_linear(
@@ -349,8 +362,6 @@ _LIBRARY.impl("gpu_ternary_codes", _gpu_ternary_codes, "CompositeExplicitAutogra
 _LIBRARY.impl("gpu_int_linear", _gpu_int_linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("gpu_dequantize", _gpu_dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("cpu_int_linear", _cpu_int_linear, "CPU")
-_LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
-_LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
 
 
 @torch.library.register_fake("bitnet::quantize_weight", lib=_LIBRARY)
@@ -396,14 +407,14 @@ def _(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
 
-@torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
-def _(packed: Tensor, n: int, layout: int) -> Tensor:
-    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], cpu.layout_of(packed, layout)))
+@register_flop_formula(torch.ops.bitnet.ternary_linear)
+def _(x_shape: torch.Size, *args: object, out_shape: torch.Size, **options: object) -> int:
+    return 2 * out_shape.numel() * x_shape[-1]
 
 
-@torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
-def _(weight: Tensor, n: int, k: int, layout: int) -> Tensor:
-    return weight.new_empty(n, k, dtype=torch.int8)
+@register_flop_formula([torch.ops.bitnet.cpu_int_linear, torch.ops.bitnet.gpu_int_linear])
+def _(q_shape: torch.Size, *args: object, out_shape: torch.Size, **options: object) -> int:
+    return 2 * out_shape.numel() * q_shape[-1]
 
 
 def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -10,6 +10,9 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from oracle import DTYPES, grid
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.kernels import backends, layout
@@ -341,3 +344,107 @@ def test_printout_names_options_and_backend() -> None:
     text = repr(make("reference", per_row=True))
     assert f"in_features={K}, out_features={N}, bias=True, ternary, per-row scale" in text
     assert "backend=reference" in text
+
+
+# What was derived from the weight, and who watches
+
+
+def trits(*shape: int) -> Tensor:
+    return layout.pack_ternary(torch.randint(-1, 2, shape, dtype=torch.int8))
+
+
+REWRITES: dict[str, Callable[[PackedBitLinear, Tensor], object]] = {
+    "written": lambda layer, packed: layer.weight.copy_(packed),
+    "written_through_a_view": lambda layer, packed: layer.weight[:3].copy_(packed[:3]),
+    "replaced": lambda layer, packed: setattr(layer, "weight", packed),
+    "registered": lambda layer, packed: layer.register_buffer("weight", packed),
+    "loaded": lambda layer, packed: layer.load_state_dict({"weight": packed}, strict=False),
+    "assigned": lambda layer, packed: layer.load_state_dict({"weight": packed}, strict=False, assign=True),
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES.keys())
+@pytest.mark.parametrize("grad", [False, True], ids=["eager", "operator"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_changed_weight_is_not_answered_from_a_derived_copy(
+    backend: str, grad: bool, rewrite: Callable[[PackedBitLinear, Tensor], object]
+) -> None:
+    layer, x = PackedBitLinear(40, 12, bias=False, backend=backend), grid(2, 40).requires_grad_(grad)
+    assert torch.equal(layer(x), torch.zeros(2, 12))
+    packed = trits(12, 40)
+    with torch.no_grad():
+        rewrite(layer, packed)
+    expected = PackedBitLinear(40, 12, bias=False, backend="reference")
+    expected.weight = packed
+    assert torch.equal(layer(x), expected(x))
+    if grad:
+        assert torch.equal(*(torch.autograd.grad(m(x).sum(), x)[0] for m in (layer, expected)))
+
+
+def test_layers_made_in_inference_mode_run_outside_of_it_and_may_get_new_weights() -> None:
+    with torch.inference_mode():
+        layer = PackedBitLinear(40, 12)
+    x = grid(2, 40)
+    assert torch.equal(layer(x), torch.zeros(2, 12))
+    layer.weight = trits(12, 40)
+    expected = PackedBitLinear(40, 12, backend="reference")
+    expected.weight = layer.weight
+    assert torch.equal(layer(x), expected(x))
+
+
+@pytest.fixture(params=["cold", "called"])
+def watched(request: pytest.FixtureRequest) -> PackedBitLinear:
+    """A layer that native kernels have, or have not, run already."""
+    layer = PackedBitLinear(40, 12, bias=False)
+    layer.weight = trits(12, 40)
+    if request.param == "called":
+        layer(grid(2, 40))
+    return layer
+
+
+def test_a_trace_by_make_fx_computes_the_same(watched: PackedBitLinear) -> None:
+    traced = make_fx(watched)(torch.zeros(2, 40))
+    x = grid(2, 40)
+    assert torch.equal(traced(x), watched(x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["packed", "training"])
+def test_forward_differentiation_is_refused(training: bool, watched: PackedBitLinear) -> None:
+    """Fails if the tangent is dropped without a word."""
+    layer = BitLinear(40, 12, bias=False) if training else watched
+    with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="forward|jvp"):
+        layer(forward_ad.make_dual(grid(2, 40), grid(2, 40)))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Fails if a gradient penalty has a zero where the derivative of the weight should be."""
+    layer, x = BitLinear(8, 4), torch.randn(3, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.square().sum().backward()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["packed", "training"])
+def test_operations_are_counted(training: bool, watched: PackedBitLinear) -> None:
+    layer = BitLinear(40, 12, bias=False) if training else watched
+    with FlopCounterMode(display=False) as counter:
+        layer(grid(2, 40))
+    assert counter.get_total_flops() == 2 * 2 * 40 * 12
+
+
+def test_an_exported_program_holds_the_stored_bytes(watched: PackedBitLinear) -> None:
+    exported = torch.export.export(watched, (torch.zeros(2, 40),))
+    held = [*exported.state_dict.values(), *exported.constants.values()]
+    assert any(torch.equal(t, watched.weight) for t in held if t.shape == watched.weight.shape)
+    assert not any(t.numel() > watched.weight.numel() for t in held)
+    x = grid(2, 40)
+    assert torch.equal(exported.module()(x), watched(x))
+
+
+def test_vmap_gives_the_same_or_says_no(watched: PackedBitLinear) -> None:
+    x = grid(3, 2, 40)
+    try:
+        y = torch.func.vmap(watched)(x)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert torch.equal(y, watched(x))

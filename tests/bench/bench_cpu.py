@@ -40,7 +40,8 @@ def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Ru
         while True:
             twin = PackedBitLinear(k, n, bias=False, backend=backend, device="meta", **options)
             twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
-            twin._prepacked = cpu._arena.empty(*weight.shape).view(weight.dtype).copy_(weight), backend
+            own = cpu._arena.empty(*weight.shape).view(weight.dtype).copy_(weight)
+            twin._prepacked = layer._prepacked._replace(weight=own)
             yield twin, weight.nbytes
 
     return make

@@ -48,7 +48,7 @@ def ours(bits: float) -> Callable[[int, int, int], Iterator[Run]]:
         while True:
             twin = PackedBitLinear(k, n, bias=False, bits=bits, device="meta")
             twin.weight_scale = layer.weight_scale  # Hub bytes are not read in a call
-            twin._prepacked = weight.clone(), backend
+            twin._prepacked = layer._prepacked._replace(weight=weight.clone())
             yield twin
 
     return make
