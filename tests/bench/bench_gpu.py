@@ -47,7 +47,7 @@ def ours(bits: float) -> Callable[[int, int, int], Iterator[Run]]:
         weight, backend = layer.prepack()
         while True:
             twin = PackedBitLinear(k, n, bias=False, bits=bits, device="meta")
-            twin.weight_scale = layer.weight_scale  # Hub bytes are not read in a call
+            twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
             twin._prepacked = layer._prepacked._replace(weight=weight.clone())
             yield twin
 
