@@ -109,12 +109,47 @@ void check(int64_t m, int64_t n, int64_t k, int extreme) {
   if (k <= 65536) check_with(true, m, n, k, extreme);
 }
 
+// The quantizers have no plain loops here: every instruction set must agree with the plainest one.
+void check_quantizers(int64_t n, int64_t k) {
+  const int64_t hub_rows = (n + 3) / 4;
+  std::vector<uint32_t> wide(n * k);
+  std::vector<uint16_t> half(n * k);
+  for (auto& v : half) v = uint16_t(draw(2) << 15 | draw(0x7c00));  // finite as float16 and as bfloat16
+  for (int64_t i = 0; i < n * k; ++i) wide[i] = uint32_t(half[i]) << 16 | draw(1 << 16);
+  std::vector<float> inv(n);
+  for (auto& v : inv) v = float(1 + draw(1000)) / 333;
+  int plainest = 0;
+  while (bitnet_isa(kTwoBits, plainest + 1)) ++plainest;
+  for (Type type : {kFloat32, kBFloat16, kFloat16}) {
+    const void* x = type == kFloat32 ? static_cast<const void*>(wide.data()) : half.data();
+    std::vector<int8_t> codes[2], q[2];
+    std::vector<uint8_t> hub[2];
+    std::vector<double> sums[2];
+    std::vector<float> s[2];
+    for (int isa = plainest; isa >= 0; --isa) {
+      const int i = isa != plainest;
+      codes[i].resize(n * k), q[i].resize(n * k), hub[i].resize(hub_rows * k), sums[i].resize(n), s[i].resize(n);
+      const char* name = bitnet_isa(kTwoBits, isa);
+      require(!bitnet_ternary_codes(x, type, n, k, inv.data(), 1, codes[i].data(), isa, 2) && (!i || codes[0] == codes[1]),
+              "ternary codes", name, 0, n, k);
+      require(!bitnet_pack_ternary(x, type, n, k, inv.data(), 1, hub[i].data(), isa, 2) && (!i || hub[0] == hub[1]),
+              "packed codes", name, 0, n, k);
+      require(!bitnet_magnitudes(x, type, n, k, sums[i].data(), isa, 2) && (!i || same(sums[0], sums[1])), "magnitudes",
+              name, 0, n, k);
+      require(!bitnet_quantize(x, type, k, n, k, q[i].data(), s[i].data(), isa, 2) && (!i || (q[0] == q[1] && same(s[0], s[1]))),
+              "activation codes", name, 0, n, k);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   const int near[] = {1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 129, 200, 257};
   const int tokens[] = {0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17};
   for (int i = 0; i < 150; ++i) check(tokens[draw(14)], near[draw(19)], near[draw(19)], 0);
+  for (int i = 0; i < 50; ++i) check_quantizers(near[draw(19)], near[draw(19)]);
+  check_quantizers(700, 530);
   check(300, 40, 20, 0);
   check(1, 1000, 1100, 0);
   check(9, 500, 600, 0);
