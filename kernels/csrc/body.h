@@ -242,7 +242,7 @@ void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, 
         const int8_t* q = codes + (groups - left) * kGroup;
         for (int64_t g = here; g > 0; --g, p += kGroupBytes, q += kGroup) {
           // the hardware's prefetcher stops at every 4 KB page
-          for (int byte = 0; byte < I::kPlaneVecs * I::kBytes; byte += 64) __builtin_prefetch(p + 4096 + byte);
+          for (int byte = 0; byte < I::kPlaneVecs * I::kBytes; byte += 64) __builtin_prefetch(p + 8192 + byte);
           typename I::Vec s[I::kFields];
           UNROLL for (int j = 0; j < I::kFields; ++j) s[j] = I::splat(q + 4 * j);
           UNROLL for (int v = 0; v < I::kPlaneVecs; ++v) planes[v].add(I::load(p + v * I::kBytes), s);
