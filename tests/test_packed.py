@@ -412,7 +412,7 @@ def test_a_trace_by_make_fx_computes_the_same(watched: PackedBitLinear) -> None:
 def test_forward_differentiation_is_refused(training: bool, watched: PackedBitLinear) -> None:
     """Fails if the tangent is dropped without a word."""
     layer = BitLinear(40, 12, bias=False) if training else watched
-    with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="forward|jvp"):
+    with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match=r"forward|jvp"):
         layer(forward_ad.make_dual(grid(2, 40), grid(2, 40)))
 
 

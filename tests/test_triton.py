@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from shapes import AWKWARD, REAL, SHAPES
 from torch import Tensor
 
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import backends, layout, ops, reference, triton_layout
+from bitnet.kernels import backends, layout, ops, proof, reference, triton_layout
 from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -414,6 +415,47 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 
 # Choosing
+
+
+def proof_of(planes: int) -> str | None:
+    prepack, bind = (partial(f, planes=planes) for f in (triton_layout.prepack, triton_layout.bind))
+    return proof.fault(proof.layers(prepack, bind, eight_bits=planes == TWO_BITS), torch.device(DEVICE))
+
+
+@runs
+@pytest.mark.parametrize("planes", [TWO_BITS, BASE3], ids=["2_bits", "base3"])
+def test_right_kernels_are_proved(planes: int) -> None:
+    assert proof_of(planes) is None
+    assert proof.fault(backends._triton_quantizers, torch.device(DEVICE)) is None
+
+
+@runs
+@pytest.mark.parametrize("kernel", ["_launch_gemv", "_launch_dot"])
+def test_a_wrong_kernel_is_found_out(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the kernel of one token, or that of many, goes without proof."""
+    launch = getattr(linear, kernel)
+
+    def wrong(*args: Any) -> None:
+        launch(*args)
+        y = next(arg for arg in reversed(args) if isinstance(arg, Tensor) and arg.is_floating_point())
+        y.view(-1)[-1] += 1
+
+    monkeypatch.setattr(linear, kernel, wrong)
+    assert "1 of 70 values differ" in str(proof_of(TWO_BITS)) if kernel == "_launch_gemv" else proof_of(TWO_BITS)
+
+
+@runs
+@pytest.mark.parametrize("name", ["quantize_activation", "magnitudes", "ternary_codes", "dequantize"])
+def test_a_wrong_quantizer_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(quantize, name)
+
+    def wrong(*args: Any) -> Any:
+        result = right(*args)
+        (result[0] if isinstance(result, tuple) else result)[-1] += 1
+        return result
+
+    monkeypatch.setattr(quantize, name, wrong)
+    assert "differ from the definition" in str(proof.fault(backends._triton_quantizers, torch.device(DEVICE)))
 
 
 def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

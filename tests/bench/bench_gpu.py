@@ -44,7 +44,7 @@ def ours(bits: float) -> Callable[[int, int, int], Iterator[Run]]:
     def make(n: int, k: int, m: int) -> Iterator[Run]:
         layer = PackedBitLinear(k, n, bias=False, bits=bits, device="cuda")
         layer.weight.copy_(pack_ternary(random_codes(n, k)))
-        weight, backend = layer.prepack()
+        weight, _ = layer.prepack()
         while True:
             twin = PackedBitLinear(k, n, bias=False, bits=bits, device="meta")
             twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
