@@ -69,7 +69,10 @@ class Muon(torch.optim.Optimizer):
                 updates = []
                 for p in parameters:
                     assert p.grad is not None
-                    average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    average = state["momentum_buffer"]
                     average.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(average, group["momentum"]))  # Nesterov
                 size = 0.2 * max(shape[-2:]) ** 0.5 * group["lr"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 
-_ABI = 7  # bitnet_abi() of a library built from these sources
+_ABI = 8  # bitnet_abi() of a library built from these sources
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
@@ -62,7 +62,10 @@ def missing(device: torch.device, activation_bits: int | None = 8, layout: int =
 def description(layout: int = TWO_BITS) -> str:
     """What runs here, in words."""
     bits = "1.6 bits" if layout == BASE3 else "2 bits"
-    return f"native kernels, {bits} a weight ({isas(layout)[0]}, {torch.get_num_threads()} threads)"
+    wanted = torch.get_num_threads()
+    threads = _library().bitnet_threads(wanted)
+    used = f"{threads} thread{'s' * (threads > 1)}" + (f", not {wanted}: this process was forked" * (threads < wanted))
+    return f"native kernels, {bits} a weight ({isas(layout)[0]}, {used})"
 
 
 def isas(layout: int = TWO_BITS) -> list[str]:
@@ -110,6 +113,7 @@ def _load() -> ctypes.CDLL | str:
     if abi != _ABI:
         return f"{found[0]} was built from other sources; build it again: {build}"
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.bitnet_threads.argtypes = (int32,)
     library.bitnet_isa.argtypes, library.bitnet_isa.restype = (int32, int32), ctypes.c_char_p
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
     library.bitnet_prepack.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)

@@ -221,7 +221,8 @@ def test_a_forked_child_computes_and_does_not_wait_for_lost_threads(m: int) -> N
         signal_after = threading.Timer(20, lambda: os._exit(2))
         signal_after.start()
         y = cpu.int_matmul(q, weight, 1024)
-        os._exit(0 if y.flatten().tolist() == expected.flatten().tolist() else 1)
+        honest = torch.get_num_threads() == 1 or "1 thread, not" in cpu.description()
+        os._exit(0 if honest and y.flatten().tolist() == expected.flatten().tolist() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -135,3 +135,13 @@ def test_muon_takes_a_stack_of_experts_for_one_matrix() -> None:
     Muon([stack, nn.Parameter(torch.zeros(3, 6, 9))]).step()
     for matrix, twin in zip(stack, alone, strict=True):
         assert torch.allclose(matrix, twin, rtol=1e-5, atol=1e-6)  # batched products may sum in another order
+
+
+def test_muon_makes_its_buffers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.randn(4, 6))
+    optimizer = Muon([weight])
+    for step in range(3):
+        weight.grad = torch.randn(4, 6)
+        optimizer.step()
+        if step == 0:
+            monkeypatch.setattr(torch, "zeros_like", lambda t: pytest.fail("a buffer was made anew"))

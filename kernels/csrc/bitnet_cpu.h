@@ -34,6 +34,9 @@ struct Layer {
 // Changes whenever anything in this file does, so that a stale build is noticed.
 BITNET_EXPORT int32_t bitnet_abi();
 
+// How many threads the kernels use of those wanted: 1 in a forked child, whose parent kept the pool's threads.
+BITNET_EXPORT int32_t bitnet_threads(int32_t wanted);
+
 // Name of the i-th instruction set that multiplies a layout, best first, of those this library was compiled for and
 // this CPU can run; null past the last.
 BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i);

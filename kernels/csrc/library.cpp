@@ -206,7 +206,15 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t layout, int paddin
                           : t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6;
 }
 
-BITNET_EXPORT int32_t bitnet_abi() { return 7; }
+BITNET_EXPORT int32_t bitnet_abi() { return 8; }
+
+BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
+#ifdef _OPENMP
+  return forked ? 1 : wanted;
+#else
+  return 1;
+#endif
+}
 
 BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
   const Isa* isa = find_isa(layout, i);
