@@ -6,71 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-
-
-class TensorHeader(NamedTuple):
-    """What a safetensors file says about a tensor without reading it."""
-
-    dtype: str  # as safetensors spells it: "BF16", "U8"
-    shape: tuple[int, ...]
-    file: Path
-    offset: int  # of its first byte in the file
-
-
-def read_headers(files: Iterable[str | Path]) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes in safetensors files. Raises ValueError for a file that is cut short or another kind."""
-    headers: dict[str, TensorHeader] = {}
-    for file in map(Path, files):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError(f"{file}: not a complete safetensors file ({size:,} bytes); copy or download it again")
-            try:
-                header = json.loads(stream.read(length))
-                header.pop("__metadata__", None)
-                described = {
-                    name: TensorHeader(
-                        entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0]
-                    )
-                    for name, entry in header.items()
-                }
-                end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                raise ValueError(f"{file}: its safetensors header is damaged; copy or download it again") from None
-        if size != 8 + length + end:
-            raise ValueError(
-                f"{file}: is {size:,} bytes, but its header describes {8 + length + end:,}; it was cut short, so "
-                "copy or download it again"
-            )
-        headers |= described
-    return headers
-
-
-def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory. Raises FileNotFoundError naming what is missing."""
-    directory = Path(directory)
-    if not (directory / CONFIG).is_file():
-        raise FileNotFoundError(f"{directory}: no {CONFIG} there; is it a checkpoint directory?")
-    if (directory / INDEX).is_file():
-        shards = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
-        missing = [shard for shard in shards if not (directory / shard).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{directory}: {len(missing)} of the {len(shards)} files that {INDEX} lists are missing: "
-                f"{', '.join(missing[:5])}; copy or download them again"
-            )
-        return [directory / shard for shard in shards]
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    raise FileNotFoundError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
+from .files.folder import CONFIG, WEIGHTS, variant, weight_files
+from .files.folder import INDEX as INDEX
+from .files.json_object import read_json
+from .files.safetensors import read_headers
+from .match import computed
 
 
 def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: Any) -> Path:
@@ -143,48 +89,49 @@ def load(
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
     """
-    import transformers
-
     from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
     from . import hf
+    from .models import model_config, skeleton
 
     files = weight_files(directory)
-    headers = read_headers([str(file) for file in files])
-    config = read_json(Path(directory) / CONFIG)
+    headers = read_headers(files)
+    file = Path(directory) / CONFIG
+    config = read_json(file)
     if model is None:
-        if not config.get("architectures"):
+        if "model_type" not in config:
             raise ValueError(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
-        cls = getattr(transformers, config["architectures"][0], transformers.AutoModelForCausalLM)
-        model, info = cls.from_pretrained(directory, dtype=dtype, device_map=device, output_loading_info=True)
-        _complete(directory, info["missing_keys"])
+        described = model_config(file, config, len(headers))
+        empty = skeleton(described, file, len(headers))  # what transformers cannot build is found here
+        if getattr(described, "quantization_config", None) is None:  # else our quantizer looks, as the model is built
+            hf.compare_all(directory, empty, headers)
+        model, info = type(empty).from_pretrained(
+            directory, dtype=dtype, device_map=device, variant=variant(Path(directory)), output_loading_info=True
+        )
+        assert model is not None
+        _complete(directory, (key for key in info["missing_keys"] if not computed(model, key)))
     else:
-        settings = hf.BitNetConfig.from_dict(config["quantization_config"])
+        settings = hf.module_config(file, config)
         hf.swap_for_loading(model, settings, headers)
+        hf.compare_all(directory, model, headers)
+        _complete(directory, model.state_dict().keys() - headers.keys())
+        if unknown := sorted(headers.keys() - model.state_dict().keys()):
+            raise ValueError(f"{directory}: has a tensor {unknown[0]}, which {type(model).__name__} does not")
         state: dict[str, torch.Tensor] = {}
-        for file in files:
-            state |= load_file(file)
-        _complete(directory, model.state_dict().keys() - state.keys())
+        for path in files:
+            state |= load_file(path)
         model.load_state_dict(state)
         model.to(device)
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
         hf.finish_loading(model, settings)
-    assert model is not None
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
             module.set_backend(backend, bits)
     return model.eval()
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); copy or download it again") from None
 
 
 def write_whole(file: Path, data: bytes) -> None:

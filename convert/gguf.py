@@ -26,7 +26,8 @@ from bitnet.quantize import QuantSpec
 
 from . import ggml, gguf_file, gguf_tokenizer
 from .gguf_file import TensorInfo, Value
-from .source import DTYPES, Quantized, Source, naming, skeleton
+from .models import skeleton
+from .source import DTYPES, Quantized, Source, naming
 
 KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
 
@@ -252,8 +253,8 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     model, config = source.model, source.model.config
     layers, state = source.layers(), model.state_dict()
     tied = model.all_tied_weights_keys
-    if missing := source.missing():
-        raise ValueError(missing[0])
+    if mismatches := source.mismatches():
+        raise ValueError(mismatches[0])
     if inside := [module for module, layer in layers.items() if layer.spec.rms_norm]:
         raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
     entries = {}
@@ -380,7 +381,7 @@ class GgufSource(Source):
         self.metadata, stored = gguf_file.read_header(self.path)
         self.family, config = self._config(stored)
         self.config = json.loads(config.to_json_string())
-        self.model = skeleton(config)
+        self.model = skeleton(config, self.path, len(stored))
         self.plain, self.report, self.calibrated, self.problems, self.scale_ranges = False, None, {}, [], {}
         inverse = {theirs: ours for ours, theirs in self.family.modules.items()}
         self.infos: dict[str, TensorInfo] = {}

@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
-from .checkpoint import TensorHeader, read_headers
+from .files.safetensors import TensorHeader, read_headers
 from .kinds import swappable, to_training
+from .match import leftover, misfits
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 
@@ -229,6 +231,10 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         embedding = PackedEmbedding.from_embedding(model.get_submodule(config.embedding))  # type: ignore[arg-type]
         if comparable and headers is not None:
             _compare(config.embedding, embedding, headers)
+    if comparable and headers is not None:  # shapes are transformers' to compare, which may be told not to
+        entries = {name: (header.dtype, header.shape) for name, header in headers.items()}
+        if line := next(misfits(model, entries, shapes=False), None):
+            raise ValueError(line)
 
 
 def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
@@ -364,11 +370,38 @@ def _swappable(model: nn.Module, linear_only: bool = False) -> list[tuple[str, n
 
 
 def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """The names the model has for stored tensors: checkpoints of some families (ViT) keep older ones."""
+    """The names the model has for stored tensors, as from_pretrained finds them; what it drops is left out.
+
+    Checkpoints of some families (ViT) keep older names, and some (gpt2, bloom) those of the base model, without its
+    prefix; a task model's tensors have one that the base model lacks. Raises ValueError for two tensors of one name.
+    """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    ours = {*model.state_dict(), *(f"{name}.weight_scale" for name, _ in _swappable(model))}
-    return {key: key if key in ours else rename_source_key(key, renamings, [])[0] for key in sorted(keys)}
+    state, modules = model.state_dict(), {name for name, _ in model.named_modules()}
+
+    def fits(name: str) -> bool:  # a tensor of the model, or of what a module of it is once it is low-bit
+        owner, _, leaf = name.rpartition(".")
+        parts = leaf in ("weight_scale", "bias", "weight") and owner.rpartition(".")[2].startswith("packed_")
+        return (
+            name in state
+            or (leaf == "weight_scale" and owner in modules)
+            or (parts and owner.rpartition(".")[0] in modules)
+        )
+
+    names: dict[str, str] = {}
+    prefix = f"{model.base_model_prefix}."
+    for key in sorted(keys):
+        name = key if fits(key) else rename_source_key(key, renamings, [])[0]
+        if not fits(name) and prefix != ".":
+            bare = name.removeprefix(prefix)
+            name = bare if bare != name and fits(bare) else f"{prefix}{name}" if fits(f"{prefix}{name}") else name
+        if name in state or not leftover(model, name):
+            names[key] = name
+    if len({*names.values()}) < len(names):
+        name, _ = Counter(names.values()).most_common(1)[0]
+        twins = [key for key in names if names[key] == name]
+        raise ValueError(f"the checkpoint holds {' and '.join(twins)}, which are one tensor of the model")
+    return names
 
 
 def stored_name(model: PreTrainedModel, key: str) -> str:
@@ -404,6 +437,25 @@ def merge(model: PreTrainedModel, target: str, parts: dict[str, Callable[[], Ten
     raise KeyError(target)
 
 
+def module_config(file: Path, config: dict[str, Any]) -> BitNetConfig:
+    """The layers of a plain module, by the config.json that bitnet.save wrote with it."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{file}: has no quantization_config, so no low-bit layers to put into the module; float weights load with "
+            "torch's load_state_dict, and a Hugging Face model with bitnet.load(path)"
+        )
+    return BitNetConfig.from_dict(settings)
+
+
+def compare_all(directory: str | Path, model: nn.Module, headers: dict[str, TensorHeader]) -> None:
+    """Raise ValueError for a tensor of the model that is stored as another kind of number or in another shape."""
+    names = model_names(model, headers) if isinstance(model, PreTrainedModel) else {key: key for key in headers}
+    stored = {name: (headers[key].dtype, headers[key].shape) for key, name in names.items()}
+    if line := next(misfits(model, stored), None):
+        raise ValueError(f"{directory}: {line}")
+
+
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
     return [*patterns, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
 
@@ -435,7 +487,7 @@ def _compare(
     for leaf, tensor in module.state_dict().items():
         stored = headers.get(f"{name}.{leaf}")
         if stored is None and (parts := (merged or {}).get(f"{name}.{leaf}")):
-            _compare_parts(f"{name}.{leaf}", tensor, {part: headers[part] for part in parts})
+            compare_parts(f"{name}.{leaf}", tensor, {part: headers[part] for part in parts})
             continue
         if stored is None and tied and leaf == "weight":
             continue
@@ -458,7 +510,7 @@ def _float_codes(weight: Tensor) -> Tensor:
     return weight.to(torch.int8)
 
 
-def _compare_parts(name: str, stack: Tensor, parts: dict[str, TensorHeader]) -> None:
+def compare_parts(name: str, stack: Tensor, parts: dict[str, TensorHeader]) -> None:
     """Do the tensors of single experts make up the stack? Those of one kind differ in the expert's number only."""
     kinds: dict[str, list[str]] = {}
     for part in parts:

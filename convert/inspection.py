@@ -120,7 +120,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     inner = {part for weight in weights.values() for part in source.parts(weight.key)}
     inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
-    found.problems += source.missing()
+    found.problems += [*source.problems, *source.mismatches()]
     for key, (dtype, shape) in track(
         stored.items(), "reading", console=console or Console(stderr=True), transient=True
     ):

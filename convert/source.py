@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout, ops
@@ -19,25 +18,18 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear
 from bitnet.quantize import QuantSpec
 
-from . import hf
-from .checkpoint import CONFIG, read_headers, read_json, weight_files
+from . import hf, match
+from .files.damaged import Damaged
+from .files.folder import CONFIG, weight_files
+from .files.json_object import read_json
+from .files.safetensors import DTYPES, read_headers, read_into
+from .models import model_config, skeleton
 from .swap import Report, replace_linear
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 # Of a checkpoint folder, what is not weights goes along, but for these.
-NOT_COPIED = re.compile(r"\..*|config\.json|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|index\.json)")
+NOT_COPIED = re.compile(
+    r"\..*|config\.json|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)|.*\.index\.(.*\.)?json"
+)
 
 PIECE = 1 << 22  # elements
 
@@ -164,38 +156,17 @@ class Source:
     def missing(self) -> list[str]:
         """What the model needs and the checkpoint lacks, a line each."""
         tied = self.model.all_tied_weights_keys
-        needed = [key for key in self.model.state_dict() if key not in tied]
-        return [f"there is no tensor {key}" for key in needed if not self.parts(key)]
+        needed = [key for key in self.model.state_dict() if key not in tied and not self.parts(key)]
+        return [f"there is no tensor {key}" for key in needed if not match.computed(self.model, key)]
+
+    def mismatches(self) -> list[str]:
+        """missing(), and what the checkpoint has in another shape or kind of number."""
+        return [*self.missing(), *match.misfits(self.model, self.stored())]
 
     def nbytes(self, key: str) -> int:
         """Size of a tensor of the model as it is stored."""
         entries = [self.stored()[part] for part in self.parts(key)]
         return sum(DTYPES[dtype].itemsize * torch.Size(shape).numel() for dtype, shape in entries)
-
-
-def read_into(tensor: Tensor, file: Path, offset: int) -> Tensor:
-    """Fill a contiguous tensor with bytes of a file. (A mapping of the file would count, and stay, as memory.)"""
-    if tensor.numel():
-        view = tensor.view(-1).view(torch.uint8).numpy().data
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            while view:
-                count = stream.readinto(view)
-                if not count:
-                    raise OSError(f"{file}: ended {len(view):,} bytes early while it was read")
-                view = view[count:]
-    return tensor
-
-
-def skeleton(config: Any) -> PreTrainedModel:
-    """The model that a transformers config describes, on the meta device."""
-    names = config.architectures or ["AutoModelForCausalLM"]
-    cls = getattr(transformers, names[0], None)
-    if cls is None:
-        raise ValueError(f"transformers {transformers.__version__} has no model class {names[0]!r}")
-    build: Callable[[Any], PreTrainedModel] = getattr(cls, "_from_config", None) or cls.from_config
-    with torch.device("meta"):
-        return build(config)
 
 
 class FolderSource(Source):
@@ -208,20 +179,18 @@ class FolderSource(Source):
 
     def __init__(self, path: str | Path, *, skip: Any = None, include: Any = None, **options: Any) -> None:
         self.path = Path(path)
-        headers = read_headers([str(file) for file in weight_files(path)])
-        headers = dict(sorted(headers.items(), key=lambda item: (item[1].file, item[1].offset)))
-        stored = read_json(self.path / CONFIG)
-        self.config, renamed = hf.modernize(stored, headers)
+        headers = read_headers(weight_files(path))
+        file = self.path / CONFIG
+        self.config, renamed = hf.modernize(read_json(file), headers)
         headers = {name: headers[key] for key, name in renamed.items()}
-        kind = self.config.get("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise ValueError(f"{path}: model_type {kind!r} is none of transformers {transformers.__version__}'s models")
-        as_it_is = self.config is stored
-        config = AutoConfig.from_pretrained(path) if as_it_is else CONFIG_MAPPING[kind].from_dict(self.config)
+        for key, header in headers.items():
+            if header.dtype not in DTYPES:
+                raise Damaged(header.file, f"{key} is stored as {header.dtype}", f"store it as {', '.join(DTYPES)}")
+        config = model_config(file, self.config, len(headers))
         settings = getattr(config, "quantization_config", None)
-        self.model = skeleton(config)
+        self.model = skeleton(config, file, len(headers))
         names = hf.model_names(self.model, headers)
-        self.headers = {names[key]: header for key, header in headers.items()}
+        self.headers = {names[key]: header for key, header in headers.items() if key in names}
         self.file_keys = {name: key for key, name in names.items()}
         self._stored = {name: (header.dtype, header.shape) for name, header in self.headers.items()}
         self.settings: hf.BitNetConfig | None = None
@@ -241,6 +210,7 @@ class FolderSource(Source):
             self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = hf.merged(self.model, self.headers)
         self._layers, self._weights = super().layers(), super().weights()
+        self.problems += [f"{line}; it will be random" for line in super().missing() if "pooler." in line]
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return self._stored
@@ -266,6 +236,21 @@ class FolderSource(Source):
 
     def weights(self) -> dict[str, Weight]:
         return self._weights
+
+    def missing(self) -> list[str]:
+        # models without a use for the pooler are stored without it
+        return [line for line in super().missing() if "pooler." not in line]
+
+    def mismatches(self) -> list[str]:
+        lines = super().mismatches()
+        state = self.model.state_dict() if self.merged else {}
+        for key, parts in self.merged.items():
+            try:
+                if key in state and any(".experts." in part for part in parts):
+                    hf.compare_parts(key, state[key], {part: self.headers[part] for part in parts})
+            except ValueError as error:
+                lines.append(str(error))
+        return lines
 
     def parts(self, key: str) -> list[str]:
         return [key] if key in self.headers else self.merged.get(key, [])

@@ -42,7 +42,8 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 from . import ggml, gguf, hf
 from .calibrate import calibrate as calibrate_source
 from .calibrate import calibrated, latent_weight
-from .checkpoint import CONFIG, INDEX, WEIGHTS, write_whole
+from .checkpoint import write_whole
+from .files.folder import CONFIG, INDEX, WEIGHTS
 from .inspection import scale_problems
 from .source import DTYPES, Source, Weight, open_source
 
@@ -175,9 +176,11 @@ def _check_options(source: Source, target: Path, calibrate: str | Path | None, s
         raise FileExistsError(f"convert: {target} exists already; remove it or choose another name")
     if not source.plain and (unused := [name for name, value in (swap | {"calibrate": calibrate}).items() if value]):
         raise ValueError(f"convert: {source.path} is low-bit already; {', '.join(unused)} is for float checkpoints")
-    if missing := source.missing():
-        more = f", and {len(missing) - 1} others are missing" if len(missing) > 1 else ""
-        raise ValueError(f"convert: {source.path}: {missing[0]}, which the model needs{more}")
+    if mismatches := source.mismatches():
+        more = f", and {len(mismatches) - 1} more like this" if len(mismatches) > 1 else ""
+        raise ValueError(
+            f"convert: {source.path} is not the model that its config.json describes: {mismatches[0]}{more}"
+        )
 
 
 def _announce(source: Source, rounded: bool, console: Console) -> None:

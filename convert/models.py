@@ -1,0 +1,125 @@
+"""The model that a config.json describes: its class, and its skeleton on the meta device.
+
+Configurations come from strangers and go to transformers, whose classes take most of them on trust: what they raise is
+turned into one error that names the file, and what would build something without end is refused first.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from .files.damaged import Damaged
+
+# Options that say how many modules (or entries of a table) there are, and how many a model may have at least: with more
+# layers than that, each must have a tensor of its own.
+_LAYERS = re.compile(r"(.*_)?(layers?|blocks?|depths?|stages?)")
+_OTHERS = re.compile(r"(.*_)?(experts|labels)")
+FEW_LAYERS, MANY = 256, 1 << 16
+FEW_PARAMETERS = 20_000
+
+
+def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
+    """The transformers config that the contents of a config.json stand for.
+
+    file: for errors; tensors: how many the checkpoint stores
+    Raises ValueError for model types that transformers does not know, and Damaged for options it cannot take.
+    """
+    kind = config.get("model_type")
+    if kind is None:
+        raise ValueError(
+            f"{file}: has no model_type. Is it a checkpoint of a plain torch module, not from Hugging Face? Then "
+            "bitnet.load(path, module) reads it; conversion and inspection need to know the model"
+        )
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"{file}: model_type {kind!r} is none of transformers {transformers.__version__}'s models")
+    _check_counts(file, config, max(FEW_LAYERS, tensors))
+    if config.get("architectures") is not None and not _is_names(config["architectures"]):
+        raise Damaged(file, f"architectures is {config['architectures']!r:.80}, not a list of names")
+    with _refusals(file):
+        return CONFIG_MAPPING[kind].from_dict(config)
+
+
+def model_class(config: Any, file: Path) -> type[PreTrainedModel]:
+    """transformers' class for a config: the first of its architectures, or if it names none, a language model."""
+    if config.architectures:
+        name = config.architectures[0]
+        try:
+            cls = getattr(transformers, name, None)
+        except Exception as error:  # a class whose module needs something that is not installed
+            raise ValueError(f"{file}: transformers cannot import the model class {name!r} ({error})") from error
+        if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+            raise ValueError(f"{file}: transformers {transformers.__version__} has no model class {name!r}")
+        return cls
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"{file}: transformers {transformers.__version__} has no model class for {type(config).__name__}")
+
+
+def skeleton(config: Any, file: Path, tensors: int) -> PreTrainedModel:
+    """The model that a transformers config describes, on the meta device; arguments as for model_config."""
+    cls = model_class(config, file)
+    with _refusals(file), _at_most(FEW_PARAMETERS + 20 * tensors), torch.device("meta"):
+        return cls._from_config(config)
+
+
+def _check_counts(file: Path, value: Any, layers: int, key: str = "") -> None:
+    """Refuse counts of modules so large that building them would not end."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_counts(file, inner, layers, name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_counts(file, inner, layers, key)
+    elif isinstance(value, int | float):
+        limit = layers if _LAYERS.fullmatch(key) else MANY if _OTHERS.fullmatch(key) else 1 << 62
+        if not value <= limit and value != float("inf"):
+            raise Damaged(file, f"{key} is {value:,}, which the tensors of this checkpoint do not bear out")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+@contextmanager
+def _refusals(file: Path) -> Iterator[None]:
+    """Whatever transformers raises about a config, as one error that names its file."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+        raise Damaged(
+            file,
+            f"transformers {transformers.__version__} cannot build a model of it ({words})",
+            "correct it, or download it again",
+        ) from error
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Stop the building of a model that has more parameters than could be stored."""
+    left = count
+
+    def register(module: Any, name: str, parameter: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(
+                f"it has more than {count:,} parameters, which the tensors of this checkpoint do not bear out"
+            )
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()

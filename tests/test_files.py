@@ -1,0 +1,340 @@
+"""Bytes from strangers: what is read is what transformers and safetensors read, or one error that says what to do."""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import IDS, Mlp, gpt2, llama, randomize
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+)
+
+import bitnet
+from bitnet.convert.files.damaged import Damaged
+from bitnet.convert.files.folder import weight_files
+from bitnet.convert.files.safetensors import read_headers
+from bitnet.convert.source import FolderSource
+
+QUIET = Console(quiet=True)
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def convert(source: Path, target: Path, to: str = "hub", **options: Any) -> Path:
+    return bitnet.convert_checkpoint(source, target, to, console=QUIET, **options)
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def split_file(file: Path) -> tuple[dict[str, Any], bytes]:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def join_file(file: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model: float, in training, packed, and the first two in shards."""
+    root = tmp_path_factory.mktemp("forms")
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(root / "float")
+    model.save_pretrained(root / "shards", max_shard_size=4000)
+    bitnet.replace_linear(model)
+    bitnet.save(model, root / "latent")
+    bitnet.pack(model)
+    bitnet.save(model, root / "packed")
+    return root
+
+
+def copied(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+# Wrong values
+
+
+def with_state(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+CONTRADICTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "transposed": lambda state: state.update({UP: state[UP].T}),
+    "flat": lambda state: state.update({UP: state[UP].view(-1)}),
+    "uint32": lambda state: state.update({UP: state[UP].view(torch.uint32)}),
+    "int8": lambda state: state.update({UP: state[UP].to(torch.int8)}),
+    "norm_as_integers": lambda state: state.update({"model.norm.weight": state["model.norm.weight"].view(torch.int32)}),
+    "embedding_as_float8": lambda state: state.update(
+        {"model.embed_tokens.weight": state["model.embed_tokens.weight"].to(torch.float8_e4m3fn)}
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["float", "latent"])
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_tensor_that_is_not_the_models_is_refused(forms: Path, form: str, name: str, tmp_path: Path) -> None:
+    source = with_state(copied(forms / form, tmp_path / "source"), CONTRADICTIONS[name])
+    tensor = {"norm_as_integers": "model.norm.weight", "embedding_as_float8": "model.embed_tokens.weight"}.get(name, UP)
+    with pytest.raises(ValueError, match=re.escape(tensor)):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=re.escape(tensor)):
+        bitnet.load(source)
+
+
+def shifted(header: dict[str, Any], by: int) -> None:
+    header[UP]["data_offsets"] = [offset + by for offset in header[UP]["data_offsets"]]
+
+
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "overlap": (lambda header: shifted(header, -64), "another tensor's"),
+    "gap": (lambda header: shifted(header, 64), "belong to no tensor"),
+    "same_bytes": (
+        lambda header: header[UP].update(data_offsets=header[UP.replace("1", "0", 1)]["data_offsets"]),
+        "begins at byte",
+    ),
+    "lost": (lambda header: header.pop(UP), "begins at byte"),
+    "size": (lambda header: header[UP].update(shape=[24, 15]), "takes 1,440 bytes as F32"),
+    "dtype": (lambda header: header[UP].update(dtype="F99"), "'F99', which there is not"),
+    "bool_offsets": (lambda header: header[UP].update(data_offsets=[True, False]), "data_offsets"),
+    "metadata": (lambda header: header.update(__metadata__={"format": ["pt"]}), "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_safetensors_refuses_is_refused(forms: Path, name: str, tmp_path: Path) -> None:
+    change, message = HEADERS[name]
+    source = copied(forms / "float", tmp_path / "source")
+    file = source / "model.safetensors"
+    header, data = split_file(file)
+    change(header)
+    join_file(file, header, data)
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    for read in (FolderSource, bitnet.load, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(Damaged, match=re.escape(message)) as error:
+            read(source)
+        assert str(file) in str(error.value)
+
+
+def test_a_tensor_in_two_shards_is_taken_only_if_it_is_the_same(forms: Path, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    home = source / index["model.norm.weight"]
+    other = next(source / name for name in index.values() if source / name != home)
+    state = load_file(other) | {"model.norm.weight": load_file(home)["model.norm.weight"]}
+    save_file(state, other, {"format": "pt"})
+    expected = load_file(forms / "float" / "model.safetensors")
+    assert all(torch.equal(FolderSource(source).tensor(key), value) for key, value in expected.items())
+    save_file(state | {"model.norm.weight": state["model.norm.weight"] + 1}, other, {"format": "pt"})
+    for read in (bitnet.load, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(Damaged, match=r"another model\.norm\.weight than"):
+            read(source)
+
+
+def test_weights_in_two_forms_are_those_that_from_pretrained_takes(forms: Path, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    llama().save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", source)
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    found = FolderSource(source)
+    assert all(torch.equal(found.tensor(key), expected[key]) for key in found.stored())
+
+
+# Files outside of the folder
+
+
+@pytest.mark.parametrize("entry", ["../other/model.safetensors", "/{}", "a/../../x.safetensors", "link.safetensors", 7])
+def test_an_index_cannot_lead_out_of_the_folder(forms: Path, entry: Any, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    other = copied(forms / "float", tmp_path / "other") / "model.safetensors"
+    (source / "link.safetensors").symlink_to(other)
+    entry = f"{other}" if entry == "/{}" else entry
+    index = source / "model.safetensors.index.json"
+    edit_json(index, weight_map=json.loads(index.read_text())["weight_map"] | {UP: entry})
+    for read in (weight_files, bitnet.load, FolderSource):
+        with pytest.raises(Damaged, match=r"index\.json: .*(out of|outside of|no safetensors file)"):
+            read(source)
+
+
+def test_links_into_the_hubs_cache_and_to_the_folder_itself_are_followed(forms: Path, tmp_path: Path) -> None:
+    home = tmp_path / "models--a--b"
+    (home / "snapshots" / "c0ffee").mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for number, file in enumerate(sorted((forms / "shards").iterdir())):
+        shutil.copy(file, home / "blobs" / str(number))
+        (home / "snapshots" / "c0ffee" / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    (tmp_path / "link").symlink_to(home / "snapshots" / "c0ffee")
+    for path in (home / "snapshots" / "c0ffee", tmp_path / "link"):
+        assert len(FolderSource(path).stored()) == len(load_file(forms / "float" / "model.safetensors"))
+
+
+# Configurations
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "million_layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000"),
+    "million_layers_inside": ({"text_config": {"n_layer": 10**6}}, "n_layer is 1,000,000"),
+    "many_labels": ({"num_labels": 10**9}, "num_labels is 1,000,000,000"),
+    "no_heads": ({"num_attention_heads": 0}, "cannot build a model of it"),
+    "text": ({"hidden_size": "16"}, "cannot build a model of it"),
+    "list": ({"rms_norm_eps": [1e-6]}, "cannot build a model of it"),
+    "null": ({"rms_norm_eps": None}, "cannot build a model of it"),
+    "unknown_activation": ({"hidden_act": "nonesuch"}, "cannot build a model of it"),
+    "unknown_dtype": ({"dtype": "float99"}, "cannot build a model of it"),
+    "labels": ({"id2label": [1]}, "cannot build a model of it"),
+    "architectures": ({"architectures": {"a": 1}}, "architectures is"),
+    "not_a_model": ({"architectures": ["AutoTokenizer"]}, "no model class 'AutoTokenizer'"),
+    "model_type": ({"model_type": ["llama"]}, "model_type ['llama'] is none of"),
+    "wider": ({"hidden_size": 32}, "is F32 [64, 16], but"),
+}
+
+
+@pytest.mark.parametrize("form", ["float", "packed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_describes_no_model_is_one_error(forms: Path, form: str, name: str, tmp_path: Path) -> None:
+    changes, message = CONFIGS[name]
+    source = copied(forms / form, tmp_path / "source")
+    edit_json(source / "config.json", **changes)
+    for read in (bitnet.load, lambda path: convert(path, tmp_path / "out", "hub" if form == "float" else "base3")):
+        with pytest.raises(ValueError, match=re.escape(message) if name != "wider" else r"\[") as error:
+            read(source)
+        assert str(source) in str(error.value) or name == "wider"
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"\xff\xfe", b"{", b"null", b"[" * 10**5, b'{"a":' * 10**5, b""])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_other_bytes_than_a_json_object_are_one_error(forms: Path, name: str, text: bytes, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    (source / name).write_bytes(text)
+    for read in (bitnet.load, FolderSource, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(Damaged, match=re.escape(str(source / name))):
+            read(source)
+
+
+def test_an_index_without_a_map_is_one_error(forms: Path, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {}}'):
+        (source / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(Damaged, match="weight_map"):
+            bitnet.load(source)
+
+
+def test_a_module_is_filled_from_what_was_saved_of_one_only(forms: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no low-bit layers to put into the module"):
+        bitnet.load(forms / "float", Mlp())
+    module = Mlp()
+    bitnet.replace_linear(module)
+    bitnet.pack(module)
+    bitnet.save(module, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"module.*bitnet\.load\(path, module\)"):
+        bitnet.inspect_checkpoint(tmp_path / "m", QUIET)
+    with_state(tmp_path / "m", lambda state: state.update(extra=torch.ones(1)))
+    with pytest.raises(ValueError, match="has a tensor extra"):
+        bitnet.load(tmp_path / "m", Mlp())
+
+
+# Checkpoints as the Hub has them
+
+
+def test_names_without_the_base_models_prefix(tmp_path: Path) -> None:
+    model = gpt2()
+    model.save_pretrained(tmp_path / "gpt2")
+    with_state(
+        tmp_path / "gpt2",
+        lambda state: (
+            [state.update({key.removeprefix("transformer."): state.pop(key)}) for key in list(state)]
+            + [state.update({f"h.{i}.attn.bias": torch.ones(32, 32).tril()[None, None]}) for i in range(2)]
+        ),
+    )
+    assert not bitnet.inspect_checkpoint(tmp_path / "gpt2", QUIET).problems
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "saved")
+    convert(tmp_path / "gpt2", tmp_path / "out")
+    for read in (bitnet.load, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(read(tmp_path / "out").eval()(IDS).logits, model(IDS).logits)
+    assert not bitnet.diff_checkpoints(tmp_path / "out", tmp_path / "saved", QUIET).differences
+    twice = copied(tmp_path / "gpt2", tmp_path / "twice")
+    with_state(twice, lambda state: state.update({"transformer.ln_f.bias": state["ln_f.bias"] + 1}))
+    with pytest.raises(ValueError, match=r"ln_f\.bias and transformer\.ln_f\.bias, which are one tensor"):
+        FolderSource(twice)
+
+
+SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 64}
+SIZES |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}
+SIZES |= {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": None}
+
+
+@pytest.mark.parametrize("name", ["marian", "pegasus"])
+def test_parameters_that_are_never_stored_are_not_missed(name: str, tmp_path: Path) -> None:
+    model: Any = {
+        "marian": lambda: MarianMTModel(MarianConfig(**SIZES, decoder_vocab_size=64)),
+        "pegasus": lambda: PegasusForConditionalGeneration(PegasusConfig(**SIZES)),
+    }[name]()
+    positions = {key: value.clone() for key, value in model.state_dict().items() if "embed_positions" in key}
+    randomize(model).load_state_dict(positions, strict=False)
+    model.final_logits_bias.zero_()
+    model.save_pretrained(tmp_path / "float")
+    never = ("embed_positions.weight", "final_logits_bias")
+    with_state(tmp_path / "float", lambda state: [state.pop(key) for key in list(state) if key.endswith(never)])
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    loaded = bitnet.load(convert(tmp_path / "float", tmp_path / "out"))
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("shard", [{}, {"max_shard_size": 4000}], ids=["one_file", "shards"])
+def test_the_only_variant_there_is_is_read(shard: dict[str, Any], tmp_path: Path) -> None:
+    model = llama()
+    bitnet.replace_linear(model)
+    bitnet.save(model, tmp_path / "m", variant="fp16", **shard)
+    assert not (tmp_path / "m" / "model.safetensors").exists()
+    out = convert(tmp_path / "m", tmp_path / "out")
+    assert not list(out.glob("*fp16*"))
+    bitnet.pack(model)
+    assert torch.equal(bitnet.load(out)(IDS).logits, model(IDS).logits)
+    assert torch.equal(bitnet.load(tmp_path / "m")(IDS).logits, model(IDS).logits)
+    model.save_pretrained(tmp_path / "m", variant="other")
+    with pytest.raises(ValueError, match="fp16, other"):
+        bitnet.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("form", ["float", "latent", "packed"])
+def test_a_config_without_architectures_is_a_language_model(forms: Path, form: str, tmp_path: Path) -> None:
+    source = copied(forms / form, tmp_path / "source")
+    edit_json(source / "config.json", architectures=None)
+    assert torch.equal(bitnet.load(source)(IDS).logits, bitnet.load(forms / form)(IDS).logits)
+    convert(source, tmp_path / "out", "hub" if form == "float" else "bf16")
+
+
+def test_every_byte_of_a_file_is_where_safetensors_finds_it(forms: Path) -> None:
+    file = forms / "packed" / "model.safetensors"
+    expected, source = load_file(file), FolderSource(forms / "packed")
+    assert read_headers([file]).keys() == expected.keys()
+    assert all(torch.equal(source.tensor(key), value) for key, value in expected.items())
