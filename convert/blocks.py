@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from bitnet.kernels import ops
 from bitnet.linear import BitLinear, become
 
-from .source import Quantized, Source
+from .rounding import Quantized, rounded
+from .source import Source
 
 FLOAT, PLAIN, CALIBRATED = STREAMS = "float", "plain", "calibrated"
 
@@ -121,8 +122,7 @@ class BlockModel:
             if buffer is not None and f"{name}.{leaf}" in self.stored:
                 module._buffers[leaf] = self.read(f"{name}.{leaf}", buffer.shape).to(buffer.dtype)
         if isinstance(module, Layer) and PLAIN not in module.rounded:
-            codes, scale = ops.quantize_weight(module.weight, kind=module.spec.weights, per_row=module.spec.per_row)
-            module.rounded[PLAIN] = Quantized(codes, scale)
+            module.rounded[PLAIN] = rounded(module.weight.detach(), module.spec)
             if module in self.outside:
                 module.rounded[CALIBRATED] = module.rounded[PLAIN]
 
@@ -273,6 +273,8 @@ class BlockModel:
         for layer in self.layers(index):
             if layer.spec.weights != "ternary":
                 reasons[layer] = f"{layer.spec.weights} weights"
+            elif self.names[layer] in self.source.ternary:
+                reasons[layer] = "ternary already"
             elif ran.count(layer) != 1:
                 reasons[layer] = f"ran {ran.count(layer)} times for the first text, not once"
         for layer, input in calls:

@@ -2,8 +2,9 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .files.folder import CONFIG, weight_files
 from .files.json_object import read_json
 from .files.safetensors import DTYPES, read_headers, read_into
 from .models import model_config, skeleton
+from .rounding import Quantized, exact, rounded
 from .swap import Report, replace_linear
 
 # Of a checkpoint folder, what is not weights goes along, but for these.
@@ -32,13 +34,6 @@ NOT_COPIED = re.compile(
 )
 
 PIECE = 1 << 22  # elements
-
-
-class Quantized(NamedTuple):
-    """A low-bit matrix: weight ~ codes * scale[:, None]."""
-
-    codes: Tensor  # int8 [N, K]: -1, 0, 1 (8-bit codes where the layer's spec says int8)
-    scale: Tensor  # float32 [1] or [N]; multiplies
 
 
 class Weight(NamedTuple):
@@ -77,6 +72,7 @@ class Source:
     multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
     calibrated: dict[str, Callable[[], Quantized]]  # by layer, what to take instead of rounding its float weight
     problems: list[str]  # what looked wrong in the codes that were read so far
+    ternary: Set[str] = frozenset()  # layers of a plain source whose floats seem to be codes * scale already
     scale_ranges: dict[str, tuple[float, float]]  # their least and greatest scales, by matrix
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -210,6 +206,9 @@ class FolderSource(Source):
             self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = hf.merged(self.model, self.headers)
         self._layers, self._weights = super().layers(), super().weights()
+        if self.plain and self._weights and next(iter(self._weights.values())).spec.weights == "ternary":
+            self.ternary = self._probe()
+            self._weights = super().weights()  # with the options that were found
         self.problems += [f"{line}; it will be random" for line in super().missing() if "pooler." in line]
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -266,7 +265,7 @@ class FolderSource(Source):
         for where, matrix, scale in self._each(weight):
             with naming(where):
                 if scale is None:
-                    yield Quantized(*ops.quantize_weight(matrix, kind=spec.weights, per_row=spec.per_row))
+                    yield self._rounded(matrix, spec)
                 else:
                     assert self.settings is not None
                     shape = weight.in_features, weight.out_features
@@ -281,7 +280,38 @@ class FolderSource(Source):
             return
         for where, matrix, _ in self._each(weight):
             with naming(where):
-                yield ops.pack_latent(matrix, per_row=weight.spec.per_row)
+                found = exact(matrix, weight.spec.per_row) if self.plain else None
+                if found:
+                    yield layout.pack_ternary(found.codes), found.scale
+                else:
+                    yield ops.pack_latent(matrix, per_row=weight.spec.per_row)
+
+    def _rounded(self, matrix: Tensor, spec: QuantSpec) -> Quantized:
+        if self.plain:
+            return rounded(matrix, spec)
+        return Quantized(*ops.quantize_weight(matrix, kind=spec.weights, per_row=spec.per_row))  # as the layer does
+
+    def _probe(self) -> set[str]:
+        """The layers whose float weights seem to be ternary, by three of their rows; row by row, if these say so."""
+        found = set()
+        for weight in self._weights.values():
+            n, k, header = weight.out_features, weight.in_features, self.headers.get(weight.key)
+            module = self.model.get_submodule(weight.name.rpartition(".packed_")[0] or weight.name)
+            if not isinstance(module, BitLinear) or header is None or header.shape != (n, k):
+                continue
+            tops = set()
+            for row in (0, n // 2, n - 1):
+                values = torch.empty(1, k, dtype=DTYPES[header.dtype])
+                read_into(values, header.file, header.offset + row * values.nbytes)
+                one = exact(values, per_row=True)
+                if one is None or int(one.codes.count_nonzero()) < 2:
+                    break
+                tops.add(float(one.scale))
+            else:
+                found.add(weight.name)
+                if len(tops) > 1:
+                    module.spec = replace(module.spec, per_row=True)
+        return found
 
     def _note(self, where: str, found: Quantized) -> None:
         self.problems += uniform(where, found.codes)

@@ -45,6 +45,7 @@ from .calibrate import calibrated, latent_weight
 from .checkpoint import write_whole
 from .files.folder import CONFIG, INDEX, WEIGHTS
 from .inspection import scale_problems
+from .rounding import exact
 from .source import DTYPES, Source, Weight, open_source
 
 TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
@@ -186,7 +187,13 @@ def _check_options(source: Source, target: Path, calibrate: str | Path | None, s
 def _announce(source: Source, rounded: bool, console: Console) -> None:
     if source.plain:
         console.print(str(source.report), markup=False, highlight=False, soft_wrap=True)
-        if rounded:
+        if source.ternary:
+            console.print(
+                f"{len(source.ternary)} of {len(source.weights())} weights are ternary already (codes x scale in "
+                "floats); they keep their codes and scales",
+                highlight=False,
+            )
+        if rounded and len(source.ternary) < len(source.weights()):
             console.print(
                 f"{source.path} is a float model: its weights are rounded, not trained. Expect nonsense from the "
                 "result; fine-tune to close the gap, or see --calibrate (README, Without training).",
@@ -244,7 +251,7 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
     jobs = []
     for key, (dtype, shape) in source.stored().items():
         name = key.removesuffix(".weight")
-        if to == "latent" and key in starts and starts[key].name in source.calibrated:
+        if to == "latent" and key in starts and starts[key].name in {*source.calibrated, *source.ternary}:
             jobs.append(_latent(source, starts[key], dtype))
         elif key not in consumed or to == "latent":
             floats = to == "bf16" and DTYPES[dtype].is_floating_point
@@ -303,10 +310,14 @@ def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: st
 
 
 def _latent(source: Source, weight: Weight, dtype: str) -> Job:
-    """Float weights that round to the calibrated codes."""
+    """Float weights that round to codes which were calibrated, or which the floats are times a scale."""
 
     def make() -> list[Iterable[Tensor]]:
-        return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
+        if weight.name in source.calibrated:
+            return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
+        floats = source.tensor(weight.key)
+        found = exact(floats, weight.spec.per_row)
+        return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
 
     n, k = weight.shape
     return Job(weight.name, [Output(source.file_key(weight.key), dtype, (n, k))], 2 * n * k, 10 * n * k, make)
