@@ -88,6 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of the files (default: %(default)s)")
     convert.add_argument("--resume", action="store_true", help="go on with a conversion that was interrupted")
+    convert.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="leave the tokenizer out, where there is none or it cannot be converted",
+    )
     swap = convert.add_argument_group("of a float model, which layers become low-bit, and how")
     swap.add_argument("--skip", action="append", metavar="REGEX", help="layers to leave alone besides head and routers")
     swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")

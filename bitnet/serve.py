@@ -25,16 +25,17 @@ def generate(
     user's turn with the checkpoint's chat template. The speed goes to standard error at the end.
     """
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from .convert.checkpoint import load, weight_files
+    from .convert.tokenizers import load_tokenizer
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {temperature}")
     weight_files(checkpoint)  # a clear error before anything slow
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     model = load(checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), backend=backend)
     if chat:
         if not tokenizer.chat_template:
@@ -110,4 +111,4 @@ def _has_chat_template(checkpoint: str) -> bool:
     if (directory / "chat_template.jinja").is_file():
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and '"chat_template"' in config.read_text()
+    return config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")

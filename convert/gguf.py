@@ -106,6 +106,7 @@ def write_gguf(
     progress: Callable[[int], None] | None = None,
     resume: bool = False,
     fingerprint: str = "",
+    tokenizer: bool = True,
 ) -> Path:
     """Write a model as GGUF, one tensor in memory at a time; returns the file.
 
@@ -114,13 +115,14 @@ def write_gguf(
     progress:    called with the number of bytes that were just written
     resume:      go on with what an interrupted run left beside the file, and leave the like if this one is interrupted
     fingerprint: says which source this is; a run only goes on with tensors that were written under the same one
+    tokenizer:   False leaves it out; llama.cpp then takes and gives numbers of tokens only
 
     What the target cannot express is refused with a ValueError naming the reason before a byte is written, but for
     scales outside of float16's range, which are found when their tensor is read. The file gets its name when it is
     complete; until then an earlier one stays.
     """
     file = Path(file)
-    metadata, entries = plan(source, kind)
+    metadata, entries = plan(source, kind, tokenizer)
     infos, end = {}, 0
     for name, entry in entries.items():
         infos[name] = TensorInfo(entry.kind, entry.shape, end, ggml.nbytes(entry.kind, entry.shape))
@@ -179,7 +181,7 @@ def _complete_part(partial: Path, note: Path, header: bytes, ends: list[int], fi
     return max(end for end in ends if end <= size)
 
 
-def plan(source: Source, kind: str) -> tuple[dict[str, Value], dict[str, Entry]]:
+def plan(source: Source, kind: str, tokenizer: bool = True) -> tuple[dict[str, Value], dict[str, Entry]]:
     """The metadata and tensors of a GGUF file, without reading a tensor.
 
     Raises ValueError with the reason for what the target cannot express.
@@ -197,11 +199,11 @@ def plan(source: Source, kind: str) -> tuple[dict[str, Value], dict[str, Entry]]
     except ValueError as error:
         raise ValueError(f"{source.path}: {kind} cannot hold this model: {error}") from None
     metadata["general.name"] = source.path.resolve().name.removesuffix(".gguf")
+    if not tokenizer:
+        return metadata | gguf_tokenizer.NO_TOKENIZER, entries
     if isinstance(source, GgufSource):
-        tokenizer = {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}
-    else:
-        tokenizer = gguf_tokenizer.metadata_of(source.path, config)
-    return metadata | tokenizer, entries
+        return metadata | {key: v for key, v in source.metadata.items() if key.startswith("tokenizer.")}, entries
+    return metadata | gguf_tokenizer.metadata_of(source.path, config), entries
 
 
 def _described(config: Any, family: Family, ternary: str) -> dict[str, Value]:
@@ -455,10 +457,15 @@ class GgufSource(Source):
             codes = ggml.unpack(ggml.NAMES[info.kind], data, info.shape[0])
         return Quantized(codes[self.rows[key]] if key in self.rows else codes, self.scales[name])
 
-    def copy_other_files(self, folder: Path) -> None:
-        """Write the tokenizer; raises ValueError for one that is not known here."""
+    def check_other_files(self) -> None:
         with naming(str(self.path)):
-            gguf_tokenizer.save_tokenizer(self.metadata, folder)
+            gguf_tokenizer.tokenizer_of(self.metadata)
+
+    def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
+        """Write the tokenizer; raises ValueError for one that is not known here."""
+        if tokenizer:
+            with naming(str(self.path)):
+                gguf_tokenizer.save_tokenizer(self.metadata, folder)
 
     def fingerprint(self) -> Any:
         stat = self.path.stat()

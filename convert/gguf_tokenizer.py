@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 
 from .gguf_file import Value
+from .tokenizers import load_tokenizer, reading
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,6 +27,16 @@ PRE: dict[str, tuple[Steps, bool]] = {
     "smaug-bpe": ((("Split", LLAMA3), ("ByteLevel", False)), False),
     "qwen2": ((("Split", QWEN2), ("ByteLevel", False)), False),
     "smollm": ((("Digits", True), ("ByteLevel", True)), False),
+    "default": (  # llama.cpp's rule for a file that names none
+        (
+            ("Split", r"[\p{P}\$\+<=>\^~\|]+"),
+            ("Split", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+            ("Split", r"\p{N}+"),
+            ("Split", "[0-9][0-9][0-9]"),
+            ("ByteLevel", False),
+        ),
+        False,
+    ),
     "falcon": (
         (("Punctuation", "Contiguous"), ("ByteLevel", True), ("Digits", False), ("Split", "[0-9][0-9][0-9]")),
         False,
@@ -42,6 +53,8 @@ ALIASES = {
     "starcoder": "smollm",
     "refact": "smollm",
 }
+NO_TOKENIZER: dict[str, Value] = {"tokenizer.ggml.model": "no_vocab"}  # what llama.cpp takes in place of one
+LONGEST = 4096  # characters of a token
 SPACE = "\u2581"  # sentencepiece's mark for a space
 SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # GGUF's word: transformers'
 
@@ -110,16 +123,25 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
 
     Raises ValueError for kinds and pre-tokenizers there is no rule for here.
     """
+    tokenizer_of(metadata).save_pretrained(directory)
+
+
+def tokenizer_of(metadata: dict[str, Any]) -> Any:
+    """The tokenizer that a GGUF file's metadata describes, as transformers has it; ValueError as above."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    kind = metadata.get("tokenizer.ggml.model")
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    kind = _take(metadata, "model", str, None)
     if kind not in ("gpt2", "llama"):
-        raise ValueError(f"the file's tokenizer is {kind!r}; 'gpt2' and 'llama' are read here")
-    types = metadata.get("tokenizer.ggml.token_type", [int(gguf.TokenType.NORMAL)] * len(tokens))
+        found = "the file has no tokenizer" if kind in (None, *NO_TOKENIZER.values()) else f"its tokenizer is {kind!r}"
+        raise ValueError(f"{found}; 'gpt2' and 'llama' are read here. Convert it without one: --no-tokenizer")
+    described = _byte_level(metadata) if kind == "gpt2" else {}
+    tokens: list[str] = _array(metadata, "tokens", str)
+    if len({*tokens}) < len(tokens):
+        raise ValueError("tokenizer.ggml.tokens holds a token twice; it is damaged, so convert or download it again")
+    types: list[int] = _array(metadata, "token_type", int, [int(gguf.TokenType.NORMAL)] * len(tokens), len(tokens))
     marked = {int(gguf.TokenType.CONTROL): True, int(gguf.TokenType.USER_DEFINED): False}
-    described = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata, types)
+    described = described or _sentencepiece(metadata, tokens, types)
     described["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     described["added_tokens"] = [
@@ -130,25 +152,43 @@ def save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     special = {
         f"{ours}_token": tokens[token_id]
         for word, ours in SPECIAL.items()
-        if (token_id := metadata.get(f"tokenizer.ggml.{word}_token_id")) is not None and token_id < len(tokens)
+        if (token_id := _take(metadata, f"{word}_token_id", int, None)) is not None and 0 <= token_id < len(tokens)
     }
     described["post_processor"] = _template(metadata, special, kind)
-    backend = Tokenizer.from_str(json.dumps({"version": "1.0", "truncation": None, "padding": None, **described}))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
-    tokenizer.save_pretrained(directory)
+    text = json.dumps({"version": "1.0", "truncation": None, "padding": None, **described})
+    with reading("the file's tokenizer"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **special)
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"tokenizer.chat_template is a {type(template).__name__}, not text")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _take(metadata: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    """tokenizer.ggml.<key>, which must be of this type."""
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"tokenizer.ggml.{key} is {value!r:.80}, not of type {kind.__name__}; the file is damaged")
+    return value
+
+
+def _array(metadata: dict[str, Any], key: str, kind: type, default: Any = None, length: int | None = None) -> list[Any]:
+    """tokenizer.ggml.<key>, which must be an array of this type, and as long as that."""
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise ValueError(f"tokenizer.ggml.{key} is {value!r:.80}, not an array of {kind.__name__}; the file is damaged")
+    if length not in (None, len(value)):
+        raise ValueError(f"tokenizer.ggml.{key} has {len(value)} elements for {length} tokens; the file is damaged")
+    return value
 
 
 def _load(directory: Path) -> tuple[Any, dict[str, Any]]:
     """The tokenizer that transformers loads, and its parts as tokenizer.json has them."""
-    from transformers import AutoTokenizer
-
-    if not directory.is_dir() or not any(directory.glob("tokenizer*")):
-        raise ValueError(f"{directory}: no tokenizer there, and llama.cpp needs one; copy the tokenizer's files to it")
+    tokenizer = load_tokenizer(directory, "; llama.cpp needs one, but the file can be written without: --no-tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
         return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
-    except (AttributeError, ImportError, OSError) as error:
+    except AttributeError as error:
         raise ValueError(f"{directory}: its tokenizer cannot be read as tokenizer.json ({error})") from None
 
 
@@ -218,10 +258,13 @@ def _added_around(directory: Path, tokenizer: Any) -> dict[str, Value]:
 
 
 def _byte_level(metadata: dict[str, Any]) -> dict[str, Any]:
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = _take(metadata, "pre", str, "default")
     rule = PRE.get(ALIASES.get(name, name))
     if rule is None:
-        raise ValueError(f"the file's pre-tokenizer is {name!r}; known here are {', '.join([*PRE, *ALIASES])}")
+        raise ValueError(
+            f"the file's pre-tokenizer is {name!r}; known here are {', '.join([*PRE, *ALIASES])}. Convert it without "
+            "its tokenizer: --no-tokenizer"
+        )
     forms = {
         "ByteLevel": lambda regex: {"add_prefix_space": False, "trim_offsets": True, "use_regex": regex},
         "Split": lambda regex: {"pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
@@ -238,14 +281,16 @@ def _byte_level(metadata: dict[str, Any]) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "ignore_merges": rule[1],
-            "merges": [merge.split(" ") for merge in metadata.get("tokenizer.ggml.merges", [])],
+            "merges": [merge.split(" ") for merge in _array(metadata, "merges", str, [])],
         },
     }
 
 
-def _sentencepiece(metadata: dict[str, Any], types: list[int]) -> dict[str, Any]:
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
     """Merges in the order of the scores: sentencepiece joins the pair that makes the piece with the highest score."""
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    scores = _array(metadata, "scores", float, length=len(tokens))
+    if longest := next((token for token in tokens if len(token) > LONGEST), None):
+        raise ValueError(f"tokenizer.ggml.tokens holds one of {len(longest):,} characters; the file is damaged")
     normal = {t: i for i, t in enumerate(tokens) if types[i] == gguf.TokenType.NORMAL}
     merges = [
         (-scores[i], normal[token[:cut]], normal[token[cut:]], [token[:cut], token[cut:]])
@@ -253,8 +298,10 @@ def _sentencepiece(metadata: dict[str, Any], types: list[int]) -> dict[str, Any]
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     ]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    unknown = _take(metadata, "unknown_token_id", int, 0)
+    if not 0 <= unknown < len(tokens):
+        raise ValueError(f"tokenizer.ggml.unknown_token_id is {unknown}, of {len(tokens)} tokens; the file is damaged")
+    prefix = _take(metadata, "add_space_prefix", bool, True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
@@ -284,13 +331,13 @@ def _sentencepiece(metadata: dict[str, Any], types: list[int]) -> dict[str, Any]
 
 def _template(metadata: dict[str, Any], special: dict[str, str], kind: str) -> dict[str, Any] | None:
     """The post_processor that puts bos and eos around a text, where the file asks for them."""
-    pre = metadata.get("tokenizer.ggml.pre", "")
+    pre = _take(metadata, "pre", str, "")
     default = {"bos": kind == "llama" or ALIASES.get(pre, pre) == "llama-bpe", "eos": False}  # llama.cpp's
     pieces: dict[str, list[dict[str, Any]]] = {}
     tokens = {}
     for word in default:
         token = special.get(f"{word}_token")
-        wanted = token is not None and metadata.get(f"tokenizer.ggml.add_{word}_token", default[word])
+        wanted = token is not None and _take(metadata, f"add_{word}_token", bool, default[word])
         pieces[word] = [{"SpecialToken": {"id": token, "type_id": 0}}] if wanted else []
         if wanted:
             tokens[token] = {"id": token, "ids": [metadata[f"tokenizer.ggml.{word}_token_id"]], "tokens": [token]}

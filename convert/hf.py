@@ -61,6 +61,7 @@ from bitnet.quantize import QuantSpec
 from .files.safetensors import TensorHeader, read_headers
 from .kinds import swappable, to_training
 from .match import leftover, misfits
+from .options import check_options, check_section
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 
@@ -74,18 +75,13 @@ class BitNetConfig(BitNetQuantConfig):
     """
 
     def __init__(self, linear_class: str = "bitlinear", bitnet_toolkit: Any = None, **kwargs: Any) -> None:
+        check_options(linear_class, **kwargs)
         extended = linear_class.startswith("bitnet_toolkit")
         super().__init__(linear_class="bitlinear" if extended else linear_class, **kwargs)
         if extended:
             self.linear_class = EXTENDED
             self.bitnet_toolkit = bitnet_toolkit
-            try:
-                for name in ("", *self.bitnet_toolkit["overrides"]):
-                    self.layer(name)
-                if self.bits not in (2, 1.6):
-                    raise ValueError(f"bits is {self.bits!r}")
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"config.json: the `bitnet_toolkit` section is missing or damaged ({error})") from None
+            check_section(bitnet_toolkit)
 
     @property
     def bits(self) -> float:

@@ -15,6 +15,7 @@ import transformers
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from . import hf
 from .files.damaged import Damaged
 
 # Options that say how many modules (or entries of a table) there are, and how many a model may have at least: with more
@@ -42,6 +43,14 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
     _check_counts(file, config, max(FEW_LAYERS, tensors))
     if config.get("architectures") is not None and not _is_names(config["architectures"]):
         raise Damaged(file, f"architectures is {config['architectures']!r:.80}, not a list of names")
+    settings = config.get("quantization_config")
+    if settings is not None and not (isinstance(settings, dict) and isinstance(settings.get("quant_method"), str)):
+        raise Damaged(file, f"quantization_config is {settings!r:.80}, not an object with a quant_method")
+    if settings is not None and settings["quant_method"] == "bitnet":
+        try:
+            hf.BitNetConfig.from_dict(settings)
+        except ValueError as error:
+            raise ValueError(f"{file.parent}: {error}") from None
     with _refusals(file):
         return CONFIG_MAPPING[kind].from_dict(config)
 

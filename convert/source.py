@@ -19,7 +19,7 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear
 from bitnet.quantize import QuantSpec
 
-from . import hf, match
+from . import hf, match, tokenizers
 from .files.damaged import Damaged
 from .files.folder import CONFIG, weight_files
 from .files.json_object import read_json
@@ -97,8 +97,11 @@ class Source:
         """
         raise NotImplementedError
 
-    def copy_other_files(self, folder: Path) -> None:
-        """Write what belongs to the model besides config and weights (the tokenizer, say) to a folder."""
+    def check_other_files(self) -> None:
+        """Raise ValueError if copy_other_files could not write the tokenizer."""
+
+    def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
+        """Write what belongs to the model besides config and weights, the tokenizer perhaps, to a folder."""
         raise NotImplementedError
 
     def fingerprint(self) -> Any:
@@ -330,9 +333,10 @@ class FolderSource(Source):
             part = None if scale is None else scale[expert]
             yield f"{weight.name}, expert {expert}", values[expert].contiguous(), part
 
-    def copy_other_files(self, folder: Path) -> None:
+    def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
         for path in sorted(self.path.iterdir()):
-            if path.is_file() and not NOT_COPIED.fullmatch(path.name):
+            wanted = not NOT_COPIED.fullmatch(path.name) and (tokenizer or not tokenizers.FILES.fullmatch(path.name))
+            if path.is_file() and wanted:
                 shutil.copyfile(path, folder / path.name)
 
     def fingerprint(self) -> Any:

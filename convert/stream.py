@@ -97,6 +97,7 @@ def convert_checkpoint(
     *,
     max_shard_size: str | int = "5GB",
     resume: bool = False,
+    tokenizer: bool = True,
     calibrate: str | Path | None = None,
     samples: int = 128,
     length: int = 512,
@@ -117,6 +118,7 @@ def convert_checkpoint(
                     "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s": a GGUF file, see gguf.py
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
+    tokenizer:      False leaves it out, where it is missing or cannot be converted
     calibrate:      a text file: round a float model's weights so that the layers' outputs on it change least, instead
                     of each weight to the nearest; samples, length, seed and device are options of calibrate.calibrate.
                     With "latent", the float weights become ones that round to the result: a start for training
@@ -140,9 +142,14 @@ def convert_checkpoint(
     _check_options(opened, target, calibrate, swap)
     calibration = {"text": calibrate, "samples": samples, "length": length, "seed": seed, "device": device}
     options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
-    form = {"to": to, "max_shard_size": shard_bytes, "options": options}
+    form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options}
     fingerprint = {"version": bitnet.__version__, "source": opened.fingerprint(), **form}
-    (gguf.plan if to in gguf.KINDS else plan)(opened, to)  # refuses what cannot be done
+    if to in gguf.KINDS:  # either refuses what cannot be done
+        gguf.plan(opened, to, tokenizer)
+    else:
+        plan(opened, to)
+        if tokenizer:
+            opened.check_other_files()
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     work = _Work(target, fingerprint, resume)
     kept = f"what is finished is kept in {work.folder}, for resume=True (--resume)"
@@ -150,9 +157,9 @@ def convert_checkpoint(
         if calibrate:
             opened.calibrated = _calibrate(opened, work.folder / "calibration", calibration, console)
         if to in gguf.KINDS:
-            _write_gguf(opened, work, to, console)
+            _write_gguf(opened, work, to, tokenizer, console)
         else:
-            _write_folder(opened, work, to, shard_bytes, workers or min(os.cpu_count() or 1, 4), console)
+            _write_folder(opened, work, to, shard_bytes, tokenizer, workers or min(os.cpu_count() or 1, 4), console)
     except OSError as error:
         if not work.begun():
             shutil.rmtree(work.folder)
@@ -202,23 +209,26 @@ def _announce(source: Source, rounded: bool, console: Console) -> None:
             )
 
 
-def _write_folder(source: Source, work: "_Work", to: str, shard_bytes: int, workers: int, console: Console) -> None:
+def _write_folder(
+    source: Source, work: "_Work", to: str, shard_bytes: int, tokenizer: bool, workers: int, console: Console
+) -> None:
     config, jobs = plan(source, to)
     files = place(jobs, work.files, shard_bytes)
     _check_space(work, sum(output.nbytes for job in jobs if job.name not in work.done for output in job.outputs))
     lost = {file for file, outputs in files.items() if not work.create(file, outputs)}
     work.done -= {job.name for job in jobs if job.outputs[0].file in lost}
     _run(jobs, work, workers, console)
-    work.finish(files, config, source)
+    work.finish(files, config, source, tokenizer)
 
 
-def _write_gguf(source: Source, work: "_Work", to: str, console: Console) -> None:
-    _, entries = gguf.plan(source, to)
+def _write_gguf(source: Source, work: "_Work", to: str, tokenizer: bool, console: Console) -> None:
+    _, entries = gguf.plan(source, to, tokenizer)
     total = sum(ggml.nbytes(entry.kind, entry.shape) for entry in entries.values())
     _check_space(work, total - sum(path.stat().st_size for path in work.files.iterdir()))
     with Progress(*BYTES, console=console) as progress:
         bar = progress.add_task(work.target.name, total=total)
-        gguf.write_gguf(source, work.files / work.target.name, to, progress=partial(progress.advance, bar), resume=True)
+        advance = partial(progress.advance, bar)
+        gguf.write_gguf(source, work.files / work.target.name, to, progress=advance, resume=True, tokenizer=tokenizer)
         progress.update(bar, completed=total)
     if work.target.exists():
         work.target.rmdir()  # an empty folder
@@ -512,9 +522,9 @@ class _Work:
         for handle in self.handles.values():
             os.close(handle)
 
-    def finish(self, files: dict[Path, list[Output]], config: dict[str, Any], source: Source) -> None:
+    def finish(self, files: dict[Path, list[Output]], config: dict[str, Any], source: Source, tokenizer: bool) -> None:
         """Everything but the weights, and the name."""
-        source.copy_other_files(self.files)
+        source.copy_other_files(self.files, tokenizer)
         if len(files) > 1:
             weight_map = {output.key: file.name for file, outputs in files.items() for output in outputs}
             total = sum(output.nbytes for outputs in files.values() for output in outputs)

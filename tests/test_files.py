@@ -226,6 +226,65 @@ def test_a_config_that_describes_no_model_is_one_error(forms: Path, form: str, n
         assert str(source) in str(error.value) or name == "wider"
 
 
+SECTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "method": ({"quant_method": None}, "not an object with a quant_method"),
+    "class": ({"linear_class": 5}, "linear_class is 5"),
+    "other_class": ({"linear_class": "bytelinear"}, "linear_class is 'bytelinear'"),
+    "mode": ({"linear_class": "autobitlinear", "quantization_mode": ["offline"]}, "quantization_mode is ['offline']"),
+    "skips": ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'"),
+    "skip": ({"modules_to_not_convert": ["lm_head", None]}, "modules_to_not_convert holds None"),
+    "pattern": (
+        {"modules_to_not_convert": ["(lm_head"]},
+        "modules_to_not_convert holds '(lm_head', which is no pattern",
+    ),
+    "norm": ({"use_rms_norm": "false"}, "use_rms_norm is 'false'"),
+    "eps": ({"use_rms_norm": True, "rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+    "section": ({"bitnet_toolkit": None}, "(it is None)"),
+    "section_list": ({"bitnet_toolkit": [1]}, "(it is [1])"),
+    "overrides": ({"bitnet_toolkit": {"overrides": []}}, "(overrides is [], not an object)"),
+    "override": ({"bitnet_toolkit": {"overrides": {"a": 1}}}, "(a must say whether they are packed"),
+    "packed": ({"bitnet_toolkit": {"packed": 1}}, "(the layers must say whether they are packed"),
+    "spec": (
+        {"bitnet_toolkit": {"spec": {"weights": "ternary", "per_row": "no"}}},
+        "per_row is 'no', not of type bool",
+    ),
+    "spec_key": ({"bitnet_toolkit": {"spec": {"widths": 1}}}, "not an object of weights, per_row"),
+    "activations": ({"bitnet_toolkit": {"spec": {"activation_bits": 8.0}}}, "activation_bits is 8.0, not of type int"),
+    "weights": ({"bitnet_toolkit": {"spec": {"weights": "quaternary"}}}, "weights must be"),
+    "bits": ({"bitnet_toolkit": {"bits": "2"}}, "(bits is '2')"),
+    "embedding": ({"bitnet_toolkit": {"embedding": {}}}, "(embedding is {}, not a name)"),
+}
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = llama()
+    bitnet.replace_linear(model, per_row=True)
+    bitnet.pack(model)
+    return bitnet.save(model, tmp_path_factory.mktemp("extended") / "m")
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_options_of_the_layers_that_say_nothing_are_one_error(
+    forms: Path, extended: Path, name: str, tmp_path: Path
+) -> None:
+    changes, message = SECTIONS[name]
+    source = copied(extended if "bitnet_toolkit" in changes else forms / "packed", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    settings = config["quantization_config"]
+    if isinstance(section := changes.get("bitnet_toolkit"), dict):
+        section = settings["bitnet_toolkit"] | section
+        changes = {"bitnet_toolkit": section}
+    edit_json(source / "config.json", quantization_config=settings | changes)
+    for read in (bitnet.load, FolderSource):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read(source)
+        assert str(source) in str(error.value)
+    if name != "method":
+        with pytest.raises(ValueError, match=re.escape(message)):
+            AutoModelForCausalLM.from_pretrained(source)
+
+
 @pytest.mark.parametrize("text", [b"[1]", b"\xff\xfe", b"{", b"null", b"[" * 10**5, b'{"a":' * 10**5, b""])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_other_bytes_than_a_json_object_are_one_error(forms: Path, name: str, text: bytes, tmp_path: Path) -> None:
