@@ -105,9 +105,8 @@ def load(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
         described = model_config(file, config, len(headers))
-        empty = skeleton(described, file, len(headers))  # what transformers cannot build is found here
-        if getattr(described, "quantization_config", None) is None:  # else our quantizer looks, as the model is built
-            hf.compare_all(directory, empty, headers)
+        empty = skeleton(described, file, len(headers))  # what transformers cannot build or fill is found here
+        hf.compare_all(directory, empty, headers, config.get("quantization_config"))
         model, info = type(empty).from_pretrained(
             directory, dtype=dtype, device_map=device, variant=variant(Path(directory)), output_loading_info=True
         )

@@ -25,8 +25,10 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from . import ggml, gguf_file, gguf_tokenizer
+from .files.damaged import Damaged
+from .files.gguf import REMEDY
 from .gguf_file import TensorInfo, Value
-from .models import skeleton
+from .models import refusals, skeleton
 from .source import DTYPES, Quantized, Source, naming
 
 KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
@@ -270,7 +272,7 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
             continue
         name = _translate(module, family.modules)
         known = leaf == "weight" or (leaf == "bias" and name is not None and _leaf(name) in family.biases)
-        if name is None or not known:
+        if name is None or not known or key not in state:
             raise ValueError(f"the graph of `{family.arch}` has no place for {key}")
         rows = _row_order(name, config, family)
         if leaf == "weight" and (module in layers or isinstance(model.get_submodule(module), PackedEmbedding)):
@@ -476,15 +478,17 @@ class GgufSource(Source):
         arch = self.metadata.get("general.architecture")
         names = {family.arch: family for family in reversed(FAMILIES.values())}
         names |= dict.fromkeys((*BITNET_CPP.values(), "bitnet-25"), FAMILIES["bitnet"])
-        if arch not in names:
-            raise ValueError(f"{self.path}: its architecture is {arch!r}; read here are {', '.join(names)}")
+        if not isinstance(arch, str) or arch not in names:
+            raise ValueError(f"{self.path}: its architecture is {arch!r:.80}; read here are {', '.join(names)}")
         family = names[arch]
         own = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items() if k.startswith(f"{arch}.")}
 
-        def take(key: str, default: Any = None) -> Any:
-            value = own.pop(key, default)
+        def take(key: str, default: Any = None, kind: type = int) -> Any:
+            value: Any = own.pop(key, default)
             if value is None or isinstance(value, list):
                 raise ValueError(f"{self.path}: {arch}.{key} is {'missing' if value is None else 'one for each layer'}")
+            if type(value) is not kind or (kind is not str and not 0 < value < 1 << 31):
+                raise Damaged(self.path, f"{arch}.{key} is {value!r:.80}, which cannot be", REMEDY)
             return value
 
         if "token_embd.weight" not in stored:
@@ -492,8 +496,8 @@ class GgufSource(Source):
         embedding = stored["token_embd.weight"]
         heads, width = take("attention.head_count"), take("embedding_length")
         kv, head_dim = take("attention.head_count_kv", heads), take("attention.key_length", width // heads)
-        rope = {"rope_type": "default", "rope_theta": take("rope.freq_base", 10000.0)}
-        scaling, factor = take("rope.scaling.type", "linear"), take("rope.scaling.factor", 1.0)
+        rope = {"rope_type": "default", "rope_theta": take("rope.freq_base", 10000.0, float)}
+        scaling, factor = take("rope.scaling.type", "linear", str), take("rope.scaling.factor", 1.0, float)
         if scaling != "none" and (scaling != "linear" or factor != 1):
             rope |= {"rope_type": scaling, "factor": factor}
         same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": embedding.shape[0]}
@@ -508,7 +512,7 @@ class GgufSource(Source):
             "num_attention_heads": heads,
             "num_key_value_heads": kv,
             "head_dim": head_dim,
-            "rms_norm_eps": take("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": take("attention.layer_norm_rms_epsilon", kind=float),
             "max_position_embeddings": take("context_length"),
             "vocab_size": embedding.shape[0],
             "tie_word_embeddings": "output.weight" not in stored,
@@ -528,20 +532,26 @@ class GgufSource(Source):
                 f"{self.path}: says what is not understood here: "
                 f"{', '.join(f'{arch}.{key}' for key in wrong) or rope}; the model would compute something else"
             )
+        if (layers := options["num_hidden_layers"]) > len(stored):
+            raise Damaged(self.path, f"{arch}.block_count is {layers:,}, for {len(stored)} tensors", REMEDY)
         config_class = getattr(transformers, family.model).config_class
-        config = config_class(**options)
+        with refusals(self.path):
+            config = config_class(**options)
         if freqs := stored.get("rope_freqs.weight"):
             config = self._llama3(freqs, config_class, options)
         return family, config
 
     def _llama3(self, info: TensorInfo, config_class: Any, options: dict[str, Any]) -> Any:
         """The config whose rotary embedding yields the factors in the file."""
+        if info.kind != ggml.F32 or len(info.shape) != 1:
+            raise Damaged(self.path, "its rope_freqs.weight is no vector of float32", REMEDY)
         factors = torch.from_numpy(gguf_file.read_tensor(self.path, info)).view(torch.float32)
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         for known in LLAMA3_ROPE:
             scaling = {"rope_type": "llama3", **dict(zip(names, known, strict=True))}
             config = config_class(**options | {"rope_parameters": options["rope_parameters"] | scaling})
-            if torch.allclose(_rope_factors(config), factors, rtol=1e-5):
+            known_factors = _rope_factors(config)
+            if known_factors.shape == factors.shape and torch.allclose(known_factors, factors, rtol=1e-5):
                 return config
         raise ValueError(
             f"{self.path}: its rope_freqs.weight is not that of Llama 3.1 or 3.2, and so not understood here"

@@ -15,7 +15,11 @@ Value = bool | int | float | str | list[int] | list[float] | list[str]
 def header_bytes(metadata: dict[str, Value], tensors: dict[str, TensorInfo]) -> bytes:
     """Everything in front of the tensors. Integers become uint32 (in arrays int32), floats float32."""
     parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))]
-    parts += [_string(key) + _value(value) for key, value in metadata.items()]
+    for key, value in metadata.items():
+        try:
+            parts.append(_string(key) + _value(value))
+        except (ValueError, struct.error) as error:
+            raise ValueError(f"{key}: {error}") from None
     for name, info in tensors.items():
         dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *reversed(info.shape))
         parts.append(_string(name) + dimensions + struct.pack("<IQ", info.kind, info.offset))
@@ -32,6 +36,8 @@ def _value(value: Value) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", BOOL, value)
     if isinstance(value, int):
+        if not 0 <= value < 1 << 32:
+            raise ValueError(f"{value} is no number that GGUF's metadata hold (uint32)")
         return struct.pack("<II", UINT32, value)
     if isinstance(value, float):
         return struct.pack("<If", FLOAT32, value)

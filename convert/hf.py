@@ -58,6 +58,8 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
+from .files.damaged import Damaged
+from .files.folder import inside
 from .files.safetensors import TensorHeader, read_headers
 from .kinds import swappable, to_training
 from .match import leftover, misfits
@@ -224,7 +226,12 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
             # a tied head's weight is stored under the embedding's name
             _compare(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
     if config.embedding is not None:
-        embedding = PackedEmbedding.from_embedding(model.get_submodule(config.embedding))  # type: ignore[arg-type]
+        found = dict(model.named_modules()).get(config.embedding)
+        if not isinstance(found, nn.Embedding):
+            raise ValueError(
+                f"config.json says that {config.embedding!r:.80} is the int8 embedding, but the model has none there"
+            )
+        embedding = PackedEmbedding.from_embedding(found)
         if comparable and headers is not None:
             _compare(config.embedding, embedding, headers)
     if comparable and headers is not None:  # shapes are transformers' to compare, which may be told not to
@@ -327,7 +334,10 @@ class BitNetQuantizer(BitNetHfQuantizer):
                 del model.all_tied_weights_keys[target]
             known = model._keys_to_ignore_on_load_missing or []
             model._keys_to_ignore_on_load_missing = [*known, *map(re.escape, self.ties)]
-        files = [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        files = [Path(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        for file in files:
+            if file.parent != files[0].parent or ".." in file.parts or not inside(file.parent, file):
+                raise Damaged(file, "is no file of the checkpoint's folder, though the index names it")
         headers = read_headers(files)
         named = {name: headers[key] for key, name in model_names(model, headers).items()}
         swap_for_loading(model, self.quantization_config, named or None)
@@ -444,12 +454,23 @@ def module_config(file: Path, config: dict[str, Any]) -> BitNetConfig:
     return BitNetConfig.from_dict(settings)
 
 
-def compare_all(directory: str | Path, model: nn.Module, headers: dict[str, TensorHeader]) -> None:
-    """Raise ValueError for a tensor of the model that is stored as another kind of number or in another shape."""
+def compare_all(
+    directory: str | Path, model: nn.Module, headers: dict[str, TensorHeader], settings: dict[str, Any] | None = None
+) -> None:
+    """Raise ValueError for a tensor of the model that is stored as another kind of number or in another shape.
+
+    settings: quantization_config as in config.json: of which layers a float model's are to be; on the meta device
+    """
     names = model_names(model, headers) if isinstance(model, PreTrainedModel) else {key: key for key in headers}
-    stored = {name: (headers[key].dtype, headers[key].shape) for key, name in names.items()}
-    if line := next(misfits(model, stored), None):
-        raise ValueError(f"{directory}: {line}")
+    named = {name: headers[key] for key, name in names.items()}
+    try:
+        if settings is not None and settings["quant_method"] == "bitnet":
+            swap_for_loading(model, BitNetConfig.from_dict(settings), named)
+        stored = {name: (header.dtype, header.shape) for name, header in named.items()}
+        if line := next(misfits(model, stored), None):
+            raise ValueError(line)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
 
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:

@@ -25,13 +25,25 @@ def misfits(
 
     stored: dtype and shape by the model's names
     """
-    for key, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for key in stored:  # layers beyond the last one, and no other strangers, which from_pretrained drops, too
+        if key not in state and any(twin in state for twin in _neighbours(key)):
+            yield f"{key} is of a layer that the model does not have"
+    for key, tensor in state.items():
         if key not in stored:
             continue
         dtype, shape = stored[key]
         if not suits(dtype, tensor) or (shapes and shape != tuple(tensor.shape)):
             needed = "F32, BF16 or F16" if tensor.is_floating_point() else _BYTES.get(tensor.dtype, "integers")
             yield f"{key} is {dtype} {list(shape)}, but the model's is {needed} {list(tensor.shape)}"
+
+
+def _neighbours(key: str) -> Iterator[str]:
+    """The names of the same tensor in the first of its layers."""
+    parts = key.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal() and part != "0":
+            yield ".".join([*parts[:index], "0", *parts[index + 1 :]])
 
 
 def computed(model: PreTrainedModel, key: str) -> bool:

@@ -51,7 +51,7 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
             hf.BitNetConfig.from_dict(settings)
         except ValueError as error:
             raise ValueError(f"{file.parent}: {error}") from None
-    with _refusals(file):
+    with refusals(file):
         return CONFIG_MAPPING[kind].from_dict(config)
 
 
@@ -76,7 +76,7 @@ def model_class(config: Any, file: Path) -> type[PreTrainedModel]:
 def skeleton(config: Any, file: Path, tensors: int) -> PreTrainedModel:
     """The model that a transformers config describes, on the meta device; arguments as for model_config."""
     cls = model_class(config, file)
-    with _refusals(file), _at_most(FEW_PARAMETERS + 20 * tensors), torch.device("meta"):
+    with refusals(file), _at_most(FEW_PARAMETERS + 20 * tensors), torch.device("meta"):
         return cls._from_config(config)
 
 
@@ -99,7 +99,7 @@ def _is_names(value: Any) -> bool:
 
 
 @contextmanager
-def _refusals(file: Path) -> Iterator[None]:
+def refusals(file: Path) -> Iterator[None]:
     """Whatever transformers raises about a config, as one error that names its file."""
     try:
         yield

@@ -6,10 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files.damaged import Damaged
+from .files.json_object import read_json
+
 FILES = re.compile(
     r"tokenizer.*|.*vocab.*\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
     r"|.*\.(spm|tiktoken)|(sentencepiece|spiece|source|target|tekken).*"
 )
+MAX_TOKENS = 1 << 24
 
 
 def load_tokenizer(directory: str | Path, remedy: str = "") -> Any:
@@ -26,8 +30,22 @@ def load_tokenizer(directory: str | Path, remedy: str = "") -> Any:
             f"{directory}: no tokenizer there; copy its files to it, or AutoTokenizer.from_pretrained(...)."
             f"save_pretrained({str(directory)!r}) of the model it was made from{remedy}"
         )
+    if (directory / "tokenizer.json").is_file():
+        _check_ids(directory / "tokenizer.json")
     with reading(f"{directory}: its tokenizer"):
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer("a")  # some damage only shows when it is used
+        return tokenizer
+
+
+def _check_ids(file: Path) -> None:
+    """Refuse numbers of tokens so large that the library would fill the memory with what is between them."""
+    model = read_json(file).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    numbers = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < MAX_TOKENS:
+            raise Damaged(file, f"gives a token the number {number!r:.80}")
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_generate_says_that_there_is_no_tokenizer_or_that_it_is_damaged(tmp_path
     for text, words in (
         (None, "no tokenizer there"),
         (b"{}", "its tokenizer cannot be read"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", "not valid JSON"),
     ):
         if text is not None:
             (tmp_path / "m" / "tokenizer.json").write_bytes(text)

@@ -1,5 +1,6 @@
 """A checkpoint folder: which of its files are the weights, and what of it lies inside."""
 
+import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -50,10 +51,10 @@ def variant(directory: Path) -> str | None:
 
 def inside(directory: Path, path: Path) -> bool:
     """Does a file of the folder lie in it, links followed? (In the Hub's cache, in the model's folder.)"""
-    home = directory.resolve()
-    if home.parent.name == "snapshots" and path.resolve().is_relative_to(home.parent.parent / "blobs"):
+    home, real = (Path(os.path.realpath(item)) for item in (directory, path))
+    if home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs"):
         return True
-    return path.resolve().is_relative_to(home)
+    return real.is_relative_to(home)
 
 
 def _shards(index: Path) -> list[Path]:
