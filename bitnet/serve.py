@@ -94,21 +94,32 @@ def _app(checkpoint: str) -> Any:
     if not is_serve_available():
         raise ImportError("serving needs more packages: pip install 'bitnet-toolkit[serve]'")
     import typer
+    from fastapi import HTTPException
     from transformers.cli.serve import Serve
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.response import ResponseHandler
 
     # transformers lists its download cache here, fails where there is none, and never lists a served directory.
     # The id must be the path as given: the server answers requests for no other name.
     model = {"id": checkpoint, "object": "model", "created": int(time.time()), "owned_by": "local"}
     ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [model])
+
+    async def refuse(self: Any, body: dict[str, Any], request_id: str) -> None:
+        raise HTTPException(400, f"{checkpoint} has no chat template; use /v1/completions, or add chat_template.jinja")
+
+    if Path(checkpoint).is_dir() and not _has_chat_template(checkpoint):
+        ChatCompletionHandler.handle_request = ResponseHandler.handle_request = refuse
     app = typer.Typer(add_completion=False)
     app.command()(Serve)
     return app
 
 
 def _has_chat_template(checkpoint: str) -> bool:
+    from .convert.files.json_object import read_json
+
     directory = Path(checkpoint)
     if (directory / "chat_template.jinja").is_file():
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    return config.is_file() and bool(read_json(config).get("chat_template"))

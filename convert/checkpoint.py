@@ -93,7 +93,7 @@ def load(
     from bitnet.packed import PackedBitLinear
 
     from . import hf
-    from .models import model_config, skeleton
+    from .models import model_config, refusals, skeleton
 
     files = weight_files(directory)
     headers = read_headers(files)
@@ -107,9 +107,10 @@ def load(
         described = model_config(file, config, len(headers))
         empty = skeleton(described, file, len(headers))  # what transformers cannot build or fill is found here
         hf.compare_all(directory, empty, headers, config.get("quantization_config"))
-        model, info = type(empty).from_pretrained(
-            directory, dtype=dtype, device_map=device, variant=variant(Path(directory)), output_loading_info=True
-        )
+        with refusals(Path(directory), (ValueError, OSError, RuntimeError, ImportError, MemoryError)):
+            model, info = type(empty).from_pretrained(
+                directory, dtype=dtype, device_map=device, variant=variant(Path(directory)), output_loading_info=True
+            )
         assert model is not None
         _complete(directory, (key for key in info["missing_keys"] if not computed(model, key)))
     else:

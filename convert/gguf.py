@@ -483,7 +483,7 @@ class GgufSource(Source):
         family = names[arch]
         own = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items() if k.startswith(f"{arch}.")}
 
-        def take(key: str, default: Any = None, kind: type = int) -> Any:
+        def take(key: str, default: Any = None, kind: Any = int) -> Any:
             value: Any = own.pop(key, default)
             if value is None or isinstance(value, list):
                 raise ValueError(f"{self.path}: {arch}.{key} is {'missing' if value is None else 'one for each layer'}")

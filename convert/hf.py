@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ from bitnet.quantize import QuantSpec
 from .files.damaged import Damaged
 from .files.folder import inside
 from .files.safetensors import TensorHeader, read_headers
+from .head import has_int8_head, to_float_head
 from .kinds import swappable, to_training
 from .match import leftover, misfits
 from .options import check_options, check_section
@@ -186,6 +188,27 @@ def attach(model: PreTrainedModel, bits: float = 2) -> None:
     # Latent weights save as they are, and Trainer should treat their model like any other.
     model.is_quantized = packed
     model.hf_quantizer = BitNetQuantizer(config) if packed else None
+    if "resize_token_embeddings" in vars(model):
+        del model.resize_token_embeddings
+    if has_int8_head(model):
+        model.resize_token_embeddings = MethodType(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> nn.Module:
+    """transformers' method, for a model with an int8 head, which it finds float."""
+    if new_num_tokens not in (None, model.get_input_embeddings().weight.shape[0]) or pad_to_multiple_of is not None:
+        to_float_head(model)
+        attach(model)
+        warnings.warn(
+            "the int8 head is float again, for its new tokens; bitnet.pack(model, head='int8') packs it", stacklevel=2
+        )
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
 def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, TensorHeader] | None = None) -> None:

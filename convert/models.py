@@ -7,6 +7,7 @@ turned into one error that names the file, and what would build something withou
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,13 @@ def _is_names(value: Any) -> bool:
 
 
 @contextmanager
-def refusals(file: Path) -> Iterator[None]:
-    """Whatever transformers raises about a config, as one error that names its file."""
+def refusals(file: Path, passing: tuple[type[Exception], ...] = (Damaged,)) -> Iterator[None]:
+    """Whatever transformers raises about a config or a checkpoint, but for `passing`, as one error that names it."""
     try:
         yield
-    except Damaged:
-        raise
     except Exception as error:
+        if isinstance(error, passing) and not isinstance(error, RecursionError | UnicodeDecodeError | JSONDecodeError):
+            raise
         words = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         raise Damaged(
             file,

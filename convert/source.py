@@ -188,7 +188,8 @@ class FolderSource(Source):
         config = model_config(file, self.config, len(headers))
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config, file, len(headers))
-        names = hf.model_names(self.model, headers)
+        with naming(str(path)):
+            names = hf.model_names(self.model, headers)
         self.headers = {names[key]: header for key, header in headers.items() if key in names}
         self.file_keys = {name: key for key, name in names.items()}
         self._stored = {name: (header.dtype, header.shape) for name, header in self.headers.items()}
@@ -203,7 +204,8 @@ class FolderSource(Source):
                 method = settings.get("quant_method")
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = hf.BitNetConfig.from_dict(settings)
-            hf.swap_for_loading(self.model, self.settings, self.headers)
+            with naming(str(path)):
+                hf.swap_for_loading(self.model, self.settings, self.headers)
         self.plain, self.calibrated, self.problems, self.scale_ranges = settings is None, {}, [], {}
         if self.settings is not None and self.settings.linear_class == "autobitlinear":
             self.multiplies = self.settings.quantization_mode == "offline"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import pytest
 import torch
 from rich.console import Console
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 import bitnet
+from bitnet.convert import gguf_file
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
 from bitnet.convert.files.safetensors import read_headers
@@ -397,3 +399,147 @@ def test_every_byte_of_a_file_is_where_safetensors_finds_it(forms: Path) -> None
     expected, source = load_file(file), FolderSource(forms / "packed")
     assert read_headers([file]).keys() == expected.keys()
     assert all(torch.equal(source.tensor(key), value) for key, value in expected.items())
+
+
+# What fuzzing found
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model with a tokenizer, as a folder and as a GGUF file."""
+    root = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    gguf_models.checkpoint(root / "hf", num_hidden_layers=1)
+    return convert(root / "hf", root / "m.gguf", "gguf-q2_0")
+
+
+def test_an_embedding_that_is_none_is_one_error(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    bitnet.replace_linear(model)
+    bitnet.pack(model, head="int8")
+    bitnet.save(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for name in ("nowhere", "model.norm"):
+        config["quantization_config"]["bitnet_toolkit"]["embedding"] = name
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        for read in (FolderSource, bitnet.load):
+            with pytest.raises(ValueError, match=f"'{name}' is the int8 embedding, but the model has none there"):
+                read(tmp_path / "m")
+
+
+def test_layers_that_the_config_leaves_out_are_one_error(forms: Path, tmp_path: Path) -> None:
+    for form in ("float", "latent", "packed"):
+        source = copied(forms / form, tmp_path / form)
+        edit_json(source / "config.json", num_hidden_layers=1)
+        for read in (bitnet.load, lambda path: convert(path, tmp_path / "out", "bf16")):
+            with pytest.raises(ValueError, match=r"model\.layers\.1\..* is of a layer that the model does not have"):
+                read(source)
+
+
+def test_an_index_that_only_transformers_cannot_take_is_one_error(forms: Path, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    assert convert(source, tmp_path / "out")
+    try:
+        bitnet.load(source)
+    except Damaged as error:
+        assert str(source) in str(error)  # noqa: PT017  (versions of transformers differ)
+
+
+def test_a_shard_that_links_to_itself_is_missing(forms: Path, tmp_path: Path) -> None:
+    source = copied(forms / "shards", tmp_path / "source")
+    shard = next(iter(source.glob("*.safetensors")))
+    shard.unlink()
+    shard.symlink_to(shard)
+    for read in (bitnet.load, FolderSource):
+        with pytest.raises(FileNotFoundError, match=shard.name):
+            read(source)
+
+
+TOKENIZER: dict[str, tuple[str, Any, str]] = {
+    "id": ("tokenizer.json", lambda text: re.sub(r'"!": \d+', '"!": 2147483648', text), "token the number 2147483648"),
+    "length": (
+        "tokenizer_config.json",
+        lambda text: json.dumps(json.loads(text) | {"model_max_length": [1]}),
+        "its tokenizer cannot be read",
+    ),
+    "positions": (
+        "config.json",
+        lambda text: json.dumps(json.loads(text) | {"max_position_embeddings": 2**31}),
+        "",
+    ),
+    "too_many_positions": (
+        "config.json",
+        lambda text: json.dumps(json.loads(text) | {"max_position_embeddings": 2**63}),
+        r"llama\.context_length: 9223372036854775808 is no number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZER)
+def test_numbers_that_no_gguf_file_holds_are_one_error(exported: Path, name: str, tmp_path: Path) -> None:
+    file, change, message = TOKENIZER[name]
+    source = copied(exported.parent / "hf", tmp_path / "source")
+    text = (source / file).read_text()
+    assert change(text) != text
+    (source / file).write_text(change(text))
+    if not message:
+        convert(source, tmp_path / "m.gguf", "gguf-q2_0")
+        return
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "m.gguf", "gguf-q2_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+NUMBERS: dict[str, tuple[str, bytes, str]] = {
+    "heads": ("llama.attention.head_count", u32(4) + u32(9), "cannot build a model of it"),
+    "no_heads": ("llama.attention.head_count", u32(4) + u32(0), "llama.attention.head_count is 0, which cannot be"),
+    "float": ("llama.block_count", u32(6) + struct.pack("<f", 1.0), "llama.block_count is 1.0, which cannot be"),
+    "layers": ("llama.block_count", u32(4) + u32(10**6), "llama.block_count is 1,000,000, for"),
+    "nested": ("llama.block_count", u32(9) + u32(9), "has an array of type 9"),
+    "eps": (
+        "llama.attention.layer_norm_rms_epsilon",
+        u32(6) + struct.pack("<f", float("nan")),
+        "epsilon is nan, which",
+    ),
+    "architecture": ("general.architecture", u32(4), "its architecture is"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_gguf_file_whose_numbers_cannot_be_is_one_error(exported: Path, name: str, tmp_path: Path) -> None:
+    key, value, message = NUMBERS[name]
+    data = exported.read_bytes()
+    at = data.index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key)
+    (tmp_path / "m.gguf").write_bytes(data[:at] + value + data[at + len(value) :])
+    for read in (bitnet.inspect_checkpoint, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(ValueError, match=message if name != "architecture" else r"m\.gguf: ") as error:
+            read(tmp_path / "m.gguf")
+        assert str(tmp_path / "m.gguf") in str(error.value)
+
+
+def test_a_gguf_alignment_that_is_none_is_one_error(exported: Path, tmp_path: Path) -> None:
+    metadata, _ = gguf_file.read_header(exported)
+    for value in (0, 3, "32", [32]):
+        head = gguf_file.header_bytes(metadata | {"general.alignment": value}, {})
+        (tmp_path / "m.gguf").write_bytes(head)
+        with pytest.raises(Damaged, match=r"general\.alignment is"):
+            gguf_file.read_header(tmp_path / "m.gguf")
+
+
+def test_gguf_tensors_that_overlap_are_refused(exported: Path, tmp_path: Path) -> None:
+    """As llama.cpp does; and Q2_0 in blocks of 128, which older files have, shows by the sizes of its tensors."""
+    metadata, tensors = gguf_file.read_header(exported)
+    for shift in (-32, 32):
+        infos, end = {}, 0
+        for number, (name, info) in enumerate(tensors.items()):
+            infos[name] = gguf_file.TensorInfo(info.kind, info.shape, end + shift * (number == 3), info.nbytes)
+            end += gguf_file.padded(info.nbytes)
+        (tmp_path / "m.gguf").write_bytes(gguf_file.header_bytes(metadata, infos) + bytes(end + 64))
+        with pytest.raises(Damaged, match="is the next free"):
+            gguf_file.read_header(tmp_path / "m.gguf")

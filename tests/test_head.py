@@ -242,3 +242,25 @@ def test_any_linear_layer_can_be_trained_and_packed_in_8_bits() -> None:
     bitnet.pack(model)
     assert model.up.weight.dtype == torch.int8
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_with_an_int8_head_can_learn_new_tokens(tied: bool, tmp_path: Path) -> None:
+    """transformers resizes float embeddings only: the head becomes one, and can be packed again."""
+    bitnet.save(with_head(llama(tie_word_embeddings=tied)), tmp_path / "m")
+    model = bitnet.load(tmp_path / "m")
+    before = logits(model)
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    assert isinstance(model.get_output_embeddings(), PackedBitLinear)  # nothing was asked for
+    model = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="the int8 head is float again"):
+        model.resize_token_embeddings(72, mean_resizing=False)
+    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (72, 16)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+    torch.testing.assert_close(logits(model)[..., :64], before, rtol=0.05, atol=0.05)  # activations were int8
+    floats = model.get_output_embeddings().weight[:64].clone()
+    bitnet.pack(model, head="int8")
+    head = model.get_output_embeddings()
+    torch.testing.assert_close(head.weight[:64] * head.weight_scale[:64, None], floats, rtol=1e-6, atol=0)
+    bitnet.save(model, tmp_path / "again")
+    assert torch.equal(logits(bitnet.load(tmp_path / "again")), logits(model))

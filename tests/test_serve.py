@@ -57,3 +57,26 @@ def test_a_chat_completion_streams_in_pieces(client: "openai.OpenAI") -> None:
     whole = client.chat.completions.create(model=model, messages=messages, max_tokens=12, temperature=0)
     # a stream holds back a last character whose bytes are not all there; the whole answer shows it as U+FFFD
     assert "".join(pieces).rstrip("\ufffd") == (whole.choices[0].message.content or "").rstrip("\ufffd")
+
+
+def test_a_chat_without_a_template_gets_the_reason(tmp_path: Path) -> None:
+    """Checked on the handlers: starting a second server takes long."""
+    import asyncio
+
+    from fastapi import HTTPException
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.response import ResponseHandler
+
+    from bitnet.serve import _app
+
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
+    originals = {handler: handler.handle_request for handler in (ChatCompletionHandler, ResponseHandler)}
+    try:
+        _app(str(tmp_path))
+        for handler in originals:
+            with pytest.raises(HTTPException, match="no chat template") as error:
+                asyncio.run(handler.handle_request(None, {}, "id"))
+            assert error.value.status_code == 400
+    finally:
+        for handler, original in originals.items():
+            handler.handle_request = original
