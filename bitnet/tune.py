@@ -69,7 +69,7 @@ def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
         if scaled and header.dtype in ("U8", "I8"):
             rows, k = header.shape
             shapes.append((4 * rows, k, planes) if header.dtype == "U8" else (rows, k, INT8))
-    if not shapes or '"bits": 1.6' in (Path(target) / "config.json").read_text():
+    if not shapes or '"bits": 1.6' in (Path(target) / "config.json").read_text(encoding="utf-8", errors="replace"):
         raise ValueError(
             f"{target}: no layers packed with 2 bits there whose shapes its files tell; "
             "give the shapes instead, out_features x in_features: bitnet tune 14336x4096"

@@ -471,8 +471,8 @@ TOKENIZER: dict[str, tuple[str, Any, str]] = {
     ),
     "too_many_positions": (
         "config.json",
-        lambda text: json.dumps(json.loads(text) | {"max_position_embeddings": 2**63}),
-        r"llama\.context_length: 9223372036854775808 is no number",
+        lambda text: json.dumps(json.loads(text) | {"max_position_embeddings": 2**40}),
+        r"llama\.context_length: 1099511627776 is no number",
     ),
 }
 
