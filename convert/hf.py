@@ -64,7 +64,7 @@ from .files.folder import inside
 from .files.safetensors import TensorHeader, read_headers
 from .head import has_int8_head, to_float_head
 from .kinds import swappable, to_training
-from .match import leftover, misfits
+from .match import leftovers, misfits
 from .options import check_options, check_section
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
@@ -418,13 +418,13 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         )
 
     names: dict[str, str] = {}
-    prefix = f"{model.base_model_prefix}."
+    prefix, dropped = f"{model.base_model_prefix}.", leftovers(model)
     for key in sorted(keys):
         name = key if fits(key) else rename_source_key(key, renamings, [])[0]
         if not fits(name) and prefix != ".":
             bare = name.removeprefix(prefix)
             name = bare if bare != name and fits(bare) else f"{prefix}{name}" if fits(f"{prefix}{name}") else name
-        if name in state or not leftover(model, name):
+        if name in state or dropped is None or not dropped.search(name):
             names[key] = name
     if len({*names.values()}) < len(names):
         name, _ = Counter(names.values()).most_common(1)[0]

@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # whose import imports hf.py, which needs this file
+    from transformers import PreTrainedModel
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _BYTES = {torch.uint8: "U8", torch.int8: "I8"}
@@ -46,19 +49,22 @@ def _neighbours(key: str) -> Iterator[str]:
             yield ".".join([*parts[:index], "0", *parts[index + 1 :]])
 
 
-def computed(model: PreTrainedModel, key: str) -> bool:
+def computed(model: "PreTrainedModel", key: str) -> bool:
     """Whether transformers makes a parameter itself where it is not stored: sinusoidal positions, say."""
     if any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_missing or ()):
         return True
     return "Sinusoidal" in type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
-def leftover(model: PreTrainedModel, key: str) -> bool:
-    """Whether transformers drops a stored tensor without a word, as older versions stored it: causal masks, say."""
+def leftovers(model: "PreTrainedModel") -> re.Pattern[str] | None:
+    """What matches the stored tensors that transformers drops without a word, as older versions stored them.
+
+    Causal masks and rotary frequencies, say.
+    """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         patterns.append(r"rotary_emb\.inv_freq")
     if any(name.endswith("position_ids") for name in buffers):
         patterns.append(r"(^|\.)position_ids$")
-    return any(re.search(pattern, key) for pattern in patterns)
+    return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None

@@ -89,6 +89,26 @@ def test_the_first_call_of_all_imports_in_a_circle() -> None:
     assert "BitLinear" in done.stdout
 
 
+FIRST = """
+import importlib, os, sys, torch, bitnet
+assert "transformers" not in sys.modules
+for name in ("bitnet.convert.checkpoint", "bitnet.convert.stream", "bitnet.convert.match"):
+    child = os.fork()
+    if not child:
+        importlib.import_module(name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that share what is imported")
+def test_a_module_cannot_be_the_first_that_is_imported() -> None:
+    """The import of transformers in any of them imports hf.py and what that needs."""
+    done = run(FIRST, ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_init_file_would_go_unnoticed(site: Path, tmp_path: Path) -> None:
     """The checks above must be able to fail: with kernels/__init__.py in the root, transformers takes that."""
     (tmp_path / "root" / "kernels").mkdir(parents=True)
