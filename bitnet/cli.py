@@ -1,6 +1,7 @@
 """The `bitnet` command."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -161,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (default: %(default)s)")
 
     args = parser.parse_args(argv)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark
     try:
         if args.command == "info":
             from .info import info

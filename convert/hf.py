@@ -103,7 +103,8 @@ class BitNetConfig(BitNetQuantConfig):
             section = self.bitnet_toolkit["overrides"].get(name, self.bitnet_toolkit)
             return section["packed"], QuantSpec(**section["spec"])
         packed = self.linear_class == "bitlinear" or self.quantization_mode == "offline"
-        return packed, QuantSpec(rms_norm=self.use_rms_norm, rms_norm_eps=self.rms_norm_eps)
+        norm = {"rms_norm": True, "rms_norm_eps": self.rms_norm_eps} if self.use_rms_norm else {}
+        return packed, QuantSpec(**norm)
 
 
 def modernize(config: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -53,7 +53,7 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
         except ValueError as error:
             raise ValueError(f"{file.parent}: {error}") from None
     with refusals(file):
-        return CONFIG_MAPPING[kind].from_dict(config)
+        return CONFIG_MAPPING[kind].from_dict(_floats(config))
 
 
 def model_class(config: Any, file: Path) -> type[PreTrainedModel]:
@@ -93,6 +93,15 @@ def _check_counts(file: Path, value: Any, layers: int, key: str = "") -> None:
         limit = layers if _LAYERS.fullmatch(key) else MANY if _OTHERS.fullmatch(key) else 1 << 62
         if not value <= limit and value != float("inf"):
             raise Damaged(file, f"{key} is {value:,}, which the tensors of this checkpoint do not bear out")
+
+
+def _floats(value: Any) -> Any:
+    """transformers writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_names(value: Any) -> bool:

@@ -27,7 +27,7 @@ def check_options(
         raise _error(f"quantization_mode is {quantization_mode!r:.80}, which is none of {', '.join(MODES)}")
     if not isinstance(use_rms_norm, bool | None):
         raise _error(f"use_rms_norm is {use_rms_norm!r:.80}, not true or false")
-    if rms_norm_eps is not None and (not _is(rms_norm_eps, float) or not 0 < rms_norm_eps < 1):
+    if (use_rms_norm or rms_norm_eps is not None) and (not _is(rms_norm_eps, float) or not 0 < rms_norm_eps < 1):
         raise _error(f"rms_norm_eps is {rms_norm_eps!r:.80}, not a small number")
     if modules_to_not_convert is not None:
         if not isinstance(modules_to_not_convert, list | tuple | set):

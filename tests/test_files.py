@@ -29,6 +29,7 @@ from bitnet.convert import gguf_file
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
 from bitnet.convert.files.safetensors import read_headers
+from bitnet.convert.models import model_config
 from bitnet.convert.source import FolderSource
 
 QUIET = Console(quiet=True)
@@ -241,6 +242,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "norm": ({"use_rms_norm": "false"}, "use_rms_norm is 'false'"),
     "eps": ({"use_rms_norm": True, "rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+    "no_eps": ({"use_rms_norm": True, "rms_norm_eps": None}, "rms_norm_eps is None"),
     "section": ({"bitnet_toolkit": None}, "(it is None)"),
     "section_list": ({"bitnet_toolkit": [1]}, "(it is [1])"),
     "overrides": ({"bitnet_toolkit": {"overrides": []}}, "(overrides is [], not an object)"),
@@ -285,6 +287,19 @@ def test_options_of_the_layers_that_say_nothing_are_one_error(
     if name != "method":
         with pytest.raises(ValueError, match=re.escape(message)):
             AutoModelForCausalLM.from_pretrained(source)
+
+
+def test_infinity_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    """FalconH1's and Mamba2's limits of a time step are."""
+    config = {"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert tuple(model_config(tmp_path / "config.json", config, 10).time_step_limit) == (0.0, float("inf"))
+
+
+def test_options_that_are_null_and_decide_nothing_are_none(forms: Path, tmp_path: Path) -> None:
+    source = copied(forms / "packed", tmp_path / "source")
+    settings = json.loads((source / "config.json").read_text())["quantization_config"]
+    edit_json(source / "config.json", quantization_config=settings | {"rms_norm_eps": None, "use_rms_norm": None})
+    assert torch.equal(bitnet.load(source)(IDS).logits, bitnet.load(forms / "packed")(IDS).logits)
 
 
 @pytest.mark.parametrize("text", [b"[1]", b"\xff\xfe", b"{", b"null", b"[" * 10**5, b'{"a":' * 10**5, b""])

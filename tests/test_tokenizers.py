@@ -1,5 +1,6 @@
 """Tokenizers in conversions: what cannot be written is refused before the work, or left out on request."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,11 @@ def test_generate_says_that_there_is_no_tokenizer_or_that_it_is_damaged(tmp_path
         error = capsys.readouterr().err
         assert words in error
         assert str(tmp_path / "m") in error
+
+
+def test_a_terminal_that_lacks_letters_shows_others(exported: Path, monkeypatch: Any) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main(["generate", str(exported.parent / "hf"), "h\u00e9llo \u4e2d", "--max-new-tokens", "2"]) == 0
+    shown.flush()
+    assert shown.buffer.getvalue().startswith("h\u00e9llo ?".encode("latin-1"))
