@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import llama
 
 from bitnet import cli, tune
-from bitnet.kernels import ops
+from bitnet.kernels import backends
 from bitnet.kernels.triton_layout import TWO_BITS
 from bitnet.progress import Progress, track
 from bitnet.quickstart import build_tokenizer
@@ -188,7 +188,7 @@ def test_tune_says_how_far_it_is(
 
     gpu = configs.Gpu("some GPU", "sm_90", 132)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(ops._BACKENDS, "triton", ops._BACKENDS["triton"]._replace(missing=lambda *_: None))
+    monkeypatch.setitem(backends.BACKENDS, "triton", backends.BACKENDS["triton"]._replace(missing=lambda *_: None))
     monkeypatch.setattr(configs, "gpu_of", lambda device: gpu)
 
     def measure(found, m, n, k, planes, device, done):  # type: ignore[no-untyped-def]
