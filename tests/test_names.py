@@ -24,8 +24,8 @@ config = transformers.LlamaConfig(
 assert transformers.LlamaForCausalLM(config)(torch.arange(4)[None]).logits.isfinite().all()
 print(sys.modules["kernels"].__file__ if is_kernels_available() else "none")
 import bitnet.convert.swap, bitnet.kernels.ops
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-print(bitnet.kernels.ops.__file__, bitnet.convert.swap.__file__, AUTO_QUANTIZER_MAPPING["bitnet"].__module__)
+from transformers.quantizers.auto import AutoHfQuantizer
+print(bitnet.kernels.ops.__file__, bitnet.convert.swap.__file__, type(AutoHfQuantizer.from_config({"quant_method": "bitnet"})).__module__)
 """
 
 # As much of the PyPI package as transformers uses while it is imported and models are defined.
