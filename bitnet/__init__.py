@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .convert.checkpoint import load, save
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
     from .convert.stream import convert_checkpoint
-    from .convert.swap import Report, pack, replace_linear, unpack
+    from .convert.swap.pack import pack
+    from .convert.swap.replace import replace_linear
+    from .convert.swap.report import Report
+    from .convert.swap.unpack import unpack
     from .experts import BitExperts, PackedExperts
     from .kernels.backends import backends
     from .linear import BitConv1D, BitLinear
@@ -39,19 +42,19 @@ _HOME = {
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
     "QuantSpec": "bitnet.quantize",
-    "Report": "bitnet.convert.swap",
+    "Report": "bitnet.convert.swap.report",
     "StrengthCallback": "bitnet.trainer",
     "backends": "bitnet.kernels.backends",
     "convert_checkpoint": "bitnet.convert.stream",
     "diff_checkpoints": "bitnet.convert.inspection",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
-    "pack": "bitnet.convert.swap",
-    "replace_linear": "bitnet.convert.swap",
+    "pack": "bitnet.convert.swap.pack",
+    "replace_linear": "bitnet.convert.swap.replace",
     "save": "bitnet.convert.checkpoint",
     "set_strength": "bitnet.training",
     "strength_at": "bitnet.training",
-    "unpack": "bitnet.convert.swap",
+    "unpack": "bitnet.convert.swap.unpack",
 }
 
 __all__ = [

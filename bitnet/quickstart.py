@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .convert.checkpoint import load, read_headers, save
-from .convert.swap import pack, replace_linear
+from .convert.swap.pack import pack
+from .convert.swap.replace import replace_linear
 from .info import hardware, versions
 from .linear import BitLinear
 from .packed import PackedBitLinear

@@ -57,7 +57,7 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .checkpoint import TensorHeader, read_headers
-from .kinds import swappable, to_training
+from .swap.kinds import HEADS, settle_fast_paths, swappable, to_training
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 
@@ -173,8 +173,37 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
     return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)
 
 
-def attach(model: PreTrainedModel, bits: float = 2) -> None:
-    """Bring a model's config in line with its layers, so that save_pretrained writes what from_pretrained rebuilds."""
+def outermost(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
+    """The Hugging Face models in a module, by name, but not those inside another: in most cases itself, as ""."""
+    if isinstance(model, PreTrainedModel):
+        return {name: model}
+    found: dict[str, PreTrainedModel] = {}
+    for child, module in model.named_children():
+        found |= outermost(module, f"{name}.{child}" if name else child)
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile, which add nothing that is stored."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def attach(model: nn.Module, bits: float = 2) -> None:
+    """Bring the configs of the Hugging Face models in a module in line with their layers.
+
+    Their save_pretrained then writes what from_pretrained rebuilds, whatever wraps them.
+    """
+    for inner in outermost(model).values():
+        _attach(inner, bits)
+
+
+def _attach(model: PreTrainedModel, bits: float) -> None:
     config = config_of(model, bits)
     packed = any(isinstance(module, PackedBitLinear | PackedExperts) for module in model.modules())
     if config is None:
@@ -213,6 +242,8 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
                     f"bytes for it; one of the two is wrong"
                 )
             continue
+        if headers is not None and _is_new(model, name, headers):
+            continue
         packed, spec = config.layer(name)
         layer = to_training(module, spec)
         if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
@@ -228,6 +259,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
             _compare(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
+    settle_fast_paths(model)
     if config.embedding is not None:
         embedding = PackedEmbedding.from_embedding(model.get_submodule(config.embedding))  # type: ignore[arg-type]
         if comparable and headers is not None:
@@ -352,10 +384,19 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return True  # adapters beside packed layers
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from .swap import unpack
+        from .swap.unpack import unpack  # which imports this file
 
         unpack(model, dtype)
         return model
+
+
+def _is_new(model: nn.Module, name: str, headers: Iterable[str]) -> bool:
+    """Is it a head that a task adds to a checkpoint without one? It has to be trained, in float."""
+    if f"{name}.weight" in headers or f"{name}.weight_scale" in headers:
+        return False
+    if isinstance(model, PreTrainedModel) and model.base_model is not model:
+        return not name.startswith(f"{model.base_model_prefix}.")
+    return bool(HEADS.intersection(name.split(".")))
 
 
 def _swappable(model: nn.Module, linear_only: bool = False) -> list[tuple[str, nn.Module]]:

@@ -21,7 +21,8 @@ from bitnet.quantize import QuantSpec
 
 from . import hf
 from .checkpoint import CONFIG, read_headers, read_json, weight_files
-from .swap import Report, replace_linear
+from .swap.replace import replace_linear
+from .swap.report import Report
 
 DTYPES = {
     "F64": torch.float64,
