@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -95,6 +96,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
         raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
     if bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
         raise ValueError("save: bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
+    model = hf.unwrapped(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
@@ -158,8 +160,13 @@ def load(
             raise ValueError(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
-        cls = getattr(transformers, config["architectures"][0], transformers.AutoModelForCausalLM)
-        model, info = cls.from_pretrained(directory, dtype=dtype, device_map=device, output_loading_info=True)
+        modern, names = hf.modernize(config, headers)
+        cls = getattr(transformers, modern["architectures"][0], transformers.AutoModelForCausalLM)
+        options: dict[str, Any] = {"dtype": dtype, "device_map": device, "output_loading_info": True}
+        if modern is not config:
+            options["config"] = transformers.CONFIG_MAPPING[modern["model_type"]].from_dict(modern)
+            options["key_mapping"] = {f"^{re.escape(key)}$": name for key, name in names.items() if key != name}
+        model, info = cls.from_pretrained(directory, **options)
         _complete(directory, info["missing_keys"])
     else:
         settings = hf.BitNetConfig.from_dict(config["quantization_config"])
