@@ -358,6 +358,16 @@ class AnotherDtype(Base):
         return self.fc(x.to(self.fc.weight.dtype))
 
 
+class AllModules(Base):
+    reads = ("fc", "net.0")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                x = F.linear(x, module.weight)
+        return x
+
+
 class AChoice(Base):
     reads = ("net.0", "net.1")
 
@@ -389,9 +399,22 @@ READERS = [
 ]
 
 
+def also_called(cls: type[Any]) -> type[Any]:
+    class Called(cls):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (self.fc, self.out, *self.net, *self.table.values()):
+                x = layer(x)
+            return super().forward(x)
+
+    return Called
+
+
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("cls", READERS, ids=lambda cls: cls.__name__)
-def test_a_weight_read_without_a_call_stays_float(cls: type[Any]) -> None:
-    model = nn.Sequential(cls())
+def test_a_weight_read_without_a_call_stays_float(cls: type[Any], called: bool) -> None:
+    if called and cls is Unused:
+        pytest.skip("nothing is unused then")
+    model = nn.Sequential((also_called(cls) if called else cls)())
     report = bitnet.replace_linear(model)
     kept = {row.name: row.reason for row in report.rows if row.action == "kept"}
     for name in cls.reads:
@@ -448,7 +471,10 @@ class Calls(Base):
         self.unseen = [self.fc]
         self.helper = Helper(self.out)
         self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Sequential(nn.Linear(8, 8)))
+        self.hook = None
         self.extra0, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    skipped = ("bias",)
 
     @property
     def size(self) -> int:
@@ -466,7 +492,12 @@ class Calls(Base):
             x = through(layer, x) + other(x) + len(name)
         x = checkpoint(self.block, x, use_reentrant=False)
         x = self.helper.pass_through(x) if self.fc.bias is not None else x
-        x = function(x) if function is not None else x
+        if function is not None:
+            x = self.hook(self, function(x))
+        if hasattr(self, "other_hook"):
+            self.other_hook.run(self)
+        if any(name in self.skipped for name, _ in self.named_parameters()):
+            return x
         names = [f"extra{i}" for i in range(1)]
         return functools.reduce(lambda y, name: getattr(self, name)(y), names, x) / self.fc.in_features
 

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import nn
 
 # What a packed layer's bias still answers as before, and one parameter as well as another.
 METADATA = {"dtype", "device", "is_cuda", "is_meta", "requires_grad", "shape", "ndim", "dim", "size", "numel"}
+NAMED = {"named_parameters", "named_modules", "named_children", "named_buffers", "items"}  # give pairs with a name
 INSPECTING = set(map(id, (isinstance, hasattr, id, len, type, print, callable, repr, str)))
 PASSING = set(
     map(id, (enumerate, zip, reversed, list, tuple, iter, sorted, set, frozenset, dict, filter, next, min, max))
@@ -42,7 +44,15 @@ class Opaque:
 
 
 OPAQUE = Opaque()
-MARKERS = Bound, Nested, Super, OneOf
+
+
+class Some(NamedTuple):
+    """One of the modules in a module."""
+
+    module: nn.Module
+
+
+MARKERS = Bound, Nested, Super, OneOf, Some
 Value = dict[Any, Any]  # the objects that an expression may be, by identity
 NOTHING: Value = {}
 
@@ -67,6 +77,16 @@ def dict_of(thing: Any) -> dict[str, Any]:
         return object.__getattribute__(thing, "__dict__")
     except AttributeError:
         return {}
+
+
+def _is_none(module: nn.Module, name: str) -> bool:
+    """Is this attribute None, or is there none? Runs no property."""
+    if isinstance(inspect.getattr_static(type(module), name, None), property):
+        return False
+    try:
+        return getattr(module, name) is None
+    except Exception:  # a stranger's __getattr__ may raise anything
+        return True
 
 
 class Frame:
@@ -156,6 +176,8 @@ class Frame:
         match target, iterated:
             case ast.Tuple(elts=[_, second]), ast.Call(func=ast.Name(id="enumerate"), args=[counted, *_]):
                 self.loop(second, counted)
+            case ast.Tuple(elts=[_, second]), ast.Call(func=ast.Attribute(attr=method)) if method in NAMED:
+                self.assign(second, self.follower.elements(self.evaluate(iterated)))
             case ast.Tuple(elts=targets), ast.Call(func=ast.Name(id="zip"), args=args) if len(targets) == len(args):
                 for each, arg in zip(targets, args, strict=True):
                     self.loop(each, arg)
@@ -239,8 +261,11 @@ class Frame:
             case ast.Lambda():
                 self.follower.body(node, self.function, [], {}, self)
                 return value_of(Nested(node, self))
-            case ast.Starred(value=each) | ast.Await(value=each) | ast.YieldFrom(value=each):
+            case ast.Starred(value=each) | ast.Await(value=each):
                 return self.evaluate(each)
+            case ast.YieldFrom(value=each):
+                self.returned = self.returned | self.follower.elements(self.evaluate(each))
+                return NOTHING
             case ast.Yield(value=ast.expr() as each):
                 self.returned = self.returned | self.evaluate(each)
                 return NOTHING
@@ -252,21 +277,39 @@ class Frame:
         return NOTHING
 
     def call(self, node: ast.Call) -> Value:
-        args = [self.evaluate(arg) for arg in node.args]
+        args: list[Value] = []
+        for arg in node.args:
+            value = self.evaluate(arg)
+            args += [self.follower.elements(value)] * 8 if isinstance(arg, ast.Starred) else [value]
         kwargs = {keyword.arg or "**": self.evaluate(keyword.value) for keyword in node.keywords}
-        if any(isinstance(arg, ast.Starred) for arg in node.args):  # any argument may be any of these
-            every = self.follower.elements(union(args))
-            args = [every] * 8
         functions = self.evaluate(node.func)
         every = union([*args, *kwargs.values()])
         match node.func:
             case ast.Attribute(value=ast.Name(id=name), attr="append" | "extend" | "insert" | "add" | "update"):
                 self.bind(name, every)
                 return NOTHING
+        if not functions and isinstance(node.func, ast.Attribute) and self.missing(node.func):
+            return NOTHING
         if not functions:  # a method of something unknown, such as a tensor, or an argument that is called
             self.follower.suspect(every, "code that cannot be followed")
             return every if self.follower.carries(every) else NOTHING
+        if getattr in functions.values() and len(args) > 1:
+            return self.getattr(node.args[1], args)
         return union(self.one_call(function, args, kwargs) for function in functions.values())
+
+    def getattr(self, name: ast.expr, args: list[Value]) -> Value:
+        things, default = args[0], args[2] if len(args) > 2 else NOTHING
+        if isinstance(name, ast.Constant) and isinstance(name.value, str):
+            return default | union(self.follower.attribute(thing, name.value) for thing in things.values())
+        modules = [thing for thing in things.values() if isinstance(thing, nn.Module)]
+        return default | value_of(*map(OneOf, modules), *(child for module in modules for child in module.children()))
+
+    def missing(self, node: ast.Attribute) -> bool:
+        """Is it an attribute that is None, or that is not there, as the model stands? Then it cannot be called."""
+        owners = self.evaluate(node.value).values()
+        if not owners:
+            return isinstance(node.value, ast.Attribute) and self.missing(node.value)
+        return all(isinstance(owner, nn.Module) and _is_none(owner, node.attr) for owner in owners)
 
     def one_call(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         follower = self.follower
@@ -274,14 +317,6 @@ class Frame:
             return self.super()
         if id(function) in INSPECTING:
             return NOTHING
-        if function is getattr and len(args) > 1:
-            names = [name for name in args[1].values() if isinstance(name, str)]
-            if names:
-                default = args[2] if len(args) > 2 else NOTHING
-                found = union(follower.attribute(thing, name) for thing in args[0].values() for name in names)
-                return found | default
-            modules = [thing for thing in args[0].values() if isinstance(thing, nn.Module)]
-            return value_of(*map(OneOf, modules), *(child for module in modules for child in module.children()))
         if function is vars:
             return value_of(*(getattr(thing, "__dict__", None) for thing in args[0].values())) if args else NOTHING
         if function is map and args:

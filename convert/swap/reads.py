@@ -26,18 +26,23 @@ from .frames import (
     Nested,
     OneOf,
     Opaque,
+    Some,
     Super,
     Value,
     dict_of,
     union,
     value_of,
 )
-from .functions import TRUSTED, definition, mentions, root_of
+from .functions import TELLTALE, TRUSTED, definition, mentions, root_of
 
-INITIALISER = re.compile(r"init|reset|__setstate__")  # methods that may well set weights themselves
+# Methods that handle weights as such and may do so: they set, load, save, list or count them, or share them out.
+ADMINISTRATIVE = re.compile(
+    r"init|reset|__setstate__|load|save|export|state_dict|param|optim|group|decay|tie|num_|count"
+)
 FAST_PATHS = nn.TransformerEncoder.forward, nn.TransformerEncoderLayer.forward
-BUILTIN = types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType | types.MethodWrapperType
-BUILTIN |= types.GetSetDescriptorType | types.ClassMethodDescriptorType
+BUILTIN_METHOD = types.MethodDescriptorType | types.WrapperDescriptorType | types.MethodWrapperType
+BUILTIN_METHOD |= types.GetSetDescriptorType | types.ClassMethodDescriptorType
+BUILTIN = types.BuiltinFunctionType | BUILTIN_METHOD
 
 
 class Read(NamedTuple):
@@ -82,6 +87,7 @@ class _Follower:
     def __init__(self, model: nn.Module, layers: dict[nn.Module, list[str]]) -> None:
         self.layers = layers
         self.names = {module: name for name, module in model.named_modules()}
+        self.leaves = {leaf for leaves in layers.values() for leaf in leaves}
         self.holders: dict[int, list[nn.Module]] = {}  # the layers that hold a parameter
         for layer, leaves in layers.items():
             for leaf in (*leaves, "bias"):
@@ -110,7 +116,11 @@ class _Follower:
                 continue
             for method, function in vars(owner).items():
                 function = getattr(function, "fget", None) or function
-                if isinstance(function, types.FunctionType) and not INITIALISER.search(method) and method != "forward":
+                if (
+                    isinstance(function, types.FunctionType)
+                    and not ADMINISTRATIVE.search(method)
+                    and method != "forward"
+                ):
                     self.root = name, module, method
                     self.call(function, [value_of(module)], {})
 
@@ -123,7 +133,7 @@ class _Follower:
         """Record that the parameters in a value are used; metadata: only to ask for their dtype or shape."""
         for thing in value.values():
             if isinstance(thing, OneOf) and not metadata:
-                self.suspect(value_of(thing.module), "parameters of")
+                self.suspect(value_of(thing.module), "code that takes parameters from a list of all")
             for layer in self.holders.get(id(thing), []):
                 leaf = next(leaf for leaf, parameter in layer._parameters.items() if parameter is thing)
                 if metadata and (leaf == "bias" or self.root[2]):
@@ -135,11 +145,18 @@ class _Follower:
         """Record that code which cannot be followed has got these modules, or parameters."""
         if self.root[2]:
             return  # a method that forward does not call: counting or listing parameters is what most are for
-        self.read({key: thing for key, thing in value.items() if not isinstance(thing, nn.Module | OneOf)})
-        for module in (thing for thing in value.values() if isinstance(thing, nn.Module)):
-            for layer in self.layers_below(module):
+        self.read({key: thing for key, thing in value.items() if not isinstance(thing, OneOf)})
+        for thing in value.values():
+            module = thing.module if isinstance(thing, OneOf | Some) else thing
+            for layer in self.layers_below(module) if isinstance(module, nn.Module) else ():
                 owner, path = self.where(layer)
                 self.record(layer, f"{owner} gives {path} to {what}, which may use its weight directly", certain=False)
+
+    def reach(self, thing: Any) -> None:
+        """Note that a module may be called."""
+        self.called |= set(self.layers_below(thing.module)) if isinstance(thing, Some) else set()
+        if isinstance(thing, nn.Module):
+            self.called.add(thing)
 
     def where(self, layer: nn.Module) -> tuple[str, str]:
         below = self.root[1].named_modules(remove_duplicate=False)
@@ -160,6 +177,8 @@ class _Follower:
 
     def attribute(self, thing: Any, name: str) -> Value:
         stored = self.stored.get((id(thing), name), NOTHING)
+        if isinstance(thing, Some):
+            return value_of(OneOf(thing.module)) if name in TELLTALE | self.leaves else NOTHING
         if isinstance(thing, OneOf | Nested | Bound | Opaque):
             return value_of(OPAQUE) if isinstance(thing, Opaque) else NOTHING
         if isinstance(thing, nn.Module):
@@ -189,7 +208,10 @@ class _Follower:
                 return stored | value_of(Bound(thing, found))
             return stored | value_of(found)
         if isinstance(thing, nn.Module) and type(thing).__getattr__ is not nn.Module.__getattr__:
-            return stored | self.unbound(getattr(thing, name, None))  # a wrapper that passes on to what it wraps
+            try:
+                return stored | self.unbound(getattr(thing, name))  # a wrapper that passes on to what it wraps
+            except Exception:  # a stranger's code; most often it has no such attribute
+                return stored
         return stored
 
     def unbound(self, thing: Any) -> Value:
@@ -244,8 +266,11 @@ class _Follower:
             return self.call(function.function, [value_of(function.owner), *args], kwargs)
         if isinstance(function, Nested):
             return self.body(function.node, function.frame.function, args, kwargs, function.frame)
+        if isinstance(function, Some):
+            self.reach(function)
+            return NOTHING
         if isinstance(function, nn.Module):
-            self.called.add(function)
+            self.reach(function)
             if self.carries(every):
                 forward = next(iter(self.attribute(type(function), "forward").values()), None)
                 return self.call(forward, [value_of(function), *args], kwargs)
@@ -268,15 +293,17 @@ class _Follower:
                 self.called |= set(thing.modules() if isinstance(thing, nn.Module) else ())
             return every
         if isinstance(function, Opaque | type | BUILTIN) or root_of(function) in TRUSTED:
-            self.read({key: thing for key, thing in every.items() if not isinstance(thing, OneOf)})
+            handling = isinstance(function, type | BUILTIN_METHOD) or root_of(function) in sys.stdlib_module_names
+            self.read({k: thing for k, thing in every.items() if not (handling and isinstance(thing, OneOf))})
             callables = (thing.owner if isinstance(thing, Bound) else thing for thing in self.elements(every).values())
-            self.called |= {thing for thing in callables if isinstance(thing, nn.Module)}
+            for thing in callables:
+                self.reach(thing)
             if "functional_call" in getattr(function, "__name__", ""):
                 self.suspect(every, "functional_call")
             functions = {key: thing for key, thing in every.items() if isinstance(thing, types.FunctionType | Nested)}
             for callback in functions.values():  # which may be called with whatever stands beside them
                 self.call(callback, [self.elements({k: v for k, v in every.items() if k not in functions})] * 8, {})
-            if isinstance(function, type | BUILTIN) or root_of(function) in sys.stdlib_module_names:
+            if handling or isinstance(function, BUILTIN):
                 return self.elements(every) | value_of(OPAQUE)
             return functions | value_of(OPAQUE)
         if (called := self.attribute(type(function), "__call__")) and function is not None:
@@ -301,14 +328,14 @@ class _Follower:
         if name in ("children", "named_children"):
             return value_of(*owner.children())
         if name in ("modules", "named_modules"):
-            return value_of(*owner.modules())
+            return value_of(Some(owner))
         if name in ("parameters", "named_parameters", "state_dict", "_named_members"):
             return value_of(OneOf(owner)) if self.layers_below(owner) else NOTHING
         if name in ("get_submodule", "get_parameter"):
             try:
                 return value_of(getattr(owner, name)(const))
             except (AttributeError, TypeError):
-                return value_of(*owner.modules()) if name == "get_submodule" else value_of(OneOf(owner))
+                return value_of(Some(owner) if name == "get_submodule" else OneOf(owner))
         if name in ("__call__", "_call_impl", "_wrapped_call_impl"):
             return self.call(owner, args, {})
         return None
@@ -316,7 +343,7 @@ class _Follower:
     def carries(self, value: Value) -> bool:
         """Does a value give access to a layer?"""
         return any(
-            isinstance(thing, OneOf)
+            isinstance(thing, OneOf | Some)
             or id(thing) in self.holders
             or (isinstance(thing, nn.Module) and self.layers_below(thing))
             for thing in self.elements(value).values()
