@@ -516,6 +516,21 @@ def test_the_table_is_crooked_or_lists_every_block() -> None:
     assert "448 of 688 weights" in total
 
 
+def test_a_reason_that_names_layers_lists_every_block() -> None:
+    class Looping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Caller(nn.Linear(4, 4)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = F.linear(x, block.fc.weight)
+            return x
+
+    (row, _) = str(bitnet.replace_linear(Looping())).splitlines()[1:]
+    assert row.split(maxsplit=5)[3:] == ["3", "kept", "Looping uses blocks.*.fc.weight directly"]
+
+
 def test_indices_or_parameters_at_the_root_look_odd() -> None:
     class Root(nn.Sequential):
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 # What a packed layer's bias still answers as before, and one parameter as well as another.
 METADATA = {"dtype", "device", "is_cuda", "is_meta", "requires_grad", "shape", "ndim", "dim", "size", "numel"}
@@ -224,7 +224,7 @@ class Frame:
                 return self.lookup(name)
             case ast.Attribute(value=owner, attr=name):
                 value = self.evaluate(owner)
-                if name != "device":
+                if name != "device" and hasattr(Tensor, name):
                     self.follower.read(value, metadata=name in METADATA)
                 return union(self.follower.attribute(thing, name) for thing in value.values())
             case ast.Subscript(value=owner, slice=index):

@@ -65,7 +65,8 @@ class Report:
         groups: dict[tuple[Any, ...], int] = {}
         for row in self.rows:
             name = re.sub(r"(?<![^.])\d+(?=\.|$)", "*", row.name)
-            key = (name, row.kind, "x".join(map(str, row.shape)), row.action, row.reason)
+            reason = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.reason)
+            key = (name, row.kind, "x".join(map(str, row.shape)), row.action, reason)
             groups[key] = groups.get(key, 0) + 1
         lines = [("weight matrix", "kind", "shape", "count", "now", "why")]
         lines += [(name, kind, shape, str(n), now, why) for (name, kind, shape, now, why), n in groups.items()]
