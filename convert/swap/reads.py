@@ -324,7 +324,10 @@ class _Follower:
         if not isinstance(owner, nn.Module) or root_of(bound.function) not in TRUSTED:
             return None
         if name in ("get_input_embeddings", "get_output_embeddings"):
-            return value_of(bound.function(owner))
+            try:
+                return value_of(bound.function(owner))
+            except NotImplementedError:  # transformers', of models whose input is no text
+                return NOTHING
         if name in ("children", "named_children"):
             return value_of(*owner.children())
         if name in ("modules", "named_modules"):
