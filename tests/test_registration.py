@@ -36,8 +36,8 @@ while "transformers.quantizers.auto" not in sys.modules:
 import bitnet
 loader.join()
 """,
-    "many threads import both": """
-names = ["bitnet", "transformers.modeling_utils", "bitnet.convert.hf", "transformers.quantizers.auto"] * 2
+    "threads import this while another imports transformers": """
+names = ["transformers.modeling_utils", "bitnet", "bitnet", "bitnet"]
 threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in names]
 for thread in threads:
     thread.start()

@@ -90,7 +90,7 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     names = {module: name for name, module in model.named_modules()}
     name = names[head]
     verdicts = judge(model, {module: [names[module]] for module in (head, *others)})
-    if why := next((verdict.never for verdict in verdicts.values() if verdict.never), ""):
+    if why := next(filter(None, (verdict.certain or verdict.possible for verdict in verdicts.values())), ""):
         raise ValueError(f"pack: the output head must stay float: {why}")
     return name, head, others[0] if others else None  # type: ignore[return-value]
 

@@ -65,10 +65,10 @@ def find_reads(model: nn.Module, layers: dict[nn.Module, list[str]]) -> dict[nn.
             except Exception as error:  # whatever the objects of a stranger raise when they are looked at
                 for layer in follower.layers_below(module):
                     why = f"{type(module).__name__} cannot be followed ({type(error).__name__}: {error})"
-                    follower.found.setdefault(layer, Read(f"{why}; include= swaps it all the same", certain=False))
+                    follower.found.setdefault(layer, Read(why, certain=False))
     for layer in layers:
         if layer not in follower.called and (owner := _caller(model, follower.names[layer])) is not None:
-            why = f"nothing that can be followed in {type(owner).__name__} calls it; include= swaps it all the same"
+            why = f"nothing that can be followed in {type(owner).__name__} calls it"
             follower.found.setdefault(layer, Read(why, certain=False))
     return follower.found
 
@@ -168,8 +168,6 @@ class _Follower:
         if method:
             why += f", in {method}"
         certain = certain and not method
-        if not certain:
-            why += "; include= swaps it all the same"
         if layer not in self.found or (certain and not self.found[layer].certain):
             self.found[layer] = Read(why, certain)
 

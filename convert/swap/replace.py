@@ -64,7 +64,7 @@ def replace_linear(
                 )
     verdicts = judge(model, {module: names for module, names in layers.items() if not isinstance(module, BitLayer)})
     reasons = {}
-    for module, (reason, unless_included) in verdicts.items():
+    for module, (reason, possible, default) in verdicts.items():
         names = layers[module]
         if not reason and spec.rms_norm and stacks_of(module):
             reason = "an RMSNorm inside fused experts is not supported"
@@ -73,7 +73,7 @@ def replace_linear(
         if not reason and include is not None:
             reason = "" if any(matches(name, module) for _, matches in includes for name in names) else "not included"
         elif not reason:
-            reason = unless_included
+            reason = default or (f"{possible}; include= swaps it all the same" if possible else "")
         if reason:
             reasons[names[0]] = reason
         else:

@@ -19,8 +19,9 @@ NOT_ADAPTERS = {"base_layer", "base_model", "model", "original_module", "modules
 class Verdict(NamedTuple):
     """Why a layer should be kept; "" if there is no reason to."""
 
-    never: str = ""  # a swap would be wrong
-    unless_included: str = ""  # it may be
+    certain: str = ""  # a swap would be wrong
+    possible: str = ""  # it may be
+    default: str = ""  # it is seldom wanted
 
 
 def judge(model: nn.Module, layers: dict[nn.Module, list[str]]) -> dict[nn.Module, Verdict]:
@@ -38,11 +39,10 @@ def judge(model: nn.Module, layers: dict[nn.Module, list[str]]) -> dict[nn.Modul
     inner = outermost(model)
     verdicts = {}
     for module, names in layers.items():
-        never, maybe = _unfit(module, holders), ""
+        certain, possible = _unfit(module, holders), ""
         if read := reads.get(module):
-            never, maybe = never or (read.why if read.certain else ""), read.why
-        default = _default_skip(model, inner, names[0], module)
-        verdicts[module] = Verdict(never, default or maybe)
+            certain, possible = certain or (read.why if read.certain else ""), read.why
+        verdicts[module] = Verdict(certain, possible, _default_skip(model, inner, names[0], module))
     return verdicts
 
 
