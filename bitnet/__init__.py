@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .convert.checkpoint import load, save
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
     from .convert.stream import convert_checkpoint
-    from .convert.swap import Report, pack, replace_linear, unpack
+    from .convert.swap.pack import pack
+    from .convert.swap.replace import replace_linear
+    from .convert.swap.report import Report
+    from .convert.swap.unpack import unpack
     from .experts import BitExperts, PackedExperts
     from .kernels.backends import backends
     from .linear import BitConv1D, BitLinear
@@ -39,19 +42,19 @@ _HOME = {
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
     "QuantSpec": "bitnet.quantize",
-    "Report": "bitnet.convert.swap",
+    "Report": "bitnet.convert.swap.report",
     "StrengthCallback": "bitnet.trainer",
     "backends": "bitnet.kernels.backends",
     "convert_checkpoint": "bitnet.convert.stream",
     "diff_checkpoints": "bitnet.convert.inspection",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
-    "pack": "bitnet.convert.swap",
-    "replace_linear": "bitnet.convert.swap",
+    "pack": "bitnet.convert.swap.pack",
+    "replace_linear": "bitnet.convert.swap.replace",
     "save": "bitnet.convert.checkpoint",
     "set_strength": "bitnet.training",
     "strength_at": "bitnet.training",
-    "unpack": "bitnet.convert.swap",
+    "unpack": "bitnet.convert.swap.unpack",
 }
 
 __all__ = [
@@ -90,36 +93,53 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Registers our quantizer the moment the module that holds from_pretrained has been imported.
+class _Ours:
+    """A class of bitnet.convert.hf that is imported when it is used; it and transformers take seconds."""
 
-    transformers has no entry point for plug-ins, and importing it here would add seconds to every
-    `import bitnet`, also for those who never load a checkpoint.
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.__module__ = "bitnet.convert.hf"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._found()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._found(), name)
+
+    def _found(self) -> Any:
+        return getattr(importlib.import_module(self.__module__), self.name)
+
+
+class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
+    """Puts our quantizer into the module where transformers looks quantizers up, whenever that module has run.
+
+    transformers has no entry point for plug-ins. The finder stays: a spec may be asked for without being used
+    (importlib.util.find_spec), and a module may run again (importlib.reload).
     """
 
-    trigger = "transformers.modeling_utils"
+    trigger = "transformers.quantizers.auto"
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name != self.trigger:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_then_register(module: Any) -> None:
                 run(module)
-                _register()
+                _register(module)
 
             spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
-    importlib.import_module("bitnet.convert.hf")  # registers when imported
+def _register(mappings: Any) -> None:
+    mappings.AUTO_QUANTIZER_MAPPING["bitnet"] = _Ours("BitNetQuantizer")
+    mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = _Ours("BitNetConfig")
 
 
+sys.meta_path.insert(0, _RegisterWithTransformers())
 if _RegisterWithTransformers.trigger in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _RegisterWithTransformers())
+    _register(importlib.import_module(_RegisterWithTransformers.trigger))  # waits if another thread is at it

@@ -216,7 +216,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bitnet {args.command}: {text}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -115,6 +115,16 @@ class BitExperts(_Experts, BitLayer):
         return lambda e, x: bit_linear(cast_for_autocast(x), weights[e], biases[e], self.spec, strength)
 
 
+NEVER = None, -1, -1
+
+
+def _state(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """What changes when a tensor is replaced, or written to in place (which inference tensors do not count)."""
+    return (
+        (None, 0, 0) if tensor is None else (tensor, 0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+    )
+
+
 class PackedStack(Packed):
     """E packed matrices of one shape, [N, K] each, and their biases: one stack of packed experts.
 
@@ -152,7 +162,7 @@ class PackedStack(Packed):
 
     def _drop_derived(self) -> None:
         self._layers: list[PackedBitLinear] = []
-        self._made_of: tuple[Tensor | None, ...] = ()
+        self._made_of: list[tuple[Tensor | None, int, int]] = []  # the buffers, their versions and where they are
 
     def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
         """See PackedBitLinear.set_backend."""
@@ -162,10 +172,14 @@ class PackedStack(Packed):
             layer.set_backend(backend, bits)
 
     def layers(self) -> list[PackedBitLinear]:
-        """One layer for each matrix, over the same memory; each prepacks at its first call."""
+        """One layer for each matrix, over the same memory; each prepacks at its first call.
+
+        They are made anew once a buffer has been replaced or written to.
+        """
         buffers = self._buffers
-        weight, scale, bias = present = buffers["weight"], buffers["weight_scale"], buffers["bias"]
-        if any(a is not b for a, b in zip_longest(present, self._made_of)):
+        weight, scale, bias = buffers["weight"], buffers["weight_scale"], buffers["bias"]
+        present = [_state(weight), _state(scale), _state(bias)]
+        if any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip_longest(present, self._made_of, fillvalue=NEVER)):
             assert weight is not None
             assert scale is not None
             scales = scale.view(len(weight), -1)
@@ -182,7 +196,7 @@ class PackedStack(Packed):
         return torch.stack([layer.codes() for layer in self.layers()])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_layers": [], "_made_of": ()}
+        return {**vars(self), "_layers": [], "_made_of": []}
 
 
 class PackedExperts(_Experts):
@@ -232,8 +246,8 @@ class PackedExperts(_Experts):
         return module
 
     def _products(self) -> tuple[Product, Product]:
-        up, down = map(self.stack, self.stacks)
-        return up, down
+        up, down = (self.stack(m).layers() for m in self.stacks)
+        return lambda e, x: up[e](x), lambda e, x: down[e](x)
 
 
 def _zero_stack(m: Matrices, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ def hardware() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Installed versions of what the results depend on; "not installed" where one is missing."""
     found = {"bitnet-toolkit": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "safetensors", "accelerate", "numpy"):
+    found["torch"] = str(torch.__version__)  # with its build, +cu130 say, which PyPI's metadata leave out
+    for name in ("triton", "transformers", "safetensors", "accelerate", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

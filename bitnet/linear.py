@@ -104,6 +104,8 @@ class BitLinear(_OneMatrix, nn.Linear):
     nn.Linear (plus `rms_norm.weight` if that option is on).
     """
 
+    origin: type[nn.Linear]
+
     def __init__(
         self,
         in_features: int,
@@ -122,7 +124,10 @@ class BitLinear(_OneMatrix, nn.Linear):
 
         The object stays the same: Parameters, ties, hooks, device and references to it are untouched.
         """
+        origin = type(linear)
         layer = become(linear, BitLinear)
+        if origin is not nn.Linear:
+            layer.origin = origin  # a subclass that computes the same; unpacking gives it back
         layer._configure(spec or QuantSpec())
         return layer
 

@@ -54,7 +54,9 @@ def bit_linear(
     v + strength * (quantize(v) - v), for a gradual start (Hugging Face's 1.58-bit fine-tuning recipe).
     """
     if not isinstance(strength, Tensor) and strength == 1:
-        return _QuantizedLinear.apply(x, weight, bias, spec.weights, spec.per_row, spec.activation_bits)
+        x2 = x.reshape(-1, x.shape[-1])
+        y = _QuantizedLinear.apply(x2, weight, bias, spec.weights, spec.per_row, spec.activation_bits)
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # a view made in the function could not be written to in place
     w = weight
     if isinstance(strength, Tensor) or strength != 0:
         codes, scale = ops.quantize_latent(weight.detach(), spec.weights, spec.per_row)
@@ -86,7 +88,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x2: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         kind: str,
@@ -94,25 +96,23 @@ class _QuantizedLinear(torch.autograd.Function):
         bits: int | None,
     ) -> Tensor:
         codes, scale = ops.quantize_latent(weight, kind, per_row)
-        x2 = x.reshape(-1, x.shape[-1])
         if bits is None:
             ctx.save_for_backward(x2, None, codes, scale)
             y = reference.float_linear(x2, codes, scale, bias)
         else:
             q, s = ops.quantize_tokens(x2, bits)
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
-            y = ops.int_linear(q, s, codes, scale, bias, x.dtype, kind == "int8")
+            y = ops.int_linear(q, s, codes, scale, bias, x2.dtype, kind == "int8")
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        return y.reshape(*x.shape[:-1], codes.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable  # what it saved are integers, through which a second derivative would silently not go
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         q, s, codes, scale = ctx.saved_tensors
-        gy = grad_y.reshape(-1, codes.shape[0])
         grad_x = grad_w = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = reference.grad_input(gy, codes, scale).reshape(*grad_y.shape[:-1], codes.shape[1])
+            grad_x = reference.grad_input(gy, codes, scale)
         if ctx.needs_input_grad[1]:
             xq = q if s is None else ops.dequantize(q, s, gy.dtype)
             grad_w = (gy.T @ xq).to(ctx.weight_dtype)

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from .convert.checkpoint import load, read_headers, save
-from .convert.swap import pack, replace_linear
+from .convert.swap.pack import pack
+from .convert.swap.replace import replace_linear
 from .info import hardware, versions
 from .linear import BitLinear
 from .packed import PackedBitLinear
+from .progress import Progress
 from .training import Muon, set_strength, strength_at
 
 END = 256  # end-of-text token; tokens 0..255 are bytes
@@ -123,7 +124,7 @@ def build_tokenizer() -> Any:
     return fast
 
 
-def train(model: Any, data: Tensor, settings: Settings, progress: Progress, label: str) -> dict[str, Any]:
+def train(model: Any, data: Tensor, settings: Settings, console: Console, label: str) -> dict[str, Any]:
     """Train in place; returns the loss of every step in bits per byte, and the seconds taken.
 
     Muon updates the matrices of the blocks, AdamW the embedding, the head and the norms; both learning rates
@@ -144,23 +145,23 @@ def train(model: Any, data: Tensor, settings: Settings, progress: Progress, labe
     losses = []
     model.train()
     start = time.perf_counter()
-    task = progress.add_task(label, total=settings.steps, loss="", speed="")
-    for step in range(settings.steps):
-        if low_bit:
-            set_strength(model, strength_at(step, settings.steps, settings.strength_start, settings.strength_end))
-        at = torch.randint(len(data) - settings.context, (settings.batch, 1), generator=generator)
-        batch = data[at + window].long()
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        losses.append(loss.item() / math.log(2))
-        recent = statistics.fmean(losses[-20:])
-        speed = (step + 1) * settings.batch * settings.context / (time.perf_counter() - start)
-        progress.update(task, advance=1, loss=f"{recent:.3f} bits/byte", speed=f"{speed:,.0f} tokens/s")
+    with Progress(label, settings.steps, "steps", console) as progress:
+        for step in range(settings.steps):
+            if low_bit:
+                set_strength(model, strength_at(step, settings.steps, settings.strength_start, settings.strength_end))
+            at = torch.randint(len(data) - settings.context, (settings.batch, 1), generator=generator)
+            batch = data[at + window].long()
+            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            losses.append(loss.item() / math.log(2))
+            recent = statistics.fmean(losses[-20:])
+            speed = (step + 1) * settings.batch * settings.context / (time.perf_counter() - start)
+            progress.advance(1, f"{recent:.3f} bits/byte", f"{speed:,.0f} tokens/s")
     if not math.isfinite(losses[-1]):
         raise RuntimeError(f"{label}: the loss is {losses[-1]}; training diverged")
     return {"losses": losses, "seconds": time.perf_counter() - start}
@@ -232,20 +233,12 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
         f"{facts['training_files']} files, {facts['training_bytes'] / 1e6:.1f} MB to train on; "
         f"{facts['held_out_files']} other files, {facts['held_out_bytes'] / 1e6:.1f} MB, held out"
     )
-    columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
     full, ternary = build_model(settings), build_model(settings)
     swap = replace_linear(ternary)
-    with Progress(*columns, console=console) as progress:
-        runs = {
-            "full": train(full, training, settings, progress, "full precision"),
-            "ternary": train(ternary, training, settings, progress, "1.58 bit"),
-        }
+    runs = {
+        "full": train(full, training, settings, console, "full precision"),
+        "ternary": train(ternary, training, settings, console, "1.58 bit"),
+    }
     for model in (full, ternary):
         model.generation_config.pad_token_id = END
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from torch import Tensor
 
 from .kernels import backends, int8
 from .kernels.layout import ZEROS, packed_rows
 from .kernels.triton_layout import BASE3, INT8, TWO_BITS, prepack, unprepack
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .kernels.triton_configs import Config
@@ -37,18 +38,15 @@ def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, dev
     buckets = sorted({configs.bucket(m) for m in tokens})
     work = [(m, *shape) for shape in dict.fromkeys(shapes) for m in buckets]
     total = sum(len(configs.candidates(gpu, *key)) for key in work)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("tuning", total=total)
+    console = Console()
+    with Progress("tuning", total, "configurations", console) as progress:
         for m, n, k, kind in work:
-            times = measure(
-                configs.candidates(gpu, m, n, k, kind), m, n, k, kind, device, lambda: progress.advance(task)
-            )
+            times = measure(configs.candidates(gpu, m, n, k, kind), m, n, k, kind, device, progress.advance)
             best = min(times, key=lambda config: times[config])
             path = configs.save(gpu.name, {(m, n, k, kind): best})
             first = times.get(configs.heuristic(gpu, m, n, k, kind))
             gain = "" if first is None else f", {first / times[best]:.2f} times as fast as untuned"
-            progress.console.print(f"{n} x {k}, up to {m} tokens: {1e6 * times[best]:.1f} µs{gain}; {best}")
+            console.print(f"{n} x {k}, up to {m} tokens: {1e6 * times[best]:.1f} µs{gain}; {best}")
     print(f"kept in {path}, which programs read when they start")
     return path
 

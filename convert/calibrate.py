@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
+from bitnet.progress import Progress
 
 from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
 from .checkpoint import write_whole
@@ -91,7 +92,7 @@ def calibrate(
     seed: int = 0,
     device: str | torch.device = "cpu",
     resume: bool = False,
-    progress: Progress | None = None,
+    console: Console | None = None,
 ) -> Calibration:
     """Round the low-bit layers of a float checkpoint to ternary, calibrated on a text; results go to `store`.
 
@@ -102,7 +103,7 @@ def calibrate(
     length:   of a stretch in tokens, at most what the model was trained on
     seed:     of the draw; one seed, device and number of threads give the same bytes
     resume:   go on after the last finished block of `store`; otherwise it must be empty or missing
-    progress: shows a bar with the blocks
+    console:  where the progress goes; default nowhere
 
     Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, on the CPU; and on
     `device` either the embedding or the head in float32, or one block (6 a weight) with the arithmetic of one of its
@@ -120,25 +121,25 @@ def calibrate(
         model = BlockModel(source, device)
         model.learn_calls(torch.stack([texts[0], held_out[0]]))
         _open_store(store, _fingerprint(source, texts, held_out, device), len(model.blocks), resume)
-        seen = {stream: torch.cat([model.embed(ids, stream) for ids in texts]) for stream in (FLOAT, CALIBRATED)}
-        unseen = {stream: torch.cat([model.embed(ids, stream) for ids in held_out]) for stream in STREAMS}
-        model.unload()
-        bar = progress or Progress(disable=True)
-        task = bar.add_task("calibrating", total=len(model.blocks))
-        for index in range(len(model.blocks)):
-            file = store / f"block-{index:05}.safetensors"
-            if file.exists():
-                sizes, rows = _facts(file)
-                model.restore(index, {name: _read_layer(file, name, size) for name, size in sizes.items()})
-                _advance(model, index, seen)
-            else:
-                reasons = _round_block(model, index, seen, lambda share: bar.advance(task, share))
-                rows = _advance_and_compare(model, index, seen, reasons)
-                _save_block(file, model, index, rows)
-            reports += rows
-            _advance(model, index, unseen)
+        files = [store / f"block-{index:05}.safetensors" for index in range(len(model.blocks))]
+        done = sum(file.exists() for file in files)
+        with Progress("calibrating", len(files), "blocks", console or Console(quiet=True), done=done) as bar:
+            seen = {stream: torch.cat([model.embed(ids, stream) for ids in texts]) for stream in (FLOAT, CALIBRATED)}
+            unseen = {stream: torch.cat([model.embed(ids, stream) for ids in held_out]) for stream in STREAMS}
             model.unload()
-            bar.update(task, completed=index + 1)
+            for index, file in enumerate(files):
+                if file.exists():
+                    sizes, rows = _facts(file)
+                    model.restore(index, {name: _read_layer(file, name, size) for name, size in sizes.items()})
+                    _advance(model, index, seen)
+                else:
+                    reasons = _round_block(model, index, seen, bar.advance)
+                    rows = _advance_and_compare(model, index, seen, reasons)
+                    _save_block(file, model, index, rows)
+                    bar.update(index + 1)
+                reports += rows
+                _advance(model, index, unseen)
+                model.unload()
         # low-bit layers around the blocks
         reports += [
             LayerReport(model.names[layer], math.nan, math.nan, "outside the blocks") for layer in model.outside

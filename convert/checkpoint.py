@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
         raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
     if bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
         raise ValueError("save: bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
+    model = hf.unwrapped(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
@@ -104,13 +106,17 @@ def load(
             raise ValueError(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
-        described = model_config(file, config, len(headers))
+        modern, names = hf.modernize(config, headers)
+        described = model_config(file, modern, len(headers))
         empty = skeleton(described, file, len(headers))  # what transformers cannot build or fill is found here
-        hf.compare_all(directory, empty, headers, config.get("quantization_config"))
+        renamed = {name: headers[key] for key, name in names.items()}
+        hf.compare_all(directory, empty, renamed, modern.get("quantization_config"))
+        options: dict[str, Any] = {"dtype": dtype, "device_map": device, "variant": variant(Path(directory))}
+        if modern is not config:
+            options["config"] = described
+            options["key_mapping"] = {f"^{re.escape(key)}$": name for key, name in names.items() if key != name}
         with refusals(Path(directory), (ValueError, OSError, RuntimeError, ImportError, MemoryError)):
-            model, info = type(empty).from_pretrained(
-                directory, dtype=dtype, device_map=device, variant=variant(Path(directory)), output_loading_info=True
-            )
+            model, info = type(empty).from_pretrained(directory, output_loading_info=True, **options)
         assert model is not None
         _complete(directory, (key for key in info["missing_keys"] if not computed(model, key)))
     else:

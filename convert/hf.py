@@ -48,7 +48,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
@@ -63,9 +62,9 @@ from .files.damaged import Damaged
 from .files.folder import inside
 from .files.safetensors import TensorHeader, read_headers
 from .head import has_int8_head, to_float_head
-from .kinds import swappable, to_training
 from .match import leftovers, misfits
 from .options import check_options, check_section
+from .swap.kinds import HEADS, settle_fast_paths, swappable, to_training
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 
@@ -105,6 +104,10 @@ class BitNetConfig(BitNetQuantConfig):
         packed = self.linear_class == "bitlinear" or self.quantization_mode == "offline"
         norm = {"rms_norm": True, "rms_norm_eps": self.rms_norm_eps} if self.use_rms_norm else {}
         return packed, QuantSpec(**norm)
+
+
+# from_pretrained(quantization_config=...) refuses a config whose class has another name than the checkpoint's.
+BitNetConfig.__name__ = BitNetQuantConfig.__name__
 
 
 def modernize(config: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -173,8 +176,37 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
     return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)
 
 
-def attach(model: PreTrainedModel, bits: float = 2) -> None:
-    """Bring a model's config in line with its layers, so that save_pretrained writes what from_pretrained rebuilds."""
+def outermost(model: nn.Module, name: str = "") -> dict[str, PreTrainedModel]:
+    """The Hugging Face models in a module, by name, but not those inside another: in most cases itself, as ""."""
+    if isinstance(model, PreTrainedModel):
+        return {name: model}
+    found: dict[str, PreTrainedModel] = {}
+    for child, module in model.named_children():
+        found |= outermost(module, f"{name}.{child}" if name else child)
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile, which add nothing that is stored."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def attach(model: nn.Module, bits: float = 2) -> None:
+    """Bring the configs of the Hugging Face models in a module in line with their layers.
+
+    Their save_pretrained then writes what from_pretrained rebuilds, whatever wraps them.
+    """
+    for inner in outermost(model).values():
+        _attach(inner, bits)
+
+
+def _attach(model: PreTrainedModel, bits: float) -> None:
     config = config_of(model, bits)
     packed = any(isinstance(module, PackedBitLinear | PackedExperts) for module in model.modules())
     if config is None:
@@ -234,6 +266,8 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
                     f"bytes for it; one of the two is wrong"
                 )
             continue
+        if headers is not None and _is_new(model, name, headers):
+            continue
         packed, spec = config.layer(name)
         layer = to_training(module, spec)
         if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
@@ -249,6 +283,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
             _compare(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
+    settle_fast_paths(model)
     if config.embedding is not None:
         found = dict(model.named_modules()).get(config.embedding)
         if not isinstance(found, nn.Embedding):
@@ -385,10 +420,19 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return True  # adapters beside packed layers
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from .swap import unpack
+        from .swap.unpack import unpack  # which imports this file
 
         unpack(model, dtype)
         return model
+
+
+def _is_new(model: nn.Module, name: str, headers: Iterable[str]) -> bool:
+    """Is it a head that a task adds to a checkpoint without one? It has to be trained, in float."""
+    if f"{name}.weight" in headers or f"{name}.weight_scale" in headers:
+        return False
+    if isinstance(model, PreTrainedModel) and model.base_model is not model:
+        return not name.startswith(f"{model.base_model_prefix}.")
+    return bool(HEADS.intersection(name.split(".")))
 
 
 def _swappable(model: nn.Module, linear_only: bool = False) -> list[tuple[str, nn.Module]]:
@@ -590,8 +634,3 @@ def _pack_float_codes(name: str, layer: BitLinear) -> PackedBitLinear:
     packed, scale = layout.pack_ternary(codes), layer.get_buffer("weight_scale").float()
     del layer.weight_scale
     return PackedBitLinear.from_bit_linear(layer, packed, scale)
-
-
-# Importing this module makes from_pretrained build our layers for `bitnet` checkpoints, in place of transformers' own.
-auto.AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetQuantizer
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = BitNetConfig

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from bitnet.linear import describe
+from bitnet.progress import track
 
 from .source import DTYPES, Quantized, Source, Weight, open_source, uniform
 
@@ -121,9 +121,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
     found.problems += [*source.problems, *source.mismatches()]
-    for key, (dtype, shape) in track(
-        stored.items(), "reading", console=console or Console(stderr=True), transient=True
-    ):
+    for key, (dtype, shape) in track(stored.items(), "reading", "tensors", console or Console(stderr=True)):
         try:
             if key in starts:
                 found.matrices.append(_matrix(source, starts[key], found.problems))
@@ -217,7 +215,7 @@ def diff_checkpoints(one: str | Path, other: str | Path, console: Console | None
     low_bit = [{w.float_key: w for w in s.weights().values()} if not s.plain else {} for s in (a, b)]
     transposed = {key for weights in low_bit for key, weight in weights.items() if weight.transposed}
     differences = {}
-    for name in track(names, "comparing", console=console or Console(stderr=True), transient=True):
+    for name in track(names, "comparing", "tensors", console or Console(stderr=True)):
         x, y = _values(a, low_bit[0], name), _values(b, low_bit[1], name)
         if what := _difference(x, y, name in transposed):
             differences[name] = what

@@ -26,7 +26,8 @@ from .files.json_object import read_json
 from .files.safetensors import DTYPES, read_headers, read_into
 from .models import model_config, skeleton
 from .rounding import Quantized, exact, rounded
-from .swap import Report, replace_linear
+from .swap.replace import replace_linear
+from .swap.report import Report
 
 # Of a checkpoint folder, what is not weights goes along, but for these.
 NOT_COPIED = re.compile(

@@ -16,21 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from torch import Tensor
 
 import bitnet
@@ -38,6 +28,7 @@ from bitnet.experts import BitExperts, PackedExperts, to_packed
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.progress import Progress
 
 from . import ggml, gguf, hf
 from .calibrate import calibrate as calibrate_source
@@ -49,13 +40,6 @@ from .rounding import exact
 from .source import DTYPES, Source, Weight, open_source
 
 TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
-BYTES = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    DownloadColumn(),
-    TransferSpeedColumn(),
-    TimeRemainingColumn(True),
-)
 SYNC = 256 << 20  # bytes after which finished jobs are noted
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -224,12 +208,12 @@ def _write_folder(
 def _write_gguf(source: Source, work: "_Work", to: str, tokenizer: bool, console: Console) -> None:
     _, entries = gguf.plan(source, to, tokenizer)
     total = sum(ggml.nbytes(entry.kind, entry.shape) for entry in entries.values())
-    _check_space(work, total - sum(path.stat().st_size for path in work.files.iterdir()))
-    with Progress(*BYTES, console=console) as progress:
-        bar = progress.add_task(work.target.name, total=total)
-        advance = partial(progress.advance, bar)
-        gguf.write_gguf(source, work.files / work.target.name, to, progress=advance, resume=True, tokenizer=tokenizer)
-        progress.update(bar, completed=total)
+    there = sum(path.stat().st_size for path in work.files.iterdir())
+    _check_space(work, total - there)
+    with Progress(work.target.name, total, "bytes", console, done=there) as progress:
+        gguf.write_gguf(
+            source, work.files / work.target.name, to, progress=progress.advance, resume=True, tokenizer=tokenizer
+        )
     if work.target.exists():
         work.target.rmdir()  # an empty folder
     os.rename(work.files / work.target.name, work.target)
@@ -275,9 +259,7 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
 
 def _calibrate(source: Source, store: Path, options: dict[str, Any], console: Console) -> dict[str, Any]:
     """Calibrate, or go on where an interrupted run stopped; shows what it achieved."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True)
-    with Progress(*columns, console=console) as progress:
-        result = calibrate_source(source, store=store, resume=store.exists(), progress=progress, **options)
+    result = calibrate_source(source, store=store, resume=store.exists(), console=console, **options)
     console.print(str(result), markup=False, highlight=False, soft_wrap=True)
     return calibrated(store)
 
@@ -542,9 +524,11 @@ def _run(jobs: list[Job], work: _Work, workers: int, console: Console) -> None:
     budget = max([256 << 20, *(job.memory for job in jobs)])
     running: dict[Future[None], Job] = {}
     left = [job for job in jobs if job.name not in work.done][::-1]
-    with Progress(*BYTES, console=console) as progress, ThreadPoolExecutor(workers) as pool:
-        bar = progress.add_task(work.target.name, total=sum(job.reads for job in jobs))
-        progress.advance(bar, sum(job.reads for job in jobs if job.name in work.done))
+    total, done = (sum(job.reads for job in some) for some in (jobs, [job for job in jobs if job.name in work.done]))
+    with (
+        Progress(work.target.name, total, "bytes", console, done=done) as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         try:
             while left or running:
                 while left and len(running) < workers:
@@ -555,7 +539,7 @@ def _run(jobs: list[Job], work: _Work, workers: int, console: Console) -> None:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     future.result()
-                    progress.advance(bar, job.reads)
+                    progress.advance(job.reads)
         finally:
             wait(running)
             work.close()

@@ -217,11 +217,16 @@ def _fault(name: str, device: torch.device) -> str | None:
             return None
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the first call of a low-bit layer cannot be captured; run the model once before")
-    return _fault_on(name, BACKENDS[name].hardware(device), device)
+    hardware = BACKENDS[name].hardware(device)
+    if (name, hardware) not in _FAULTS:
+        _FAULTS[name, hardware] = _prove(name, hardware, device)
+    return _FAULTS[name, hardware]
 
 
-@lru_cache
-def _fault_on(name: str, hardware: str, device: torch.device) -> str | None:
+_FAULTS: dict[tuple[str, str], str | None] = {}  # by backend and hardware, of which there may be several alike
+
+
+def _prove(name: str, hardware: str, device: torch.device) -> str | None:
     backend = BACKENDS[name]
     eight_bits = not name.endswith("-base3")
     for results in (proof.layers(backend.prepack, backend.bind, eight_bits), backend.others):

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = bitnet.save(model, tmp_path_factory.mktemp("model") / "packed")
     build_tokenizer().save_pretrained(path)
     return path
+
+
+def test_the_package_is_the_command_and_help_imports_nothing_heavy() -> None:
+    """`python -m bitnet` in the repository's root, which is then first on sys.path, its folder kernels/ included."""
+    command = [sys.executable, "-X", "importtime", "-m", "bitnet", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: bitnet ")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"argparse", "bitnet.cli"} <= imported  # the list is one
+    assert not imported & {"torch", "transformers", "numpy", "rich", "kernels"}
 
 
 def test_info_names_every_backend_with_its_state(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +118,9 @@ def test_tune_finds_the_shapes_of_a_checkpoint(checkpoint: Path, tmp_path: Path)
         shapes_of(str(base3), TWO_BITS)
 
 
-def test_quickstart_leaves_models_report_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_leaves_models_report_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from bitnet import quickstart
 
     monkeypatch.setattr(quickstart, "EVALUATION_BYTES", 1024)
@@ -120,6 +134,11 @@ def test_quickstart_leaves_models_report_and_picture(tmp_path: Path, monkeypatch
     assert report["logits_difference"] == 0
     # 8 times smaller, but for one float32 scale a layer
     assert 7.5 < report["times_smaller_than_bf16"] < 8
+    printed = capsys.readouterr().out
+    for name in ("full precision", "1.58 bit"):  # no terminal, so progress is in lines
+        assert f"{name}: 0/4 steps (0 %)\n" in printed
+        end = r"4/4 steps \(100 %\), [\d.]+ bits/byte, [\d,]+ tokens/s, [\d.]+ steps/s, 0:00:\d\d elapsed"
+        assert re.search(f"^{re.escape(name)}: {end}$", printed, re.M)
     for name in ("full", "ternary"):
         assert report["models"][name]["disk_bytes"] == (tmp_path / name / "model.safetensors").stat().st_size
 
@@ -132,7 +151,7 @@ def quickstart_settings(settings, changes):  # type: ignore[no-untyped-def]
 
 @pytest.mark.slow
 def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bitnet.cli", "quickstart", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bitnet", "quickstart", "--out", str(tmp_path)]
     subprocess.run(command, check=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["models"]["full"]["bits_per_byte"] <= 1.85

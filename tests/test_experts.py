@@ -298,6 +298,29 @@ def test_loaded_bytes_do_not_reach_the_backend() -> None:
     assert not torch.equal(served(x, index, weights), two(x, index, weights))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["replaced", "written", "written elsewhere", "one row", "data replaced"])
+@pytest.mark.parametrize("leaf", ["weight", "weight_scale", "bias"])
+def test_changed_experts_are_never_answered_from_old_bytes(leaf: str, way: str, backend: str) -> None:
+    one, two = (packed(BitExperts.from_experts(KINDS["gpt_oss"].experts()), backend) for _ in range(2))
+    x, (index, weights) = grid(5, H), route(5)
+    one(x, index, weights)
+    for name in ("packed_gate_up_proj", "packed_down_proj"):
+        old, new = getattr(one, name)._buffers[leaf], getattr(two, name)._buffers[leaf].clone()
+        if way == "replaced":
+            setattr(getattr(one, name), leaf, new)
+        elif way == "data replaced":
+            old.data = new
+        elif way == "written":
+            old.copy_(new)
+        elif way == "written elsewhere":
+            one.state_dict()[f"{name}.{leaf}"].copy_(new)
+        else:
+            old[1] = new[1]
+    fresh = copy.deepcopy(one)  # without anything derived
+    assert torch.equal(one(x, index, weights), fresh(x, index, weights))
+
+
 def test_gradient_checkpointing_changes_gradients() -> None:
     layer = BitExperts.from_experts(KINDS["gpt_oss"].experts())
     x, (index, weights) = grid(5, H).requires_grad_(), route(5)

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import IDS, gpt2, gpt_oss, llama, mixtral, neox
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitNetQuantConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import bitnet
@@ -480,6 +480,19 @@ def rewrite_config(source: Path, target: Path, **changes: Any) -> Path:
     config["quantization_config"] = {key: value for key, value in settings.items() if value is not None}
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stock_config_that_code_passes_loads_our_layers(packed: bool, tmp_path: Path) -> None:
+    model = llama()
+    bitnet.replace_linear(model)
+    if packed:
+        bitnet.pack(model)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="`quantization_config` from the model will be used"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitNetQuantConfig())
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, LOW_BIT)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_an_extended_config_without_its_section_is_damaged(written: Written, tmp_path: Path) -> None:

@@ -156,6 +156,15 @@ def test_gradients_reach_the_inner_norm() -> None:
     assert layer.rms_norm.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
+@pytest.mark.parametrize("bits", [8, None])
+def test_the_output_can_be_written_to_in_place(bits: int | None, shape: tuple[int, ...]) -> None:
+    layer, x = BitLinear(8, 8, activation_bits=bits), torch.randn(shape)
+    expected = torch.autograd.grad(layer(x).relu().sum(), list(layer.parameters()))
+    got = torch.autograd.grad(layer(x).relu_().sum(), list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     layer, x = make(), grid(M, K).requires_grad_()
     layer(x).square().sum().backward()

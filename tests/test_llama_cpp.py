@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_models import LLAMA3, TEXTS, checkpoint, sentencepiece, tokenizer
-from rich.progress import Progress
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -162,8 +162,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     model = gguf_models.model("llama")
     bitnet.replace_linear(model)
     settings = Settings(steps=300, context=128)
-    with Progress(disable=True) as progress:
-        losses = train(model, ids, settings, progress, "1.58 bit")["losses"]
+    losses = train(model, ids, settings, Console(quiet=True), "1.58 bit")["losses"]
     assert np.mean(losses[-20:]) < 0.6 * losses[0]
     bitnet.pack(model)
     folder = tmp_path_factory.mktemp("trained") / "hf"

@@ -23,9 +23,10 @@ config = transformers.LlamaConfig(
 )
 assert transformers.LlamaForCausalLM(config)(torch.arange(4)[None]).logits.isfinite().all()
 print(sys.modules["kernels"].__file__ if is_kernels_available() else "none")
-import bitnet.convert.swap, bitnet.kernels.ops
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-print(bitnet.kernels.ops.__file__, bitnet.convert.swap.__file__, AUTO_QUANTIZER_MAPPING["bitnet"].__module__)
+import bitnet.convert.swap.replace, bitnet.kernels.ops
+from transformers.quantizers.auto import AutoHfQuantizer
+quantizer = type(AutoHfQuantizer.from_config({"quant_method": "bitnet"}))
+print(bitnet.kernels.ops.__file__, bitnet.convert.swap.replace.__file__, quantizer.__module__)
 """
 
 # As much of the PyPI package as transformers uses while it is imported and models are defined.
@@ -69,7 +70,7 @@ def found(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     kernels, ops, swap, quantizer = done.stdout.split()
     assert Path(ops) == ROOT / "bitnet" / "kernels" / "ops.py"
-    assert Path(swap) == ROOT / "bitnet" / "convert" / "swap.py"
+    assert Path(swap) == ROOT / "bitnet" / "convert" / "swap" / "replace.py"
     assert quantizer == "bitnet.convert.hf"
     return kernels
 

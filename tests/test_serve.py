@@ -18,7 +18,7 @@ def client(checkpoint: Path) -> Iterator["openai.OpenAI"]:  # noqa: F811
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    command = [sys.executable, "-m", "bitnet.cli", "serve", str(checkpoint), *options]
+    command = [sys.executable, "-m", "bitnet", "serve", str(checkpoint), *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 120

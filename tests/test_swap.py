@@ -249,8 +249,7 @@ def unsafe_models() -> dict[str, tuple[nn.Module, str, str]]:
         "embedding": (tied, "out", "tied to the embedding embed"),
         "tied llama": (llama(tie_word_embeddings=True), "lm_head", "tied to the embedding model.embed_tokens"),
         "other table": (table, "out", "tied to embed"),
-        "attention": (nn.MultiheadAttention(8, 2), "out_proj", "NonDynamicallyQuantizableLinear"),
-        "fast path": (nn.TransformerEncoderLayer(8, 2, 8), "linear1", "TransformerEncoderLayer uses linear1.weight"),
+        "attention": (nn.MultiheadAttention(8, 2), "out_proj", "MultiheadAttention uses out_proj.weight directly"),
         "subclass": (nn.Sequential(OwnLinear(8, 8)), "0", "a subclass of nn.Linear (OwnLinear)"),
         "parametrized": (parametrized, "0", "ParametrizedLinear"),
         "computed weight": (hooked, "0", "its weight is computed"),
@@ -515,6 +514,21 @@ def test_the_table_is_crooked_or_lists_every_block() -> None:
     assert table["blocks.*.gate", "kept"] == ("Linear", "8x8", "2", "router")
     assert table["head", "kept"] == ("Linear", "6x8", "1", "task head")
     assert "448 of 688 weights" in total
+
+
+def test_a_reason_that_names_layers_lists_every_block() -> None:
+    class Looping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Caller(nn.Linear(4, 4)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = F.linear(x, block.fc.weight)
+            return x
+
+    (row, _) = str(bitnet.replace_linear(Looping())).splitlines()[1:]
+    assert row.split(maxsplit=5)[3:] == ["3", "kept", "Looping uses blocks.*.fc.weight directly"]
 
 
 def test_indices_or_parameters_at_the_root_look_odd() -> None:

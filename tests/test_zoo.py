@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations import bitnet as stock
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -76,6 +77,8 @@ ZOO: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
     "gpt2": ("GPT2LMHeadModel", GPT2, TEXT),
     "deepseek_v3": ("DeepseekV3ForCausalLM", LM | DEEPSEEK, TEXT),
     "gpt_oss": ("GptOssForCausalLM", GROUPED | GPT_OSS, TEXT),
+    "falcon": ("FalconForCausalLM", LM, TEXT),
+    "rwkv": ("RwkvForCausalLM", {**SIZE, "vocab_size": 40, "context_length": 16}, TEXT),
 }
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 OURS_ONLY = (*EXPERTS, "gpt2")  # stock transformers makes BitLinear of nn.Linear only
@@ -125,6 +128,14 @@ KEPT: dict[str, dict[str, str]] = {
     "gemma3": {"lm_head": f"{TIED} model.embed_tokens"},
     "gpt2": {"lm_head": f"{TIED} transformer.wte"},
     "phi3": OUTPUT_HEAD,
+    "falcon": {"lm_head": f"{TIED} transformer.word_embeddings"},
+    "rwkv": {
+        "head": "output embedding",
+        "rwkv.blocks.*.attention.output": "RwkvModel uses blocks.*.attention.output.weight directly",
+        "rwkv.blocks.*.feed_forward.value": "RwkvModel uses blocks.*.feed_forward.value.weight directly",
+        **{f"rwkv.blocks.*.attention.time_mix_{name}": "not an nn.Linear" for name in ("key", "value", "receptance")},
+        **{f"rwkv.blocks.*.feed_forward.time_mix_{name}": "not an nn.Linear" for name in ("key", "receptance")},
+    },
 }
 
 
@@ -181,7 +192,7 @@ def test_swap_changes_nothing_but_the_class_of_what_it_reports(case: Case) -> No
     swapped = {re.sub(r"\.experts\..*", ".experts", row.name) for row in case.report.rows if row.action == "ternary"}
     assert swapped
     assert swapped == low_bit(case.model).keys()
-    becomes = {nn.Linear: bitnet.BitLinear, Conv1D: BitConv1D}
+    becomes = {nn.Linear: bitnet.BitLinear, FalconLinear: bitnet.BitLinear, Conv1D: BitConv1D}
     for name, module in case.model.named_modules():
         assert type(module) is (becomes.get(case.types[name], BitExperts) if name in swapped else case.types[name]), (
             name
@@ -206,7 +217,8 @@ def test_every_matrix_is_reported_once_and_what_stays_says_why(name: str) -> Non
     assert sorted(seen) == sorted(matrices)
     elsewhere = ("a lookup, not a matrix product", "a convolution")
     kept = [row for row in case.report.rows if row.action == "kept" and row.reason not in elsewhere]
-    assert {re.sub(r"\.\d+(?=\.)", ".*", row.name): row.reason for row in kept} == KEPT[name]
+    index = re.compile(r"(?<=\.)\d+(?=\.)")
+    assert {index.sub("*", row.name): index.sub("*", row.reason) for row in kept} == KEPT[name]
 
 
 def test_training_does_not_reach_the_latent_weights(case: Case) -> None:

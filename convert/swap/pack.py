@@ -1,0 +1,112 @@
+"""In training -> packed, in place."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitnet.experts import pack_layer, to_packed
+from bitnet.linear import BitLayer, BitLinear
+from bitnet.packed import PackedEmbedding, quantize_packed
+from bitnet.quantize import QuantSpec
+
+from .. import hf
+from .report import Report, report_on
+from .safety import judge
+
+
+def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
+    """Turn every BitLinear and BitConv1D into PackedBitLinear and BitExperts into PackedExperts, in place.
+
+    Two bits a weight, the same outputs.
+
+    head: "int8" stores the output head of a Hugging Face model, and the input embedding if the two are tied, in 8 bits
+          with a scale a row. Not exact, though nearly: the report says how far the weights move. In large
+          vocabularies the head costs more time than all ternary layers. The checkpoint then needs this package. Works
+          on a packed model, too.
+
+    The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
+    checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
+    """
+    if head not in (None, "int8"):
+        raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
+    found = _head(model) if head else None
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLayer)}
+    if not layers and not head:
+        raise ValueError(
+            "pack: the model has no BitLinear layers; call bitnet.replace_linear(model) first (if it swapped none, its "
+            "report says why)"
+        )
+    packed = {}
+    for name, layer in layers.items():
+        for leaf in (m.parameter for m in layer.matrices()):
+            values = layer.get_parameter(leaf)
+            if type(values.data) is not torch.Tensor:
+                raise ValueError(
+                    f"pack: {name}.{leaf} is sharded ({type(values.data).__name__}); gather the model first"
+                )
+            if values.is_meta:
+                raise ValueError(f"pack: {name}.{leaf} is on the meta device and has no values; load the weights first")
+        try:
+            packed[name] = pack_layer(layer)
+        except ValueError as error:
+            raise ValueError(f"pack: {name}: {error}") from None
+    costs = {}
+    if found:
+        name, linear, embedding = found
+        layers[name] = bit_head = BitLinear.from_linear(linear, QuantSpec("int8", per_row=True))
+        codes, scale = quantize_packed(bit_head)
+        packed[name] = [(codes, scale)]
+        change = (codes * scale[:, None] - bit_head.weight).norm() / bit_head.weight.norm()
+        costs[name] = f"its weights move by {100 * change.item():.2g} % (rms)"
+        if embedding is not None:
+            PackedEmbedding.from_embedding(embedding, codes, scale)
+    for name, layer in layers.items():
+        to_packed(layer, packed.pop(name), backend)
+    hf.attach(model)
+    return report_on(model, costs, others="not a BitLinear, so not packed")
+
+
+def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
+    """The output head that can become int8, its name, and the input embedding tied to it."""
+    inner = list(hf.outermost(model).values())
+    head = inner[0].get_output_embeddings() if len(inner) == 1 else None
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            "pack: head='int8' needs a Hugging Face model with an nn.Linear output head that is still float, but found "
+            f"{type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', per_row=True)"
+        )
+    others = _other_holders(model, head, head.weight)
+    if len(others) > 1 or not all(type(other) is nn.Embedding or _scaled(other) for other in others):
+        kinds = ", ".join(type(module).__name__ for module in others)
+        raise ValueError(
+            f"pack: the output head is tied to {kinds}; head='int8' can follow one nn.Embedding, plain or scaled, only"
+        )
+    if _other_holders(model, head, head.bias):
+        raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
+    if head.weight.is_meta or not bool(head.weight.isfinite().all()):
+        raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
+    names = {module: name for name, module in model.named_modules()}
+    name = names[head]
+    verdicts = judge(model, {module: [names[module]] for module in (head, *others)})
+    if why := next(filter(None, (verdict.certain or verdict.possible for verdict in verdicts.values())), ""):
+        raise ValueError(f"pack: the output head must stay float: {why}")
+    return name, head, others[0] if others else None  # type: ignore[return-value]
+
+
+def _scaled(module: nn.Module) -> bool:
+    """Is it an embedding like Gemma 3's, whose forward only multiplies the rows by a constant?"""
+    cls: Any = type(module)
+    if cls.__bases__ != (nn.Embedding,) or not hasattr(module, "scalar_embed_scale"):
+        return False
+    try:
+        source = inspect.getsource(cls.forward).rstrip()
+    except (OSError, TypeError):
+        return False
+    return source.endswith("return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)")
+
+
+def _other_holders(model: nn.Module, module: nn.Module, parameter: torch.Tensor | None) -> list[nn.Module]:
+    """The modules besides `module` that hold a parameter of it."""
+    return [m for m in model.modules() if m is not module and any(p is parameter for p in m.parameters(recurse=False))]

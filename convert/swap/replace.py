@@ -1,0 +1,101 @@
+"""Surgery on modules in memory, float -> in training, in place, and a report of it. kinds.py lists which modules.
+
+What is left alone, and why, is decided here in one order: safety first (weights that something else uses too,
+which nothing overrides), then the user's `skip`, then `include`, then what safety.py cannot know and the defaults for
+heads, routers and adapters.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from bitnet.experts import stacks_of
+from bitnet.linear import BitLayer
+from bitnet.quantize import QuantSpec
+
+from .. import hf
+from .kinds import settle_fast_paths, swappable, to_training
+from .report import Report, report_on
+from .safety import judge
+
+Pattern = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Iterable[Pattern]
+
+
+def replace_linear(
+    model: nn.Module, *, skip: Patterns | None = None, include: Patterns | None = None, **options: Any
+) -> Report:
+    """Turn the linear layers of any model into BitLinear, in place, keeping the trained weights.
+
+    So are GPT-2's Conv1D (BitConv1D) and the fused experts of a mixture, which a pattern names by their module,
+    "mlp.experts" (BitExperts).
+
+    model:   all of it, not an inner part such as model.model: a Hugging Face model's config, which the whole model
+             shares, is written for the names inside what is passed
+    skip:    what to leave alone besides the defaults (output embeddings, task heads, routers, adapters)
+    include: swap only what matches; being named here overrides those defaults
+    options: those of bitnet.QuantSpec: weights, per_row, activation_bits, rms_norm, rms_norm_eps
+
+    A pattern is a regular expression that must match the whole module name or its last dotted parts ("fc1" hits
+    "layers.0.fc1", not "xfc1"), or a predicate (name, module) -> bool; give one or several. One that matches no
+    layer raises ValueError, since a misspelt name would otherwise quantize what was to be kept.
+
+    Layers whose weight is used by other code too (tied to an embedding, read by a forward that does not call them,
+    patched by tensor parallelism) are never swapped; nor are those that code which cannot be followed may use, unless
+    they are included. Everything kept is listed in the report with the reason. Layers that were swapped already keep
+    their options.
+    """
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
+    spec = QuantSpec(**options)
+    skips, includes = _compile(skip), _compile(include)
+    layers: dict[nn.Module, list[str]] = {}  # and all names of each
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BitLayer) or swappable(module):
+            layers.setdefault(module, []).append(name)
+    for which, patterns in (("skip", skips), ("include", includes)):
+        for pattern, matches in patterns:
+            if not any(matches(name, module) for module, names in layers.items() for name in names):
+                raise ValueError(
+                    f"replace_linear: {which}={pattern!r} matches none of the {len(layers)} linear layers; "
+                    f"names look like {', '.join(repr(names[0]) for names in list(layers.values())[:3])}"
+                )
+    verdicts = judge(model, {module: names for module, names in layers.items() if not isinstance(module, BitLayer)})
+    reasons = {}
+    for module, (reason, possible, default) in verdicts.items():
+        names = layers[module]
+        if not reason and spec.rms_norm and stacks_of(module):
+            reason = "an RMSNorm inside fused experts is not supported"
+        if not reason and any(matches(name, module) for _, matches in skips for name in names):
+            reason = "skipped by request"
+        if not reason and include is not None:
+            reason = "" if any(matches(name, module) for _, matches in includes for name in names) else "not included"
+        elif not reason:
+            reason = default or (f"{possible}; include= swaps it all the same" if possible else "")
+        if reason:
+            reasons[names[0]] = reason
+        else:
+            to_training(module, spec)
+    settle_fast_paths(model)
+    hf.attach(model)
+    return report_on(model, reasons)
+
+
+def _compile(patterns: Patterns | None) -> list[tuple[Any, Callable[[str, nn.Module], bool]]]:
+    if patterns is None:
+        return []
+    if isinstance(patterns, str | re.Pattern) or callable(patterns):
+        patterns = [patterns]
+    compiled: list[tuple[Any, Callable[[str, nn.Module], bool]]] = []
+    for pattern in patterns:
+        if isinstance(pattern, str | re.Pattern):
+            text = pattern if isinstance(pattern, str) else pattern.pattern
+            regex = re.compile(rf"(?:.*\.)?(?:{text})", 0 if isinstance(pattern, str) else pattern.flags)
+            compiled.append((text, lambda name, module, regex=regex: regex.fullmatch(name) is not None))  # type: ignore[misc]
+        elif callable(pattern):
+            compiled.append((pattern, pattern))
+        else:
+            raise TypeError(f"a pattern must be a regular expression or a predicate, got {pattern!r}")
+    return compiled
