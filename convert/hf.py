@@ -529,9 +529,9 @@ def compare_all(
 
     settings: quantization_config as in config.json: of which layers a float model's are to be; on the meta device
     """
-    names = model_names(model, headers) if isinstance(model, PreTrainedModel) else {key: key for key in headers}
-    named = {name: headers[key] for key, name in names.items()}
     try:
+        names = model_names(model, headers) if isinstance(model, PreTrainedModel) else {key: key for key in headers}
+        named = {name: headers[key] for key, name in names.items()}
         if settings is not None and settings["quant_method"] == "bitnet":
             swap_for_loading(model, BitNetConfig.from_dict(settings), named)
         stored = {name: (header.dtype, header.shape) for name, header in named.items()}
