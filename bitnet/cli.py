@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     convert.add_argument("source", metavar="SRC", help="a checkpoint folder, or a GGUF file")
     convert.add_argument(
-        "target", metavar="DST", help="a folder, or GGUF file, that does not exist yet; or an empty folder"
+        "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
     )
     convert.add_argument(
         "--to", choices=FORMS, required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}; see below"
