@@ -131,6 +131,9 @@ def load(
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
             module.set_backend(backend, bits)
+            for layer in module.layers() if isinstance(module, PackedStack) else [module]:
+                if not layer.weight.is_meta:  # offloaded
+                    layer.prepack()
     return model.eval()
 
 
