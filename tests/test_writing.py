@@ -215,6 +215,18 @@ def test_a_half_finished_save_is_read_by_all(tmp_path: Path, monkeypatch: pytest
     assert names(out) == names(converted)
 
 
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/model.safetensors", "model.bin", "", 5, ["a"], "gone.safetensors"]
+)
+def test_weights_that_config_names_lie_in_the_folder(name: object, tmp_path: Path) -> None:
+    for folder in ("out", "other"):
+        bitnet.save(packed(), tmp_path / folder)
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_weights": name}))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"transformers_weights|no gone.safetensors there"):
+        bitnet.load(tmp_path / "out")
+
+
 def test_files_of_the_user_survive_a_save(tmp_path: Path) -> None:
     bitnet.save(packed(), tmp_path, **MANY)
     mine = {"README.md", "model-ema.safetensors", "saved-by-me.txt", "tokenizer.json", "train.ipynb"}
