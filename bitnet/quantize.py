@@ -104,7 +104,9 @@ class _QuantizedLinear(torch.autograd.Function):
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
             y = ops.int_linear(q, s, codes, scale, bias, x2.dtype, kind == "int8")
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        return y
+        # torch 2.11's compiler drops the gradient of a result that its last operation returned unchanged, as y += bias
+        # and y.to(y.dtype) do. A view would do as well, but could not be written to in place.
+        return y.clone() if torch.compiler.is_compiling() else y
 
     @staticmethod
     @once_differentiable  # what it saved are integers, through which a second derivative would silently not go

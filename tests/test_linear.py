@@ -156,12 +156,15 @@ def test_gradients_reach_the_inner_norm() -> None:
     assert layer.rms_norm.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8)])
 @pytest.mark.parametrize("bits", [8, None])
-def test_the_output_can_be_written_to_in_place(bits: int | None, shape: tuple[int, ...]) -> None:
+def test_the_output_can_be_written_to_in_place(bits: int | None, shape: tuple[int, ...], compiled: bool) -> None:
     layer, x = BitLinear(8, 8, activation_bits=bits), torch.randn(shape)
     expected = torch.autograd.grad(layer(x).relu().sum(), list(layer.parameters()))
-    got = torch.autograd.grad(layer(x).relu_().sum(), list(layer.parameters()))
+    run = torch.compile(lambda x: layer(x).relu_(), backend="aot_eager", fullgraph=True) if compiled else layer
+    got = torch.autograd.grad(run(x).relu_().sum(), list(layer.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
