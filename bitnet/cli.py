@@ -76,14 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="turn a checkpoint on disk into another form, whatever its size",
         description="Converts a checkpoint tensor by tensor, in bounded memory. SRC is a Hugging Face checkpoint\n"
         "folder, a float model or a `bitnet` one in any published form, or a GGUF file. DST must not\n"
-        "exist yet, and exists only when it is complete.",
+        "exist yet, or be an empty folder, and can be loaded only when it is complete.",
         epilog="forms:\n" + "".join(f"  {name:<10}  {what}\n" for name, what in FORMS.items()) + "\n"
         "A float model is rounded, not trained: expect nonsense from the result until it is\n"
         "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("source", metavar="SRC", help="a checkpoint folder, or a GGUF file")
-    convert.add_argument("target", metavar="DST", help="a folder, or GGUF file, that does not exist yet")
+    convert.add_argument(
+        "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
+    )
     convert.add_argument(
         "--to", choices=FORMS, required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}; see below"
     )

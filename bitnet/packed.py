@@ -149,10 +149,7 @@ class PackedBitLinear(Packed):
         made, weight = self._prepacked, self.weight
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
-            scale = self.weight_scale
-            unseen = scale.is_meta or ops.is_observed()
-            if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
-                raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
+            self._check_scale()
             backend = backends.choose_backend(self.backend, self.weight.device, self.spec.activation_bits, self.bits)
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
@@ -161,6 +158,18 @@ class PackedBitLinear(Packed):
             if not torch.compiler.is_exporting():  # a program is to hold the stored bytes, not this machine's layout
                 self._prepacked = made
         return made.weight, made.backend
+
+    def check(self) -> None:
+        """Raise ValueError if the bytes or the scale are not those of a ternary weight, which prepack checks, too."""
+        self._check_scale()
+        if layout.check_stored(self.weight, self.out_features) and self.weight.dtype == torch.uint8:
+            layout.validate_packed(self.weight)
+
+    def _check_scale(self) -> None:
+        scale = self.weight_scale
+        unseen = scale.is_meta or ops.is_observed()
+        if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
 
     def nbytes(self) -> int:
         """Bytes this layer holds in memory now, the backend's own layout included."""

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -76,50 +75,22 @@ def serve(checkpoint: str, options: Sequence[str] = ()) -> None:
     import bitnet.convert.hf  # noqa: F401  registers our layers
     from bitnet.convert.checkpoint import weight_files
 
-    app = _app(checkpoint)
+    app = _app()
     if "--help" not in options:
         weight_files(checkpoint)  # a clear error before the server starts
-        if not _has_chat_template(checkpoint):
-            print(
-                f"note: {checkpoint} has no chat template, so /v1/chat/completions will refuse; /v1/completions works",
-                file=sys.stderr,
-            )
-    app([checkpoint, *options], prog_name="bitnet serve", standalone_mode=False)
+    app([checkpoint, *options, "--non-blocking"], prog_name="bitnet serve", standalone_mode=False)
 
 
-def _app(checkpoint: str) -> Any:
-    """transformers' serve command, listing the served directory as the one model there is."""
+def _app() -> Any:
+    """transformers' serve command, behind our door."""
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise ImportError("serving needs more packages: pip install 'bitnet-toolkit[serve]'")
     import typer
-    from fastapi import HTTPException
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
 
-    # transformers lists its download cache here, fails where there is none, and never lists a served directory.
-    # The id must be the path as given: the server answers requests for no other name.
-    model = {"id": checkpoint, "object": "model", "created": int(time.time()), "owned_by": "local"}
-    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [model])
+    from .door import Server
 
-    async def refuse(self: Any, body: dict[str, Any], request_id: str) -> None:
-        raise HTTPException(400, f"{checkpoint} has no chat template; use /v1/completions, or add chat_template.jinja")
-
-    if Path(checkpoint).is_dir() and not _has_chat_template(checkpoint):
-        ChatCompletionHandler.handle_request = ResponseHandler.handle_request = refuse
     app = typer.Typer(add_completion=False)
-    app.command()(Serve)
+    app.command()(Server)
     return app
-
-
-def _has_chat_template(checkpoint: str) -> bool:
-    from .convert.files.json_object import read_json
-
-    directory = Path(checkpoint)
-    if (directory / "chat_template.jinja").is_file():
-        return True
-    config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(read_json(config).get("chat_template"))

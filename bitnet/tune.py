@@ -1,5 +1,6 @@
 """What `bitnet tune` does: measure a handful of kernel configurations a shape on this GPU and keep the fastest."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,26 +53,30 @@ def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, dev
 
 
 def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
-    """(N, K, planes) of the packed layers in a checkpoint directory, or of "NxK"."""
+    """(N, K, planes) of the packed layers and experts in a checkpoint directory, or of "NxK"."""
     if found := re.fullmatch(r"(\d+)[x×](\d+)", target):
         n, k = map(int, found.groups())
         if not n or not k:
             raise ValueError(f"{target}: an empty shape")
         return [(n, k, planes)]
-    from .convert.checkpoint import read_headers, weight_files
+    from .convert.files.folder import CONFIG, weight_files
+    from .convert.files.json_object import read_json
+    from .convert.source import open_source
+    from .experts import PackedStack
+    from .packed import PackedBitLinear
 
-    headers = read_headers(weight_files(target))
-    shapes = []
-    for name, header in headers.items():
-        scaled = name.endswith(".weight") and f"{name}_scale" in headers and len(header.shape) == 2
-        if scaled and header.dtype in ("U8", "I8"):
-            rows, k = header.shape
-            shapes.append((4 * rows, k, planes) if header.dtype == "U8" else (rows, k, INT8))
-    if not shapes or '"bits": 1.6' in (Path(target) / "config.json").read_text(encoding="utf-8", errors="replace"):
+    weight_files(target)  # a clear error before the model is built
+    modules = []
+    config = read_json(Path(target) / CONFIG)
+    if "model_type" in config:  # a file of packed bytes does not tell N
+        modules = [m for m in open_source(target).model.modules() if isinstance(m, PackedBitLinear | PackedStack)]
+    if not modules or '"bits": 1.6' in json.dumps(config):
         raise ValueError(
-            f"{target}: no layers packed with 2 bits there whose shapes its files tell; "
-            "give the shapes instead, out_features x in_features: bitnet tune 14336x4096"
+            f"{target}: not a Hugging Face model with layers packed with 2 bits; give the shapes instead, "
+            "out_features x in_features: bitnet tune 14336x4096"
         )
+    kinds = [INT8 if module.spec.weights == "int8" else planes for module in modules]
+    shapes = [(m.out_features, m.in_features, kind) for m, kind in zip(modules, kinds, strict=True)]
     return list(dict.fromkeys(shapes))
 
 

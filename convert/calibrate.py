@@ -31,9 +31,9 @@ from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
 
 from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
-from .checkpoint import write_whole
 from .gptq import ternarize
 from .source import Quantized, Source
+from .writing import write_whole
 
 SETTINGS = "calibration.json"
 
@@ -239,8 +239,10 @@ def _open_store(store: Path, fingerprint: str, blocks: int, resume: bool) -> Non
     elif not resume:
         raise ValueError(f"calibrate: {store} is not empty; ask to resume, or name another directory")
     elif not file.exists() or json.loads(file.read_text()) != settings:
+        done = len(list(store.glob("block-*.safetensors")))
         raise ValueError(
-            f"calibrate: {store} was made from another checkpoint, text, or options; start anew in another directory"
+            f"calibrate: {store}, with {done} of {blocks} blocks, was made from another checkpoint, text, or options; "
+            "restore those to go on, or start anew in another directory"
         )
 
 

@@ -1,10 +1,7 @@
 """Checkpoints on disk: save, load, and the checks that keep a damaged file from becoming a wrong model."""
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from .files.folder import INDEX as INDEX
 from .files.json_object import read_json
 from .files.safetensors import read_headers
 from .match import computed
+from .writing import replacing
 
 
 def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: Any) -> Path:
@@ -25,8 +23,8 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
 
     A Hugging Face model becomes a checkpoint that from_pretrained reads, stock transformers' included wherever
     its format can say what the layers are. Any other module becomes model.safetensors and config.json, for
-    load(directory, model). Everything is written beside the target first and then moved into place, so a full
-    disk or an interrupt leaves an earlier save as it was; other files in the directory stay.
+    load(directory, model). Whatever happens, a full disk, an interrupt or a kill, the directory holds the earlier
+    save, if there was one, or this one, whole; other files in it stay. Two saves to one directory take turns.
 
     bits:   of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
     kwargs: passed to save_pretrained, for instance max_shard_size="2GB"
@@ -46,9 +44,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-saving-") as scratch:
-        new = Path(scratch) / "checkpoint"
+    with replacing(directory) as new:
         if isinstance(model, PreTrainedModel):
             hf.attach(model, bits)
             try:
@@ -56,7 +52,6 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
             finally:
                 hf.attach(model)
         else:
-            new.mkdir()
             config = hf.config_of(model, bits)
             if config is None:
                 raise ValueError("save: the model has no BitLinear or PackedBitLinear layers; nothing here needs us")
@@ -66,7 +61,6 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
             (new / CONFIG).write_text(text)
-        _move_into_place(new, directory)
     return directory
 
 
@@ -137,30 +131,13 @@ def load(
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
             module.set_backend(backend, bits)
+            for layer in module.layers() if isinstance(module, PackedStack) else [module]:
+                if not layer.weight.is_meta:  # offloaded
+                    layer.prepack()
     return model.eval()
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """All of it or nothing, whenever the process is killed."""
-    scratch = file.with_suffix(".part")
-    scratch.write_bytes(data)
-    os.replace(scratch, file)
 
 
 def _complete(directory: str | Path, missing: Iterable[str]) -> None:
     if names := sorted(missing):
         more = f" and {len(names) - 1} others" if len(names) > 1 else ""
         raise ValueError(f"{directory}: the checkpoint has no tensor {names[0]}{more}, which the model needs")
-
-
-def _move_into_place(new: Path, directory: Path) -> None:
-    """Move a finished checkpoint to its name; files of an earlier one that it does not replace are removed last."""
-    if not directory.exists():
-        os.replace(new, directory)
-        return
-    names = {path.name for path in new.iterdir()}
-    stale = [path for path in directory.glob("model*.safetensors*") if path.name not in names]
-    for path in sorted(new.iterdir(), key=lambda path: path.suffix != ".safetensors"):  # weights before index, config
-        os.replace(path, directory / path.name)
-    for path in stale:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

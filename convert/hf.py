@@ -317,7 +317,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
                 module.weight = _hub_from_base3(module.weight, module.in_features)
             for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
                 where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
-                layer.prepack()
+                layer.check()
                 if layer.weight.dtype == torch.uint8 and not bool(layer.weight.any()):
                     warnings.warn(
                         f"{where}: every packed byte is zero, which means every weight is -1; the checkpoint is "

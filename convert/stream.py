@@ -2,8 +2,8 @@
 
 A conversion is a list of jobs planned from headers alone. Each reads one tensor, or one layer's, and writes what
 becomes of it to its final place in the output files, in any order; a few jobs run at a time. Finished jobs are noted
-in a journal beside the files, so that an interrupted conversion can go on where it stopped. The folder gets its name
-when everything in it is complete.
+in a journal beside the files, so that an interrupted conversion can go on where it stopped. The folder gets its name,
+or its config.json where it is there already, when everything in it is complete.
 """
 
 import copy
@@ -33,13 +33,14 @@ from bitnet.progress import Progress
 from . import ggml, gguf, hf
 from .calibrate import calibrate as calibrate_source
 from .calibrate import calibrated, latent_weight
-from .checkpoint import write_whole
 from .files.folder import CONFIG, INDEX, WEIGHTS
 from .inspection import scale_problems
 from .rounding import exact
 from .source import DTYPES, Source, Weight, open_source
+from .writing import clear, dissolve, settle, sync, where, work_folder, write_whole
 
 TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
+MOVED = "moved.json"
 SYNC = 256 << 20  # bytes after which finished jobs are noted
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -94,7 +95,7 @@ def convert_checkpoint(
     """Convert a checkpoint on disk to another form without ever loading the model; returns `target`.
 
     source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form, or a GGUF file
-    target:         a folder, or GGUF file, that does not exist yet
+    target:         a folder that does not exist yet, or is empty (a mount point, say); or a GGUF file, a new one
     to:             "hub":    packed, 2 bits a weight, in the Hub's `bitnet` format
                     "base3":  packed, 1.6 bits a weight; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
@@ -116,14 +117,17 @@ def convert_checkpoint(
     Memory: the largest low-bit weight as it is stored and in 8 bits, or 256 MB if that is more, besides the program.
 
     Raises ValueError or OSError naming the tensor or file and what to do; then, and when it is killed, `target` does
-    not exist, and what was finished waits in a folder beside it for resume=True.
+    not exist, or does not load, and what was finished waits in a folder beside it, or in it, for resume=True. That
+    folder is one process's at a time, and nobody else removes it.
     """
     start = time.perf_counter()
     if to not in TARGETS:
         raise ValueError(f"convert: unknown target {to!r}; choose one of {', '.join(TARGETS)}")
-    target, shard_bytes, console = Path(target), _bytes(max_shard_size), console or Console(stderr=True)
+    given, shard_bytes, console = Path(target), _bytes(max_shard_size), console or Console(stderr=True)
+    target = given.resolve()  # through a link, to the disk where it will be
     opened = source if isinstance(source, Source) else open_source(source, floats=to == "bf16", **swap)
-    _check_options(opened, target, calibrate, swap)
+    _check_target(target, to)
+    _check_options(opened, calibrate, swap)
     calibration = {"text": calibrate, "samples": samples, "length": length, "seed": seed, "device": device}
     options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
     form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options}
@@ -135,37 +139,65 @@ def convert_checkpoint(
         if tokenizer:
             opened.check_other_files()
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
-    work = _Work(target, fingerprint, resume)
-    kept = f"what is finished is kept in {work.folder}, for resume=True (--resume)"
-    try:
-        if calibrate:
-            opened.calibrated = _calibrate(opened, work.folder / "calibration", calibration, console)
-        if to in gguf.KINDS:
-            _write_gguf(opened, work, to, tokenizer, console)
-        else:
-            _write_folder(opened, work, to, shard_bytes, tokenizer, workers or min(os.cpu_count() or 1, 4), console)
-    except OSError as error:
-        if not work.begun():
-            shutil.rmtree(work.folder)
-            raise OSError(f"convert: {error}") from error
-        raise OSError(f"convert: {error}; {kept}") from error
-    except KeyboardInterrupt:
-        console.print(f"interrupted; {kept}", highlight=False)
-        raise
-    except ValueError:  # the source has to change, and then nothing of this can be gone on with
-        shutil.rmtree(work.folder)
-        raise
+    with work_folder(target, "converting", wait=False) as folder:
+        work = _Work(target, folder, fingerprint, resume)
+        try:
+            work.begin(fingerprint)
+            if calibrate and not work.moved():
+                opened.calibrated = _calibrate(opened, work, calibration, console)
+            if work.moved():
+                work.publish()
+            elif to in gguf.KINDS:
+                _write_gguf(opened, work, to, tokenizer, console)
+            else:
+                _write_folder(opened, work, to, shard_bytes, tokenizer, workers or min(os.cpu_count() or 1, 4), console)
+        except BaseException as error:
+            kept = ""
+            if work.begun():
+                kept = (
+                    f"; what is finished is kept in {folder}: go on with resume=True (--resume), or remove that folder"
+                )
+            else:
+                dissolve(folder)
+            if isinstance(error, KeyboardInterrupt):
+                console.print(f"interrupted{kept}", highlight=False)
+            if isinstance(error, OSError):
+                raise OSError(f"convert: {str(error).removeprefix('convert: ')}{kept}") from error
+            if isinstance(error, ValueError) and kept:
+                raise ValueError(f"{error}{kept}") from error
+            raise
     for problem in [*opened.problems, *scale_problems(opened.scale_ranges)]:
         console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
-    console.print(f"{target}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
-    return target
+    console.print(f"{given}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
+    return given
 
 
-def _check_options(source: Source, target: Path, calibrate: str | Path | None, swap: dict[str, Any]) -> None:
-    """Refuse what is missing in the source, would go nowhere, or would overwrite something."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+def _check_target(target: Path, to: str) -> None:
+    """Refuse what would overwrite something."""
+    if to in gguf.KINDS and target.is_dir():
+        raise IsADirectoryError(f"convert: {target} is a folder; name a file, {target / 'model.gguf'} say")
+    present = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if (work := where(target, "converting")).name in present:  # of a conversion that was interrupted
+        present -= {work.name, *_moved(work)}
+    if target.is_dir() and (earlier := target.with_name(f".{target.name}-converting")).is_dir():
+        if (earlier / "files").exists():
+            raise FileExistsError(
+                f"convert: {earlier} holds an interrupted conversion to {target}, from before that folder was there; "
+                "remove this empty folder to go on with it, or the other to start afresh"
+            )
+        shutil.rmtree(earlier)  # killed when it was done
+    if present or target.is_file():
         raise FileExistsError(f"convert: {target} exists already; remove it or choose another name")
+
+
+def _moved(work: Path) -> list[str]:
+    """The names in a work folder of what is complete, and may have been moved to its place in part."""
+    return json.loads((work / MOVED).read_text()) if (work / MOVED).exists() else []
+
+
+def _check_options(source: Source, calibrate: str | Path | None, swap: dict[str, Any]) -> None:
+    """Refuse what is missing in the source, or would go nowhere."""
     if not source.plain and (unused := [name for name, value in (swap | {"calibrate": calibrate}).items() if value]):
         raise ValueError(f"convert: {source.path} is low-bit already; {', '.join(unused)} is for float checkpoints")
     if mismatches := source.mismatches():
@@ -214,10 +246,9 @@ def _write_gguf(source: Source, work: "_Work", to: str, tokenizer: bool, console
         gguf.write_gguf(
             source, work.files / work.target.name, to, progress=progress.advance, resume=True, tokenizer=tokenizer
         )
-    if work.target.exists():
-        work.target.rmdir()  # an empty folder
     os.rename(work.files / work.target.name, work.target)
-    shutil.rmtree(work.folder)
+    sync([work.target.parent])
+    dissolve(work.folder)
 
 
 def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
@@ -257,8 +288,11 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
     return _config(source, to), jobs
 
 
-def _calibrate(source: Source, store: Path, options: dict[str, Any], console: Console) -> dict[str, Any]:
+def _calibrate(source: Source, work: "_Work", options: dict[str, Any], console: Console) -> dict[str, Any]:
     """Calibrate, or go on where an interrupted run stopped; shows what it achieved."""
+    store = work.folder / "calibration"
+    if not store.exists() and any(work.files.iterdir()):
+        raise ValueError(f"convert: {store} is gone, but there are weights that were rounded by it")
     result = calibrate_source(source, store=store, resume=store.exists(), console=console, **options)
     console.print(str(result), markup=False, highlight=False, soft_wrap=True)
     return calibrated(store)
@@ -267,6 +301,7 @@ def _calibrate(source: Source, store: Path, options: dict[str, Any], console: Co
 def _config(source: Source, to: str) -> dict[str, Any]:
     config = dict(source.config)
     config.pop("quantization_config", None)
+    config.pop("transformers_weights", None)  # where the source has its weights
     if to == "bf16":
         config["dtype"] = "bfloat16"
         config.pop("torch_dtype", None)
@@ -421,43 +456,48 @@ def _header(outputs: list[Output]) -> bytes:
 
 
 class _Work:
-    """The folder of an unfinished conversion, beside its target: job.json says of what, journal which jobs are done."""
+    """The folder of an unfinished conversion: job.json says of what, journal which jobs are done."""
 
-    def __init__(self, target: Path, fingerprint: dict[str, Any], resume: bool) -> None:
-        self.target = target
-        self.folder = target.parent / f".{target.name}-converting"
-        self.files = self.folder / "files"
+    def __init__(self, target: Path, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        self.target, self.folder, self.files = target, folder, folder / "files"
+        self.path = self.folder / "journal"
         self.done: set[str] = set()
         job = self.folder / "job.json"
-        if self.folder.exists() and not self.files.exists():  # killed after the files had got their name
-            shutil.rmtree(self.folder)
-        if self.folder.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"convert: {self.folder} holds an interrupted conversion to {target}; go on with resume=True "
-                    "(--resume), or remove that folder to start afresh"
-                )
-            if job.exists() and json.loads(job.read_text()) != fingerprint:
-                raise ValueError(
-                    f"convert: {self.folder} holds an interrupted conversion of another source, or with other options; "
-                    "call it as before, or remove that folder to start afresh"
-                )
-        self.files.mkdir(parents=True, exist_ok=True)
-        if not job.exists():  # nothing else was written before it
-            write_whole(job, json.dumps(fingerprint, indent=1).encode())
-        self.path = self.folder / "journal"
+        earlier = json.loads(job.read_text()) if job.exists() else None
+        if not self.begun():
+            clear(folder)
+        elif not resume:
+            raise FileExistsError(
+                f"convert: {folder} holds an interrupted conversion to {target}; go on with resume=True (--resume), or "
+                "remove that folder to start afresh"
+            )
+        elif earlier != fingerprint and not (earlier is None and self.moved()):
+            raise ValueError(
+                f"convert: {folder} holds an interrupted conversion of another source, or with other options; call it "
+                "as before, or remove that folder to start afresh"
+            )
         if self.path.exists():
-            lines = self.path.read_bytes().split(b"\n")  # what follows the last line's end was cut off
-            self.done = {line.decode() for line in lines[:-1]}
-            self.path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+            *lines, rest = self.path.read_bytes().split(b"\n")  # what follows the last line's end was cut off
+            self.done = {line.decode() for line in lines}
+            os.truncate(self.path, self.path.stat().st_size - len(rest))
         self.handles: dict[Path, int] = {}
         self.pending: list[str] = []
         self.unsynced = 0
         self.lock = threading.Lock()
 
+    def begin(self, fingerprint: dict[str, Any]) -> None:
+        write_whole(self.folder / "job.json", json.dumps(fingerprint, indent=1).encode())
+        self.files.mkdir(exist_ok=True)
+
     def begun(self) -> bool:
         """Whether there is anything to go on with."""
-        return any(self.files.iterdir()) or (self.folder / "calibration").exists()
+        noted = self.path.exists() and self.path.stat().st_size > 0
+        kept = (noted, any(self.files.glob(".*.partial")), any(self.folder.glob("calibration/block-*")))
+        return self.moved() or (self.files.exists() and any(kept))  # without files the last process was done
+
+    def moved(self) -> bool:
+        """Whether all is complete, but for the names."""
+        return bool(_moved(self.folder))
 
     def create(self, file: Path, outputs: list[Output]) -> bool:
         """Open an output file in its final size, its header written; returns whether it was there in that size."""
@@ -512,11 +552,16 @@ class _Work:
             total = sum(output.nbytes for outputs in files.values() for output in outputs)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.files / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        write_whole(self.files / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        (self.files / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _check_target(self.target, "")  # some time has passed
         if self.target.exists():
-            self.target.rmdir()  # empty
-        os.rename(self.files, self.target)
-        shutil.rmtree(self.folder)
+            write_whole(self.folder / MOVED, json.dumps([path.name for path in self.files.iterdir()]).encode())
+        self.publish()
+
+    def publish(self) -> None:
+        if self.files.exists():  # else the last process was killed when it was done
+            settle(self.files, self.target)
+        dissolve(self.folder, MOVED)
 
 
 def _run(jobs: list[Job], work: _Work, workers: int, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""What this machine owes its tests."""
+"""What this machine owes its tests, and how to make less of it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -6,7 +6,23 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.kernels import backends
+from bitnet.kernels import backends, cpu
+
+
+def hold(isa: str) -> None:
+    """Hold the native kernels to an instruction set, as on a CPU that has no better one, for the rest of the process.
+
+    Raises ValueError if this CPU does not have it.
+    """
+    every = cpu.isas
+    if isa not in every():
+        raise ValueError(f"this CPU has {', '.join(every())}, but not {isa}")
+
+    def isas(layout: int = cpu.TWO_BITS) -> list[str]:
+        names = every(layout)
+        return names[names.index(isa) :] if isa in names else []
+
+    cpu.isas = isas
 
 
 def said(bits: float) -> AbstractContextManager[Any]:

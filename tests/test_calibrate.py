@@ -232,7 +232,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         patched.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             calibrate(FolderSource(folder), text, store, **OPTIONS)
-    assert sorted(contents(store)) == ["block-00000.safetensors", "block-00001.part", "calibration.json"]
+    assert sorted(contents(store)) == ["block-00000.safetensors", "block-00001.safetensors.part", "calibration.json"]
     with pytest.raises(ValueError, match="1 of 2 calibrated blocks"):
         calibrated(store)
     with pytest.raises(ValueError, match="not empty"):

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import IDS, Mlp, llama
+from tiny import IDS, Mlp, llama, mixtral
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 import bitnet
 from bitnet.convert import checkpoint
+from bitnet.experts import PackedStack
+from bitnet.kernels import backends, ops
+from bitnet.packed import PackedBitLinear
 
 UP = "model.layers.1.mlp.up_proj"
 X = torch.linspace(-1, 1, 48).view(3, 16)
@@ -109,6 +112,28 @@ def test_a_base3_save_gives_the_same_model_from_a_fifth_fewer_bytes(options: dic
 def config_now(model: PreTrainedModel) -> Any:
     """What save_pretrained would write as config.json now."""
     return json.loads(model.config.to_json_string())
+
+
+def test_load_derives_each_layers_layout_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    derived: list[str] = []
+    prepack = ops.prepack
+    monkeypatch.setattr(
+        ops, "prepack", lambda *a, **options: derived.append(options["backend"]) or prepack(*a, **options)
+    )
+    for name, model in (("llama", llama()), ("mixtral", mixtral()), ("module", Mlp().eval())):
+        bitnet.save(packed(model), tmp_path / name)
+        parts = [m for m in model.modules() if isinstance(m, PackedBitLinear | PackedStack)]
+        layers = sum(len(part.layers()) if isinstance(part, PackedStack) else 1 for part in parts)
+        for options in ({}, {"backend": "reference"}):
+            derived.clear()
+            target = None if isinstance(model, PreTrainedModel) else Mlp()
+            loaded = bitnet.load(tmp_path / name, target, **options)
+            assert len(derived) == layers
+            loaded(X if target else IDS)
+            assert len(derived) == layers
+            assert set(derived) == (
+                {"reference"} if options else {backends.choose_backend("auto", torch.device("cpu"))}
+            )
 
 
 def test_a_plain_module_comes_back_from_base3(tmp_path: Path) -> None:

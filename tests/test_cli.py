@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import llama, mixtral
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitnet
 from bitnet import cli
+from bitnet.experts import PackedStack
 from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
+from bitnet.packed import PackedBitLinear
 from bitnet.quickstart import VOCABULARY, build_tokenizer
 from bitnet.tune import shapes_of
 
@@ -116,6 +119,18 @@ def test_tune_finds_the_shapes_of_a_checkpoint(checkpoint: Path, tmp_path: Path)
     base3 = bitnet.save(bitnet.load(checkpoint), tmp_path / "base3", bits=1.6)
     with pytest.raises(ValueError, match=r"give the shapes instead.*bitnet tune 14336x4096"):
         shapes_of(str(base3), TWO_BITS)
+
+
+def test_tune_finds_the_shapes_that_layers_and_experts_have_when_they_run(tmp_path: Path) -> None:
+    for name, model in (("odd", llama(intermediate_size=26, num_key_value_heads=1)), ("experts", mixtral())):
+        bitnet.replace_linear(model)
+        bitnet.pack(model)
+        bitnet.save(model, tmp_path / name)
+        parts = [m for m in model.modules() if isinstance(m, PackedBitLinear | PackedStack)]
+        shapes = {(part.out_features, part.in_features, TWO_BITS) for part in parts}
+        assert set(shapes_of(str(tmp_path / name), TWO_BITS)) == shapes
+    assert (26, 16, TWO_BITS) in shapes_of(str(tmp_path / "odd"), TWO_BITS)
+    assert (48, 16, TWO_BITS) in shapes_of(str(tmp_path / "experts"), TWO_BITS)
 
 
 def test_quickstart_leaves_models_report_and_picture(

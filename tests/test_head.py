@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
+from bitnet.convert.swap import pack as swap_pack
 from bitnet.kernels import backends, ops
 from bitnet.packed import PackedEmbedding
 
@@ -264,3 +267,39 @@ def test_a_model_with_an_int8_head_can_learn_new_tokens(tied: bool, tmp_path: Pa
     torch.testing.assert_close(head.weight[:64] * head.weight_scale[:64, None], floats, rtol=1e-6, atol=0)
     bitnet.save(model, tmp_path / "again")
     assert torch.equal(logits(bitnet.load(tmp_path / "again")), logits(model))
+
+
+# Memory
+
+
+def test_a_head_of_many_rows_is_quantized_as_one() -> None:
+    """pack takes a few rows at a time."""
+    weight = torch.randn(4099, 513, dtype=torch.bfloat16)
+    assert len(swap_pack._rows(weight)) > 2
+    codes, scale, change = swap_pack._int8(weight)
+    whole = ops.quantize_weight(weight, kind="int8", per_row=True)
+    assert torch.equal(codes, whole[0])
+    assert torch.equal(scale, whole[1])
+    moved = codes * scale[:, None] - weight
+    assert change == pytest.approx((moved.double().norm() / weight.double().norm()).item(), rel=1e-6)
+    assert swap_pack._int8(torch.zeros(3, 5))[2] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux counts it")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_packing_a_head_takes_its_8_bit_copy_and_little_more(tied: bool) -> None:
+    code = f"""
+import re, bitnet
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=65536)
+model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings={tied}))
+bitnet.replace_linear(model)
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+kilobytes = lambda what: int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = kilobytes("VmRSS")
+bitnet.pack(model, head="int8")
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    assert int(done.stdout) < 65536 * 512 + 100e6

@@ -422,7 +422,7 @@ def test_files_that_lost_their_end_are_made_again_whatever_the_journal_says(
 
 def test_a_journal_of_files_that_are_gone_is_not_believed(forms: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole = contents(convert(forms / "float", tmp_path / "whole"))
-    monkeypatch.setattr(stream.shutil, "rmtree", lambda folder: 1 / 0)  # as if killed just before
+    monkeypatch.setattr(stream, "dissolve", lambda *args: 1 / 0)  # as if killed just before
     with pytest.raises(ZeroDivisionError):
         convert(forms / "float", tmp_path / "out")
     monkeypatch.undo()

@@ -19,6 +19,8 @@ def weight_files(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory}: no {CONFIG} there; is it a checkpoint directory?")
+    if (named := read_json(directory / CONFIG).get("transformers_weights")) is not None:
+        return _named(directory / CONFIG, named)
     name = variant(directory)
     weights, index = WEIGHTS, INDEX
     if name is not None:
@@ -30,6 +32,20 @@ def weight_files(directory: str | Path) -> list[Path]:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
     remedy = f"; {pickles[0]} is a pickle, which could run code: convert it to safetensors first" if pickles else ""
     raise FileNotFoundError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there{remedy}")
+
+
+def _named(config: Path, name: object) -> list[Path]:
+    """The weights, where config.json names them: from_pretrained reads no others then. (See writing.publish.)"""
+    if not isinstance(name, str) or not re.fullmatch(r"[^\x00-\x1f/\\]{1,255}\.safetensors(\.index\.json)?", name):
+        raise Damaged(config, f"has {name!r:.200} as transformers_weights, which is no safetensors file of the folder")
+    path = config.parent / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{config.parent}: no {name} there, which {CONFIG} names as its weights")
+    if name.endswith(".json"):
+        return _shards(path)
+    if not inside(config.parent, path):
+        raise Damaged(config, f"names {name}, a link that leads out of the folder", "copy the file there instead")
+    return [path]
 
 
 def variant(directory: Path) -> str | None:

@@ -4,11 +4,12 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitnet.experts import pack_layer, to_packed
+from bitnet.kernels import ops
 from bitnet.linear import BitLayer, BitLinear
-from bitnet.packed import PackedEmbedding, quantize_packed
+from bitnet.packed import PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .. import hf
@@ -56,16 +57,35 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     if found:
         name, linear, embedding = found
         layers[name] = bit_head = BitLinear.from_linear(linear, QuantSpec("int8", per_row=True))
-        codes, scale = quantize_packed(bit_head)
+        codes, scale, change = _int8(bit_head.weight.detach())
         packed[name] = [(codes, scale)]
-        change = (codes * scale[:, None] - bit_head.weight).norm() / bit_head.weight.norm()
-        costs[name] = f"its weights move by {100 * change.item():.2g} % (rms)"
+        costs[name] = f"its weights move by {100 * change:.2g} % (rms)"
         if embedding is not None:
             PackedEmbedding.from_embedding(embedding, codes, scale)
     for name, layer in layers.items():
         to_packed(layer, packed.pop(name), backend)
     hf.attach(model)
     return report_on(model, costs, others="not a BitLinear, so not packed")
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Codes and scale of each row, and by how much the weight moves (rms, relative). A few rows at a time: a head can
+    be the largest matrix of a model."""
+    pieces = []
+    moved = size = 0.0
+    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    for rows, place in zip(_rows(weight), _rows(codes), strict=True):
+        found, scale = ops.quantize_weight(rows, kind="int8", per_row=True)
+        place.copy_(found)
+        pieces.append(scale)
+        moved += (found * scale[:, None] - rows).double().square().sum().item()
+        size += rows.double().square().sum().item()
+    return codes, torch.cat(pieces), (moved / max(size, 1e-300)) ** 0.5
+
+
+def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Of about a million values each."""
+    return matrix.split(max(1, (1 << 20) // matrix.shape[1]))
 
 
 def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
@@ -85,7 +105,7 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
         )
     if _other_holders(model, head, head.bias):
         raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
-    if head.weight.is_meta or not bool(head.weight.isfinite().all()):
+    if head.weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(head.weight)):
         raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
     names = {module: name for name, module in model.named_modules()}
     name = names[head]

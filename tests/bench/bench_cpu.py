@@ -1,6 +1,6 @@
 """How fast the packed linear layer is on this CPU, against reading its bytes and against torch's own kernels.
 
-    python tests/bench/bench_cpu.py [--quick] [--threads 1 2] [--csv tests/bench/results.csv]
+    python tests/bench/bench_cpu.py [--quick] [--isa avx2] [--threads 1 2] [--csv tests/bench/results.csv]
 
 llama.cpp takes part where llama-cpp-python is installed (pip install llama-cpp-python, which compiles for 10 minutes).
 Every call goes through the public layer. Weights rotate through more than 200 MB, so none is in a cache when its turn
@@ -92,7 +92,7 @@ Candidates = dict[str, tuple[Callable[[int, int], Iterator[tuple[Run, int]]], st
 CANDIDATES: Candidates = {
     "read": (raw_read(2), "2 bit"),
     "cpu": (ours("cpu"), "2 bit"),
-    **({"cpu-base3": (ours("cpu-base3"), "1.6 bit")} if cpu.isas(cpu.BASE3) else {}),
+    "cpu-base3": (ours("cpu-base3"), "1.6 bit"),
     "torch int4": (torch_int4, "4 bit"),
     "torch int8": (torch_int8, "int8"),
     "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
@@ -157,7 +157,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens, under 50 seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--csv", type=Path, default=results.FILE)
+    results.add_isa(parser)
     args = parser.parse_args()
+    results.hold(args.isa)
+    if not cpu.isas(cpu.BASE3):
+        del CANDIDATES["cpu-base3"]
     shapes, tokens, seconds = (SHAPES[:2], [1, 16, 64, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
     work = [("ternary_linear", n, k, tokens, CANDIDATES) for n, k in shapes]
     work += [] if args.quick else [("int8_linear", *HEAD, [1, 4], HEAD_CANDIDATES)]

@@ -1,6 +1,6 @@
 """What a training step costs: BitLinear against nn.Linear, and against the quantizer written in plain torch.
 
-    python tests/bench/bench_train.py [--quick] [--threads 2] [--csv tests/bench/results.csv]
+    python tests/bench/bench_train.py [--quick] [--isa avx2] [--threads 2] [--csv tests/bench/results.csv]
 
 Forward, backward and AdamW of a Llama of 4 layers, 768 wide, on 4 x 256 tokens; the models take turns, step by step, so
 noise of the machine hits all of them. The vocabulary is small, so that nearly all of the step is the layers'. One row a
@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="float32 only, 5 rounds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default=results.FILE)
+    results.add_isa(parser)
     args = parser.parse_args()
+    results.hold(args.isa)
     torch.set_num_threads(args.threads)
     common = results.conditions()
     print(f"{common['hardware']}; {common['versions']}")

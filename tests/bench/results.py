@@ -1,8 +1,10 @@
 """results.csv: one row a measured figure, with what it was measured on."""
 
+import argparse
 import csv
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,20 @@ from bitnet import info
 from bitnet.kernels import cpu
 
 FILE = Path(__file__).with_name("results.csv")
+sys.path.append(str(Path(__file__).parent.parent))  # machine.py
+
+
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    """--isa, which hold is for."""
+    parser.add_argument("--isa", help="hold the native kernels to an instruction set (avx2, ...), as on a lesser CPU")
+
+
+def hold(isa: str | None) -> None:
+    """machine.hold. (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in the environment hold torch.)"""
+    if isa is not None:
+        from machine import hold
+
+        hold(isa)
 
 
 def conditions() -> dict[str, str]:
