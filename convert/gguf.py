@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -403,6 +404,12 @@ class GgufSource(Source):
                 raise ValueError(
                     f"{self.path}: tensor {name} is {list(info.shape)}, but by the metadata {list(state[key].shape)}"
                 )
+            if info.kind not in FLOATS.values() and not self._ternary(info):
+                kind = gguf.GGMLQuantizationType(info.kind)
+                try:
+                    gguf.quants.dequantize(np.zeros((1, ggml.nbytes(info.kind, info.shape[-1:])), np.uint8), kind)
+                except NotImplementedError:
+                    raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which is not read here") from None
             self.infos[key] = info
             if (rows := _row_order(module, config, self.family)) is not None:
                 self.rows[key] = rows.argsort()

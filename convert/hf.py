@@ -537,8 +537,17 @@ def compare_all(
         stored = {name: (header.dtype, header.shape) for name, header in named.items()}
         if line := next(misfits(model, stored), None):
             raise ValueError(line)
+        compare_merged(model, named)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+
+
+def compare_merged(model: nn.Module, headers: dict[str, TensorHeader]) -> None:
+    """Raise ValueError for a stack of experts that its stored parts, an expert each, do not make up."""
+    state, found = model.state_dict(), merged(model, headers)
+    for key, parts in found.items():
+        if key in state and any(".experts." in part for part in parts):
+            compare_parts(key, state[key], {part: headers[part] for part in parts})
 
 
 def _with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:

@@ -248,13 +248,10 @@ class FolderSource(Source):
 
     def mismatches(self) -> list[str]:
         lines = super().mismatches()
-        state = self.model.state_dict() if self.merged else {}
-        for key, parts in self.merged.items():
-            try:
-                if key in state and any(".experts." in part for part in parts):
-                    hf.compare_parts(key, state[key], {part: self.headers[part] for part in parts})
-            except ValueError as error:
-                lines.append(str(error))
+        try:
+            hf.compare_merged(self.model, self.headers)
+        except ValueError as error:
+            lines.append(str(error))
         return lines
 
     def parts(self, key: str) -> list[str]:

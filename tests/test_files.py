@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import IDS, Mlp, gpt2, llama, randomize
+from tiny import IDS, Mlp, gpt2, llama, mixtral, randomize
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import bitnet
-from bitnet.convert import gguf_file
+from bitnet.convert import ggml, gguf_file
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
 from bitnet.convert.files.safetensors import read_headers
@@ -558,3 +558,25 @@ def test_gguf_tensors_that_overlap_are_refused(exported: Path, tmp_path: Path) -
         (tmp_path / "m.gguf").write_bytes(gguf_file.header_bytes(metadata, infos) + bytes(end + 64))
         with pytest.raises(Damaged, match="is the next free"):
             gguf_file.read_header(tmp_path / "m.gguf")
+
+
+def test_an_expert_of_another_shape_is_one_error(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "m")
+    name = next(key for key in load_file(tmp_path / "m" / "model.safetensors") if ".experts.1." in key)
+    with_state(tmp_path / "m", lambda state: state.update({name: state[name].T}))
+    for read in (bitnet.load, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"but as a part of .* it must be") as error:
+            read(tmp_path / "m")
+        assert str(tmp_path / "m") in str(error.value)
+
+
+def test_a_gguf_type_that_nothing_here_reads_is_one_error(exported: Path, tmp_path: Path) -> None:
+    metadata, tensors = gguf_file.read_header(exported)
+    infos, end = {}, 0
+    for name, info in tensors.items():
+        kind = 9 if name == "output.weight" else info.kind  # Q8_1, which only llama.cpp's kernels use
+        infos[name] = gguf_file.TensorInfo(kind, info.shape, end, ggml.nbytes(kind, info.shape))
+        end += gguf_file.padded(infos[name].nbytes)
+    (tmp_path / "m.gguf").write_bytes(gguf_file.header_bytes(metadata, infos) + bytes(end))
+    with pytest.raises(ValueError, match=r"tensor output\.weight is Q8_1, which is not read here"):
+        bitnet.inspect_checkpoint(tmp_path / "m.gguf", QUIET)
