@@ -394,7 +394,9 @@ def test_a_conversion_writes_what_was_calibrated(folder: Path, text: Path, per_r
 def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"calibrate": text, "console": Console(quiet=True), **OPTIONS}
+    mine = tmp_path / "text"
+    mine.write_bytes(text.read_bytes())
+    options = {"calibrate": mine, "console": Console(quiet=True), **OPTIONS}
     whole = convert_checkpoint(folder, tmp_path / "whole", **options)
     solve, solved = gptq.ternarize, []
 
@@ -410,6 +412,13 @@ def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="or with other options"):
         convert_checkpoint(folder, tmp_path / "out", **options | {"seed": 1, "resume": True})
+    mine.write_bytes(text.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"with 1 of 2 blocks, was made from another .*; what is finished is kept in"):
+        convert_checkpoint(folder, tmp_path / "out", **options, resume=True)
+    mine.write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"give more text, .*; what is finished is kept in"):
+        convert_checkpoint(folder, tmp_path / "out", **options, resume=True)
+    mine.write_bytes(text.read_bytes())
     solved.clear()
     monkeypatch.setattr("bitnet.convert.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args))
     convert_checkpoint(folder, tmp_path / "out", **options, resume=True)

@@ -74,7 +74,7 @@ MANY = {"max_shard_size": 3000}
 
 def test_a_save_killed_between_moves_loads_as_old_or_new(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    kill("save", tmp_path / "out", tmp_path / "root", old=MANY, new=MANY, stride=6)
+    kill("save", tmp_path / "out", tmp_path / "root", old=MANY, new=MANY, stride=9)
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_save_killed_at_any_step_loads_as_old_or_new(
 @pytest.mark.parametrize(
     ("place", "stride"),
     [
-        pytest.param("mount", 6, marks=mounts),
+        pytest.param("mount", 9, marks=mounts),
         *(pytest.param(place, 1, marks=pytest.mark.slow) for place in ("new", "folder", "link")),
         pytest.param("mount", 1, marks=[mounts, pytest.mark.slow]),
     ],
