@@ -510,7 +510,9 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs("cmake", "c++", "qemu-x86_64-static")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for x86-64")
-@pytest.mark.parametrize(("model", "expected"), [("Nehalem", ["scalar"]), ("max", ["avx2", "scalar"])])
+@pytest.mark.parametrize(
+    ("model", "expected"), [("Nehalem", ["scalar"]), ("max", ["avx2", "scalar"])], ids=["scalar", "avx2"]
+)
 def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list[str]) -> None:
     """Fails with an illegal instruction if code meant for all CPUs was compiled for a newer one."""
     program = build_selfcheck(tmp_path)
