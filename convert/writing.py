@@ -6,7 +6,6 @@ renamed when it is complete. Files are on the disk before they get their names.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes at one target are not told of each other
+    fcntl = None  # type: ignore[assignment]
 
 from .files.folder import CONFIG, INDEX, WEIGHTS
 
@@ -39,7 +43,9 @@ def write_whole(file: Path, data: bytes) -> None:
 def sync(paths: Iterable[Path]) -> None:
     """Wait until files, and the names in folders, have reached the disk."""
     for path in paths:
-        handle = os.open(path, os.O_RDONLY)
+        if os.name == "nt" and path.is_dir():  # no folder can be opened there
+            continue
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         except OSError as error:
@@ -101,7 +107,8 @@ def _hold(target: Path, kind: str, wait: bool) -> tuple[Path, int] | None:
         raise
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace") or "another process"
             raise OSError(f"{target} is being written by {holder}; wait for it, or choose another target") from None
