@@ -60,17 +60,30 @@ def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, 
     return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, bits)
 
 
-def _cpu_quantizers(device: torch.device) -> proof.Results:
+def _quantizers(
+    device: torch.device, quantize: Callable, ternary_codes: Callable, magnitudes: Callable
+) -> proof.Results:
+    """Results of what a library has in common with the others: activation codes, ternary codes, sums of magnitudes."""
     for dtype in cpu.FLOATS:
         x = proof.tokens(5, dtype)
-        q, s = reference.quantize_activation(x)
-        for what, got, expected in zip(("codes", "scales"), cpu.quantize_tokens(x), (q, s), strict=True):
+        here = x.to(device)
+        for what, got, expected in zip(
+            ("codes", "scales"), quantize(here), reference.quantize_activation(x), strict=True
+        ):
             yield f"{what} of tokens of {dtype}", got, expected
         codes, _ = reference.quantize_weight(x, per_row=True)
         inv = reference.inverse_scale(x, per_row=True)
-        yield f"ternary codes of {dtype}", cpu.ternary_codes(x, inv), codes
-        yield f"packed codes of {dtype}", cpu.pack_ternary(x, inv), pack_ternary(codes)
-        yield f"inverse scales of {dtype}", reference.inverse_of_mean(cpu.magnitudes(x) / x.shape[1]), inv
+        yield f"ternary codes of {dtype}", ternary_codes(here, inv.to(device)), codes
+        yield f"inverse scales of {dtype}", reference.inverse_of_mean(magnitudes(here) / x.shape[1]), inv
+
+
+def _cpu_quantizers(device: torch.device) -> proof.Results:
+    yield from _quantizers(device, cpu.quantize_tokens, cpu.ternary_codes, cpu.magnitudes)
+    for dtype in cpu.FLOATS:
+        x = proof.tokens(5, dtype)
+        inv = reference.inverse_scale(x, per_row=True)
+        expected = pack_ternary(reference.quantize_weight(x, per_row=True)[0])
+        yield f"packed codes of {dtype}", cpu.pack_ternary(x, inv), expected
     codes, scale, bias = proof.example()
     q, s = reference.quantize_activation(proof.tokens(5, torch.float32))
     weight = cpu.prepack_codes(codes, eight_bits=False)
@@ -82,16 +95,10 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
     from .triton_linear import int_linear
     from .triton_quantize import dequantize, magnitudes, quantize_activation, ternary_codes
 
+    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes)
     for dtype in cpu.FLOATS:
-        x = proof.tokens(5, dtype)
-        q, s = reference.quantize_activation(x)
-        for what, got, expected in zip(("codes", "scales"), quantize_activation(x.to(device)), (q, s), strict=True):
-            yield f"{what} of tokens of {dtype}", got, expected
+        q, s = reference.quantize_activation(proof.tokens(5, dtype))
         yield f"tokens from codes as {dtype}", dequantize(q.to(device), s.to(device), dtype), (q / s).to(dtype)
-        codes, _ = reference.quantize_weight(x, per_row=True)
-        inv = reference.inverse_scale(x, per_row=True)
-        yield f"ternary codes of {dtype}", ternary_codes(x.to(device), inv.to(device)), codes
-        yield f"inverse scales of {dtype}", reference.inverse_of_mean(magnitudes(x.to(device)) / x.shape[1]), inv
     codes, scale, bias = proof.example()
     q, s = reference.quantize_activation(proof.tokens(67, torch.float32))
     expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.bfloat16)
