@@ -17,9 +17,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bitnet.convert.conversion.stream import convert_checkpoint
     from .convert.checkpoint import load, save
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
-    from .convert.stream import convert_checkpoint
     from .convert.swap.pack import pack
     from .convert.swap.replace import replace_linear
     from .convert.swap.report import Report
@@ -45,7 +45,7 @@ _HOME = {
     "Report": "bitnet.convert.swap.report",
     "StrengthCallback": "bitnet.trainer",
     "backends": "bitnet.kernels.backends",
-    "convert_checkpoint": "bitnet.convert.stream",
+    "convert_checkpoint": "bitnet.convert.conversion.stream",
     "diff_checkpoints": "bitnet.convert.inspection",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
@@ -94,11 +94,11 @@ def __dir__() -> list[str]:
 
 
 class _Ours:
-    """A class of bitnet.convert.hf that is imported when it is used; it and transformers take seconds."""
+    """A class of bitnet.convert.hub.hf that is imported when it is used; it and transformers take seconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.__module__ = "bitnet.convert.hf"
+        self.__module__ = "bitnet.convert.hub.hf"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._found()(*args, **kwargs)

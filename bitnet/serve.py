@@ -27,7 +27,7 @@ def generate(
     from transformers import TextStreamer
 
     from .convert.checkpoint import load, weight_files
-    from .convert.tokenizers import load_tokenizer
+    from .convert.hub.tokenizers import load_tokenizer
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
@@ -72,7 +72,7 @@ def serve(checkpoint: str, options: Sequence[str] = ()) -> None:
 
     options: command-line options of `transformers serve`
     """
-    import bitnet.convert.hf  # noqa: F401  registers our layers
+    import bitnet.convert.hub.hf  # noqa: F401  registers our layers
     from bitnet.convert.checkpoint import weight_files
 
     app = _app()

@@ -14,7 +14,7 @@ from .files.folder import CONFIG, WEIGHTS, variant, weight_files
 from .files.folder import INDEX as INDEX
 from .files.json_object import read_json
 from .files.safetensors import read_headers
-from .match import computed
+from .hub.match import computed
 from .writing import replacing
 
 
@@ -34,7 +34,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
-    from . import hf
+    from .hub import hf
 
     if bits not in (2, 1.6):
         raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
@@ -88,8 +88,8 @@ def load(
     from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
-    from . import hf
-    from .models import model_config, refusals, skeleton
+    from .hub import hf
+    from .hub.models import model_config, refusals, skeleton
 
     files = weight_files(directory)
     headers = read_headers(files)

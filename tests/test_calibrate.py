@@ -31,10 +31,10 @@ from transformers import (
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear, cli
-from bitnet.convert import gptq
-from bitnet.convert.calibrate import calibrate, calibrated, latent_weight, read_text
+from bitnet.convert.calibration import gptq
+from bitnet.convert.calibration.calibrate import calibrate, calibrated, latent_weight, read_text
+from bitnet.convert.conversion.stream import convert_checkpoint
 from bitnet.convert.source import FolderSource
-from bitnet.convert.stream import convert_checkpoint
 from bitnet.kernels import layout, reference
 from bitnet.quickstart import build_tokenizer
 
@@ -246,7 +246,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patched:
         solved = []
         solve = gptq.ternarize
-        patched.setattr("bitnet.convert.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args))
+        patched.setattr(
+            "bitnet.convert.calibration.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args)
+        )
         resumed = calibrate(FolderSource(folder), text, store, resume=True, **OPTIONS)
         assert len(solved) == 7  # the second block's layers
     assert (store / "block-00000.safetensors").stat().st_mtime_ns == finished
@@ -406,7 +408,7 @@ def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
             raise KeyboardInterrupt
         return solve(*args)
 
-    monkeypatch.setattr("bitnet.convert.calibrate.ternarize", failing)
+    monkeypatch.setattr("bitnet.convert.calibration.calibrate.ternarize", failing)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -420,7 +422,9 @@ def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
         convert_checkpoint(folder, tmp_path / "out", **options, resume=True)
     mine.write_bytes(text.read_bytes())
     solved.clear()
-    monkeypatch.setattr("bitnet.convert.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args))
+    monkeypatch.setattr(
+        "bitnet.convert.calibration.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args)
+    )
     convert_checkpoint(folder, tmp_path / "out", **options, resume=True)
     assert len(solved) == 7  # the second block's layers; the first block was finished
     assert contents(tmp_path / "out") == contents(whole)

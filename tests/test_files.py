@@ -25,11 +25,11 @@ from transformers import (
 )
 
 import bitnet
-from bitnet.convert import ggml, gguf_file
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
 from bitnet.convert.files.safetensors import read_headers
-from bitnet.convert.models import model_config
+from bitnet.convert.hub.models import model_config
+from bitnet.convert.llama_cpp import ggml, gguf_file
 from bitnet.convert.source import FolderSource
 
 QUIET = Console(quiet=True)

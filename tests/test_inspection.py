@@ -15,8 +15,8 @@ from torch import Tensor
 
 import bitnet
 from bitnet import cli
+from bitnet.convert.conversion.stream import convert_checkpoint
 from bitnet.convert.inspection import diff_checkpoints, inspect_checkpoint
-from bitnet.convert.stream import convert_checkpoint
 
 QUIET = Console(quiet=True)
 UP, NORM = "model.layers.1.mlp.up_proj", "model.norm.weight"

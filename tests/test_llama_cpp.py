@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 import bitnet
-from bitnet.convert import gguf_file, gguf_tokenizer
-from bitnet.convert.gguf import write_gguf
+from bitnet.convert.llama_cpp import gguf_file, gguf_tokenizer
+from bitnet.convert.llama_cpp.gguf import write_gguf
 from bitnet.convert.source import FolderSource
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quickstart import Settings, build_tokenizer, corpus, train

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 import bitnet
 from bitnet import cli
-from bitnet.convert import stream
 from bitnet.convert.checkpoint import read_headers
-from bitnet.convert.stream import convert_checkpoint
+from bitnet.convert.conversion import stream
+from bitnet.convert.conversion.stream import convert_checkpoint
 from bitnet.quickstart import build_tokenizer
 
 QUIET = Console(quiet=True)
@@ -508,7 +508,7 @@ def test_memory_does_not_grow_with_the_model(to: str, tmp_path: Path) -> None:
     del model
     code = """
 import re, sys
-from bitnet.convert.stream import convert_checkpoint
+from bitnet.convert.conversion.stream import convert_checkpoint
 convert_checkpoint(*sys.argv[1:])
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """

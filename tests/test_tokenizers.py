@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 import bitnet
 from bitnet.cli import main
-from bitnet.convert import gguf_file, stream
-from bitnet.convert.gguf_tokenizer import tokenizer_of
+from bitnet.convert.conversion import stream
+from bitnet.convert.llama_cpp import gguf_file
+from bitnet.convert.llama_cpp.gguf_tokenizer import tokenizer_of
 
 QUIET = Console(quiet=True)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitnet
-from bitnet.convert import stream, writing
-from bitnet.convert.stream import convert_checkpoint
+from bitnet.convert import writing
+from bitnet.convert.conversion import stream
+from bitnet.convert.conversion.stream import convert_checkpoint
 
 QUIET = Console(quiet=True)
 KILLS = Path(__file__).with_name("kills.py")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from .. import ggml
+from ..llama_cpp import ggml
 from .damaged import Damaged
 
 ALIGNMENT = 32

@@ -12,7 +12,7 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedEmbedding
 from bitnet.quantize import QuantSpec
 
-from .. import hf
+from ..hub import hf
 from .report import Report, report_on
 from .safety import judge
 

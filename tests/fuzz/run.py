@@ -37,9 +37,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import bitnet
-from bitnet.convert import stream
+from bitnet.convert.conversion import stream
 from bitnet.convert.files.damaged import Damaged
-from bitnet.convert.models import model_config
+from bitnet.convert.hub.models import model_config
 
 QUIET = Console(quiet=True)
 SECONDS, MEMORY = 30, 500 << 20

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from bitnet.kernels import ops
 from bitnet.linear import BitLinear, become
 
-from .rounding import Quantized, rounded
-from .source import Source
+from ..rounding import Quantized, rounded
+from ..source import Source
 
 FLOAT, PLAIN, CALIBRATED = STREAMS = "float", "plain", "calibrated"
 

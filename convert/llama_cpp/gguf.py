@@ -25,12 +25,12 @@ from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
+from ..files.damaged import Damaged
+from ..files.gguf import REMEDY
+from ..hub.models import refusals, skeleton
+from ..source import DTYPES, Quantized, Source, naming
 from . import ggml, gguf_file, gguf_tokenizer
-from .files.damaged import Damaged
-from .files.gguf import REMEDY
 from .gguf_file import TensorInfo, Value
-from .models import refusals, skeleton
-from .source import DTYPES, Quantized, Source, naming
 
 KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
 

@@ -30,14 +30,15 @@ from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.progress import Progress
 
-from . import ggml, gguf, hf
-from .calibrate import calibrate as calibrate_source
-from .calibrate import calibrated, latent_weight
-from .files.folder import CONFIG, INDEX, WEIGHTS
-from .inspection import scale_problems
-from .rounding import exact
-from .source import DTYPES, Source, Weight, open_source
-from .writing import clear, dissolve, settle, sync, where, work_folder, write_whole
+from ..calibration.calibrate import calibrate as calibrate_source
+from ..calibration.calibrate import calibrated, latent_weight
+from ..files.folder import CONFIG, INDEX, WEIGHTS
+from ..hub import hf
+from ..inspection import scale_problems
+from ..llama_cpp import ggml, gguf
+from ..rounding import exact
+from ..source import DTYPES, Source, Weight, open_source
+from ..writing import clear, dissolve, settle, sync, where, work_folder, write_whole
 
 TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
 MOVED = "moved.json"

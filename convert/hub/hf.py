@@ -58,13 +58,13 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
-from .files.damaged import Damaged
-from .files.folder import inside
-from .files.safetensors import TensorHeader, read_headers
-from .head import has_int8_head, to_float_head
+from ..files.damaged import Damaged
+from ..files.folder import inside
+from ..files.safetensors import TensorHeader, read_headers
+from ..swap.head import has_int8_head, to_float_head
+from ..swap.kinds import HEADS, settle_fast_paths, swappable, to_training
 from .match import leftovers, misfits
 from .options import check_options, check_section
-from .swap.kinds import HEADS, settle_fast_paths, swappable, to_training
 
 EXTENDED = "bitnet_toolkit: this checkpoint needs `pip install bitnet-toolkit` and `import bitnet`"
 
@@ -420,7 +420,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return True  # adapters beside packed layers
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from .swap.unpack import unpack  # which imports this file
+        from ..swap.unpack import unpack
 
         unpack(model, dtype)
         return model

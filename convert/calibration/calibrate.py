@@ -30,10 +30,10 @@ from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
 
+from ..source import Quantized, Source
+from ..writing import write_whole
 from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
 from .gptq import ternarize
-from .source import Quantized, Source
-from .writing import write_whole
 
 SETTINGS = "calibration.json"
 

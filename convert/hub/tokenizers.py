@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files.damaged import Damaged
-from .files.json_object import read_json
+from ..files.damaged import Damaged
+from ..files.json_object import read_json
 
 FILES = re.compile(
     r"tokenizer.*|.*vocab.*\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
