@@ -16,9 +16,11 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from .bitnet.convert.conversion.stream import convert_checkpoint
     from .convert.checkpoint import load, save
+    from .convert.conversion.stream import convert_checkpoint
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
     from .convert.swap.pack import pack
     from .convert.swap.replace import replace_linear
@@ -29,21 +31,19 @@ if TYPE_CHECKING:
     from .linear import BitConv1D, BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
-    from .trainer import StrengthCallback
-    from .training import Muon, set_strength, strength_at
-
-__version__ = "0.1.0"
+    from .train.trainer import StrengthCallback
+    from .train.training import Muon, set_strength, strength_at
 
 _HOME = {
     "BitConv1D": "bitnet.linear",
     "BitExperts": "bitnet.experts",
     "BitLinear": "bitnet.linear",
-    "Muon": "bitnet.training",
+    "Muon": "bitnet.train.training",
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
     "QuantSpec": "bitnet.quantize",
     "Report": "bitnet.convert.swap.report",
-    "StrengthCallback": "bitnet.trainer",
+    "StrengthCallback": "bitnet.train.trainer",
     "backends": "bitnet.kernels.backends",
     "convert_checkpoint": "bitnet.convert.conversion.stream",
     "diff_checkpoints": "bitnet.convert.inspection",
@@ -52,8 +52,8 @@ _HOME = {
     "pack": "bitnet.convert.swap.pack",
     "replace_linear": "bitnet.convert.swap.replace",
     "save": "bitnet.convert.checkpoint",
-    "set_strength": "bitnet.training",
-    "strength_at": "bitnet.training",
+    "set_strength": "bitnet.train.training",
+    "strength_at": "bitnet.train.training",
     "unpack": "bitnet.convert.swap.unpack",
 }
 

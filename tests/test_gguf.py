@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import bitnet
+from bitnet.commands.quickstart import build_tokenizer
 from bitnet.convert.conversion.stream import convert_checkpoint
 from bitnet.convert.llama_cpp import ggml, gguf_file, gguf_tokenizer
 from bitnet.convert.llama_cpp.gguf import FAMILIES, KINDS, GgufSource, write_gguf
 from bitnet.convert.source import FolderSource, Source
 from bitnet.packed import PackedBitLinear
-from bitnet.quickstart import build_tokenizer
 
 IDS = torch.tensor([[3, 41, 5, 17, 200, 511]])
 

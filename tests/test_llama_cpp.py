@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 import bitnet
+from bitnet.commands.quickstart import Settings, build_tokenizer, corpus, train
 from bitnet.convert.llama_cpp import gguf_file, gguf_tokenizer
 from bitnet.convert.llama_cpp.gguf import write_gguf
 from bitnet.convert.source import FolderSource
 from bitnet.packed import PackedBitLinear, PackedEmbedding
-from bitnet.quickstart import Settings, build_tokenizer, corpus, train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python", exc_type=ImportError)
 pytestmark = pytest.mark.slow

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 from tiny import llama
 
-from bitnet import cli, tune
+from bitnet import cli
+from bitnet.commands import tune
+from bitnet.commands.quickstart import build_tokenizer
 from bitnet.kernels import backends
 from bitnet.kernels.triton_layout import TWO_BITS
 from bitnet.progress import Progress, track
-from bitnet.quickstart import build_tokenizer
 
 
 class Recorder:

@@ -152,7 +152,7 @@ def answer(app: Any, path: str, body: dict[str, Any]) -> tuple[int, str]:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/completions"])
 def test_a_chat_without_a_template_is_refused_with_the_reason(path: str) -> None:
-    from bitnet.door import Checks
+    from bitnet.serving.door import Checks
 
     async def server(scope: Any, receive: Any, send: Any) -> None:
         asked = json.loads((await receive())["body"])

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 import bitnet
 from bitnet import cli
+from bitnet.commands.quickstart import build_tokenizer
 from bitnet.convert.checkpoint import read_headers
 from bitnet.convert.conversion import stream
 from bitnet.convert.conversion.stream import convert_checkpoint
-from bitnet.quickstart import build_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -439,7 +439,7 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
-from bitnet.convert import stream
+from bitnet.convert.conversion import stream
 from bitnet.convert.source import FolderSource
 stream.SYNC = 1  # note every job at once, so that there is something to go on with
 source, target, count = sys.argv[1], sys.argv[2], int(sys.argv[3])

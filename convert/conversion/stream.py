@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import bitnet
 from bitnet.experts import BitExperts, PackedExperts, to_packed
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.progress import Progress
+from bitnet.version import __version__
 
 from ..calibration.calibrate import calibrate as calibrate_source
 from ..calibration.calibrate import calibrated, latent_weight
@@ -132,7 +132,7 @@ def convert_checkpoint(
     calibration = {"text": calibrate, "samples": samples, "length": length, "seed": seed, "device": device}
     options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
     form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options}
-    fingerprint = {"version": bitnet.__version__, "source": opened.fingerprint(), **form}
+    fingerprint = {"version": __version__, "source": opened.fingerprint(), **form}
     if to in gguf.KINDS:  # either refuses what cannot be done
         gguf.plan(opened, to, tokenizer)
     else:

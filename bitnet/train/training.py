@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .linear import BitLayer
+from ..linear import BitLayer
 
 
 def set_strength(model: nn.Module, strength: float) -> None:

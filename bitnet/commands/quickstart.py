@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .convert.checkpoint import load, read_headers, save
-from .convert.swap.pack import pack
-from .convert.swap.replace import replace_linear
-from .info import hardware, versions
-from .linear import BitLinear
-from .packed import PackedBitLinear
-from .progress import Progress
-from .training import Muon, set_strength, strength_at
+from ..convert.checkpoint import load, read_headers, save
+from ..convert.swap.pack import pack
+from ..convert.swap.replace import replace_linear
+from ..info import hardware, versions
+from ..linear import BitLinear
+from ..packed import PackedBitLinear
+from ..progress import Progress
+from ..train.training import Muon, set_strength, strength_at
 
 END = 256  # end-of-text token; tokens 0..255 are bytes
 VOCABULARY = 257

@@ -26,8 +26,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from .convert.checkpoint import load, weight_files
-    from .convert.hub.tokenizers import load_tokenizer
+    from ..convert.checkpoint import load, weight_files
+    from ..convert.hub.tokenizers import load_tokenizer
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
