@@ -110,6 +110,14 @@ def rescale(acc: Tensor, s: Tensor, scale: Tensor, bias: Tensor | None, dtype: t
     return y.to(dtype)
 
 
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that codes stand for, codes * scale, multiplied in float32 and rounded once to dtype.
+
+    codes: int8 [..., N, K]; scale: float32 [..., 1] or [..., N]
+    """
+    return (codes * scale[..., None]).to(dtype)
+
+
 def float_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product when activations stay float (activation bits "none"): (x @ codes.T) * scale + bias.
 
