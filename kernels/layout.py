@@ -11,6 +11,9 @@ with rows of zeros at the end, and readers cut them off again.
 
 Base-3 layout (files only, `bitnet.save(..., bits=1.6)`): 1.6 bits a weight, five *features* to a byte. Byte [n, b] is
 the sum of (code of feature 5b + i, + 1) * 3^i over i = 0..4, so 0 to 242; features beyond K count as code 0.
+
+Binary layout (for weights without zeros): 1 bit a weight, eight *features* to a byte, the first in the
+lowest bit: 1 for the code +1, 0 for -1. Features beyond K count as -1.
 """
 
 import torch
@@ -81,6 +84,28 @@ def unpack_base3(packed: Tensor, in_features: int) -> Tensor:
         )
     digits = torch.stack([packed // 3**i % 3 for i in range(5)], dim=-1).view(packed.shape[0], -1)
     return digits[:, :in_features].to(torch.int8) - 1
+
+
+def pack_binary(codes: Tensor) -> Tensor:
+    """Pack binary codes eight to a byte.
+
+    codes:   int8 [N, K], values -1, 1. Left unchanged.
+    returns: uint8 [N, ceil(K/8)]
+    Raises ValueError for other dtypes, shapes or codes. unpack_binary inverts it exactly.
+    """
+    _check_codes("pack_binary", codes)
+    if zeros := codes.numel() - int(codes.count_nonzero()):
+        raise ValueError(f"pack_binary: codes must be -1 or 1, got {zeros} zeros; pack_ternary takes them")
+    bits = torch.nn.functional.pad((codes > 0).to(torch.uint8), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_binary(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of pack_binary: uint8 [N, ceil(K/8)] to int8 [N, K]. Raises ValueError for another dtype or shape."""
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != -(-in_features // 8):
+        raise ValueError(f"binary weight must be uint8 [N, ceil({in_features}/8)], got {_describe(packed)}")
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :in_features].to(torch.int8) * 2 - 1
 
 
 def check_packed(packed: Tensor, out_features: int | None = None) -> int:
