@@ -34,7 +34,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
-    from .hub import hf
+    from .hub import loading as hf
 
     if bits not in (2, 1.6):
         raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
@@ -88,7 +88,7 @@ def load(
     from bitnet.experts import PackedStack
     from bitnet.packed import PackedBitLinear
 
-    from .hub import hf
+    from .hub import loading as hf
     from .hub.models import model_config, refusals, skeleton
 
     files = weight_files(directory)

@@ -23,7 +23,8 @@ from .files.damaged import Damaged
 from .files.folder import CONFIG, weight_files
 from .files.json_object import read_json
 from .files.safetensors import DTYPES, read_headers, read_into
-from .hub import hf, match, tokenizers
+from .hub import loading as hf
+from .hub import match, tokenizers
 from .hub.models import model_config, skeleton
 from .rounding import Quantized, exact, rounded
 from .swap.replace import replace_linear
@@ -371,7 +372,7 @@ def open_source(path: str | Path, *, floats: bool = False, **swap: Any) -> Sourc
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such folder or file")
     if Path(path).is_file():
-        from .llama_cpp.gguf import GgufSource
+        from .llama_cpp.source import GgufSource
 
         return GgufSource(path, dequantize=floats)
     return FolderSource(path, **swap)

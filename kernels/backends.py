@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, int8, proof, reference, triton_layout
+from . import proof, reference
+from . import torch_int8 as int8
+from .cpu import library as cpu
+from .gpu import layout as triton_layout
 from .layout import codes_of, pack_ternary
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
@@ -92,8 +95,8 @@ def _cpu_quantizers(device: torch.device) -> proof.Results:
 
 
 def _triton_quantizers(device: torch.device) -> proof.Results:
-    from .triton_linear import int_linear
-    from .triton_quantize import dequantize, magnitudes, quantize_activation, ternary_codes
+    from .gpu.linear import int_linear
+    from .gpu.quantize import dequantize, magnitudes, quantize_activation, ternary_codes
 
     yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes)
     for dtype in cpu.FLOATS:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu, int8, products, reference
+from . import backends, products, reference
+from . import torch_int8 as int8
 from .backends import Linear, choose_backend
+from .cpu import library as cpu
 from .layout import check_packed, check_stored, pack_ternary, packed_rows, validate_packed
 
 
@@ -306,19 +308,19 @@ def _ternary_linear(
 def _quantize_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits != 8 or not _on_triton(x):
         return reference.quantize_activation(x, bits)
-    from .triton_quantize import quantize_activation
+    from .gpu.quantize import quantize_activation
 
     return quantize_activation(x)
 
 
 def _gpu_magnitudes(weight: Tensor) -> Tensor:
-    from .triton_quantize import magnitudes
+    from .gpu.quantize import magnitudes
 
     return magnitudes(weight)
 
 
 def _gpu_ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
-    from .triton_quantize import ternary_codes
+    from .gpu.quantize import ternary_codes
 
     return ternary_codes(weight, inv)
 
@@ -326,7 +328,7 @@ def _gpu_ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:
 def _gpu_int_linear(
     q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    from .triton_linear import int_linear
+    from .gpu.linear import int_linear
 
     return int_linear(q, s, codes, scale, bias, dtype)
 
@@ -338,7 +340,7 @@ def _cpu_int_linear(
 
 
 def _gpu_dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    from .triton_quantize import dequantize
+    from .gpu.quantize import dequantize
 
     return dequantize(q, s, dtype)
 

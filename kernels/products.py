@@ -19,7 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import reference
+from .cpu import library as cpu
 from .proof import aside
 
 _FEW = 8  # tokens; for fewer, getting at the weight takes longer than the product

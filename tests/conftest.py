@@ -2,7 +2,7 @@ import pytest
 import torch
 from machine import hold
 
-from bitnet.kernels import cpu
+from bitnet.kernels.cpu import library as cpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.kernels import backends, cpu
+from bitnet.kernels import backends
+from bitnet.kernels.cpu import library as cpu
 
 
 def hold(isa: str) -> None:

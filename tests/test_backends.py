@@ -10,7 +10,8 @@ from torch import Tensor
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import backends, cpu, ops, products, proof, reference
+from bitnet.kernels import backends, ops, products, proof, reference
+from bitnet.kernels.cpu import library as cpu
 
 CPU = torch.device("cpu")
 NATIVE = cpu.missing(CPU) is None

@@ -14,7 +14,7 @@ from bitnet import cli
 from bitnet.commands.quickstart import VOCABULARY, build_tokenizer
 from bitnet.commands.tune import shapes_of
 from bitnet.experts import PackedStack
-from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
+from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 from bitnet.packed import PackedBitLinear
 
 

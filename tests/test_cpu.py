@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.kernels import backends, cpu, ops, reference
+from bitnet.kernels import backends, ops, reference
+from bitnet.kernels.cpu import library as cpu
 from bitnet.kernels.layout import pack_ternary
 
 MISSING = cpu.missing(torch.device("cpu"))

@@ -26,7 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import bitnet
-from bitnet.convert.hub import hf
+from bitnet.convert.hub import loading as hf
 from bitnet.experts import BitExperts, PackedExperts, PackedStack, pack_layer, stacks_of, to_packed
 from bitnet.kernels import backends
 from bitnet.linear import BitConv1D

@@ -29,7 +29,8 @@ from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
 from bitnet.convert.files.safetensors import read_headers
 from bitnet.convert.hub.models import model_config
-from bitnet.convert.llama_cpp import ggml, gguf_file
+from bitnet.convert.llama_cpp import file as gguf_file
+from bitnet.convert.llama_cpp import tensor_types as ggml
 from bitnet.convert.source import FolderSource
 
 QUIET = Console(quiet=True)

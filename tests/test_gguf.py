@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import bitnet
 from bitnet.commands.quickstart import build_tokenizer
-from bitnet.convert.conversion.stream import convert_checkpoint
-from bitnet.convert.llama_cpp import ggml, gguf_file, gguf_tokenizer
-from bitnet.convert.llama_cpp.gguf import FAMILIES, KINDS, GgufSource, write_gguf
+from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.llama_cpp import file as gguf_file
+from bitnet.convert.llama_cpp import tensor_types as ggml
+from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
+from bitnet.convert.llama_cpp.source import FAMILIES, KINDS, GgufSource, write_gguf
 from bitnet.convert.source import FolderSource, Source
 from bitnet.packed import PackedBitLinear
 

@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 import bitnet
 from bitnet.commands.quickstart import Settings, build_tokenizer, corpus, train
-from bitnet.convert.llama_cpp import gguf_file, gguf_tokenizer
-from bitnet.convert.llama_cpp.gguf import write_gguf
+from bitnet.convert.llama_cpp import file as gguf_file
+from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
+from bitnet.convert.llama_cpp.source import write_gguf
 from bitnet.convert.source import FolderSource
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 

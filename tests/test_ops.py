@@ -8,7 +8,8 @@ from oracle import DTYPES, grid
 from shapes import AWKWARD, SHAPES
 from torch import Tensor
 
-from bitnet.kernels import backends, int8, layout, ops, reference
+from bitnet.kernels import backends, layout, ops, reference
+from bitnet.kernels import torch_int8 as int8
 
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
 

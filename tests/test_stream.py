@@ -26,8 +26,8 @@ import bitnet
 from bitnet import cli
 from bitnet.commands.quickstart import build_tokenizer
 from bitnet.convert.checkpoint import read_headers
-from bitnet.convert.conversion import stream
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion import plan as stream
+from bitnet.convert.conversion.plan import convert_checkpoint
 
 QUIET = Console(quiet=True)
 
@@ -439,7 +439,7 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
-from bitnet.convert.conversion import stream
+from bitnet.convert.conversion import plan as stream
 from bitnet.convert.source import FolderSource
 stream.SYNC = 1  # note every job at once, so that there is something to go on with
 source, target, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -508,7 +508,7 @@ def test_memory_does_not_grow_with_the_model(to: str, tmp_path: Path) -> None:
     del model
     code = """
 import re, sys
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion.plan import convert_checkpoint
 convert_checkpoint(*sys.argv[1:])
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """

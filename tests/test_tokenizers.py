@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 import bitnet
 from bitnet.cli import main
-from bitnet.convert.conversion import stream
-from bitnet.convert.llama_cpp import gguf_file
-from bitnet.convert.llama_cpp.gguf_tokenizer import tokenizer_of
+from bitnet.convert.conversion import plan as stream
+from bitnet.convert.llama_cpp import file as gguf_file
+from bitnet.convert.llama_cpp.tokenizer import tokenizer_of
 
 QUIET = Console(quiet=True)
 

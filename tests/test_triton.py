@@ -21,13 +21,14 @@ from shapes import AWKWARD, REAL, SHAPES
 from torch import Tensor
 
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import backends, layout, ops, proof, reference, triton_layout
-from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
+from bitnet.kernels import backends, layout, ops, proof, reference
+from bitnet.kernels.gpu import layout as triton_layout
+from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from bitnet.kernels import triton_configs as configs  # noqa: E402
-from bitnet.kernels import triton_linear as linear  # noqa: E402
-from bitnet.kernels import triton_quantize as quantize  # noqa: E402
+from bitnet.kernels.gpu import configs as configs  # noqa: E402
+from bitnet.kernels.gpu import linear as linear  # noqa: E402
+from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitnet
 from bitnet.convert import writing
-from bitnet.convert.conversion import stream
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion import plan as stream
+from bitnet.convert.conversion.plan import convert_checkpoint
 
 QUIET = Console(quiet=True)
 KILLS = Path(__file__).with_name("kills.py")

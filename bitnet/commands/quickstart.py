@@ -30,7 +30,7 @@ from ..info import hardware, versions
 from ..linear import BitLinear
 from ..packed import PackedBitLinear
 from ..progress import Progress
-from ..train.training import Muon, set_strength, strength_at
+from ..train.strength import Muon, set_strength, strength_at
 
 END = 256  # end-of-text token; tokens 0..255 are bytes
 VOCABULARY = 257

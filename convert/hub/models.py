@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..files.damaged import Damaged
-from . import hf
+from . import loading as hf
 
 # Options that say how many modules (or entries of a table) there are, and how many a model may have at least: with more
 # layers than that, each must have a tensor of its own.

@@ -12,7 +12,7 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedEmbedding
 from bitnet.quantize import QuantSpec
 
-from ..hub import hf
+from ..hub import loading as hf
 from .report import Report, report_on
 from .safety import judge
 

@@ -15,7 +15,7 @@ from bitnet.experts import stacks_of
 from bitnet.linear import BitLayer
 from bitnet.quantize import QuantSpec
 
-from ..hub import hf
+from ..hub import loading as hf
 from .kinds import settle_fast_paths, swappable, to_training
 from .report import Report, report_on
 from .safety import judge

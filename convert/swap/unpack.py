@@ -8,7 +8,7 @@ from bitnet.experts import PackedExperts
 from bitnet.linear import become
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
-from ..hub import hf
+from ..hub import loading as hf
 from .kinds import settle_fast_paths
 from .report import Report, report_on
 

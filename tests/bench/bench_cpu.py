@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet import PackedBitLinear
-from bitnet.kernels import cpu
+from bitnet.kernels.cpu import library as cpu
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096)]  # (N, K)
 HEAD = (128256, 2560)  # the output head of bitnet-b1.58-2B-4T, in 8 bits

@@ -13,7 +13,7 @@ import ggml
 from torch import Tensor
 
 from bitnet import info
-from bitnet.kernels import cpu
+from bitnet.kernels.cpu import library as cpu
 
 FILE = Path(__file__).with_name("results.csv")
 sys.path.append(str(Path(__file__).parent.parent))  # machine.py

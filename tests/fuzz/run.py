@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import bitnet
-from bitnet.convert.conversion import stream
+from bitnet.convert.conversion import plan as stream
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.hub.models import model_config
 

@@ -33,9 +33,10 @@ from bitnet.version import __version__
 from ..calibration.calibrate import calibrate as calibrate_source
 from ..calibration.calibrate import calibrated, latent_weight
 from ..files.folder import CONFIG, INDEX, WEIGHTS
-from ..hub import hf
+from ..hub import loading as hf
 from ..inspection import scale_problems
-from ..llama_cpp import ggml, gguf
+from ..llama_cpp import source as gguf
+from ..llama_cpp import tensor_types as ggml
 from ..rounding import exact
 from ..source import DTYPES, Source, Weight, open_source
 from ..writing import clear, dissolve, settle, sync, where, work_folder, write_whole

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import codes_of
+from ..layout import codes_of
 
 INT8, TWO_BITS, BASE3 = 1, 4, 5  # planes
 
@@ -121,7 +121,7 @@ def bind(
     if scale.numel() not in (1, n) or (bias is not None and bias.numel() != n):
         sizes = [None if t is None else t.numel() for t in (scale, bias)]
         raise ValueError(f"triton kernel: scale and bias of sizes {sizes} do not fit {n} rows")
-    from .triton_linear import Layer, bind
+    from .linear import Layer, bind
 
     assert bits is not None
     return bind(Layer(weight, scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, planes), bits)

@@ -15,7 +15,7 @@ _dot, for any number of tokens, on tensor cores. It computes codes . q^T: as fir
 _unpack, for thousands of tokens where a configuration says so: int8 codes once, then _dot on those.
 
 Zero points: packed codes are code + 1, so the token's sum of codes is subtracted from each accumulator.
-One body serves all layouts (PLANES, see triton_layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
+One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
 or the same in Triton, for AMD and the interpreter, which knows no assembly.
 
 Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
@@ -29,10 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .triton_configs import Config, Dot, Gemv, choose, gpu_of
-from .triton_layout import INT8
-from .triton_quantize import activation_codes, activation_scale, largest_bits, quantize, rows_of
+from .. import reference
+from .configs import Config, Dot, Gemv, choose, gpu_of
+from .layout import INT8
+from .quantize import activation_codes, activation_scale, largest_bits, quantize, rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
@@ -312,7 +312,7 @@ def _unpack(
 class Layer(NamedTuple):
     """A prepacked weight and what belongs to it; scale and bias are contiguous."""
 
-    weight: Tensor  # triton_layout.py
+    weight: Tensor  # layout.py
     scale: Tensor
     bias: Tensor | None
     n: int

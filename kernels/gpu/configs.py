@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .triton_layout import BASE3, INT8, row_bytes
+from .layout import BASE3, INT8, row_bytes
 
 
 class Gemv(NamedTuple):

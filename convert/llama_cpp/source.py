@@ -29,8 +29,10 @@ from ..files.damaged import Damaged
 from ..files.gguf import REMEDY
 from ..hub.models import refusals, skeleton
 from ..source import DTYPES, Quantized, Source, naming
-from . import ggml, gguf_file, gguf_tokenizer
-from .gguf_file import TensorInfo, Value
+from . import file as gguf_file
+from . import tensor_types as ggml
+from . import tokenizer as gguf_tokenizer
+from .file import TensorInfo, Value
 
 KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
 
