@@ -20,7 +20,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .convert.checkpoint import load, save
-    from .convert.conversion.plan import convert_checkpoint
+    from .convert.conversion.convert import convert_checkpoint
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
     from .convert.swap.pack import pack
     from .convert.swap.replace import replace_linear
@@ -45,7 +45,7 @@ _HOME = {
     "Report": "bitnet.convert.swap.report",
     "StrengthCallback": "bitnet.train.trainer",
     "backends": "bitnet.kernels.backends",
-    "convert_checkpoint": "bitnet.convert.conversion.plan",
+    "convert_checkpoint": "bitnet.convert.conversion.convert",
     "diff_checkpoints": "bitnet.convert.inspection",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",

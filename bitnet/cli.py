@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = {name: value for name, value in vars(args).items() if name not in ("command", "prompt")}
             generate_text(prompt=prompt, **options)
         elif args.command == "convert":
-            from .convert.conversion.plan import convert_checkpoint
+            from .convert.conversion.convert import convert_checkpoint
 
             options = {name: value for name, value in vars(args).items() if name != "command"}
             if args.per_row is None:

@@ -34,7 +34,7 @@ from bitnet import BitLinear, PackedBitLinear, cli
 from bitnet.commands.quickstart import build_tokenizer
 from bitnet.convert.calibration import gptq
 from bitnet.convert.calibration.calibrate import calibrate, calibrated, latent_weight, read_text
-from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.source import FolderSource
 from bitnet.kernels import layout, reference
 

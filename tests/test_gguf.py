@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import bitnet
 from bitnet.commands.quickstart import build_tokenizer
-from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.llama_cpp import file as gguf_file
 from bitnet.convert.llama_cpp import tensor_types as ggml
 from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer

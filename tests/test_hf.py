@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitNetQuantConfig, PreTrainedMode
 from transformers.pytorch_utils import Conv1D
 
 import bitnet
-from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub import loading as hf
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.linear import BitConv1D, BitLayer

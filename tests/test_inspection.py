@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bitnet
 from bitnet import cli
-from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.inspection import diff_checkpoints, inspect_checkpoint
 
 QUIET = Console(quiet=True)

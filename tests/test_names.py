@@ -93,7 +93,7 @@ def test_the_first_call_of_all_imports_in_a_circle() -> None:
 FIRST = """
 import importlib, os, sys, torch, bitnet
 assert "transformers" not in sys.modules
-for name in ("bitnet.convert.checkpoint", "bitnet.convert.conversion.plan", "bitnet.convert.hub.match"):
+for name in ("bitnet.convert.checkpoint", "bitnet.convert.conversion.convert", "bitnet.convert.hub.match"):
     child = os.fork()
     if not child:
         importlib.import_module(name)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import bitnet
 from bitnet.cli import main
-from bitnet.convert.conversion import plan as stream
+from bitnet.convert.conversion import convert as conversion
 from bitnet.convert.llama_cpp import file as gguf_file
 from bitnet.convert.llama_cpp.tokenizer import tokenizer_of
 
@@ -88,7 +88,7 @@ def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     file = rewritten(exported, tmp_path / "m.gguf", DAMAGE[name])
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "_run", lambda *args: pytest.fail("the weights were converted first"))
+        patch.setattr(conversion, "_run", lambda *args: pytest.fail("the weights were converted first"))
         with pytest.raises(ValueError, match=r"m\.gguf: .*(token|merge)"):
             convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

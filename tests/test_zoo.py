@@ -25,7 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
 
 import bitnet
-from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub import loading as hf
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import reference
