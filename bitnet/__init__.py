@@ -94,11 +94,11 @@ def __dir__() -> list[str]:
 
 
 class _Ours:
-    """A class of bitnet.convert.hub.loading that is imported when it is used; it and transformers take seconds."""
+    """A class of ours that is imported when it is used; it and transformers take seconds."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, module: str, name: str) -> None:
         self.name = name
-        self.__module__ = "bitnet.convert.hub.loading"
+        self.__module__ = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._found()(*args, **kwargs)
@@ -136,8 +136,8 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
 
 
 def _register(mappings: Any) -> None:
-    mappings.AUTO_QUANTIZER_MAPPING["bitnet"] = _Ours("BitNetQuantizer")
-    mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = _Ours("BitNetConfig")
+    mappings.AUTO_QUANTIZER_MAPPING["bitnet"] = _Ours("bitnet.convert.hub.quantizer", "BitNetQuantizer")
+    mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = _Ours("bitnet.convert.hub.config", "BitNetConfig")
 
 
 sys.meta_path.insert(0, _RegisterWithTransformers())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels import reference
 from .linear import BitConv1D, BitLayer, BitLinear, Matrices, become, cast_for_autocast, describe
 from .packed import Packed, PackedBitLinear, check_backend, pack_matrix, packed_zeros
 from .quantize import QuantSpec, bit_linear
@@ -239,7 +240,9 @@ class PackedExperts(_Experts):
         del self.spec, self.origin, self.stacks
         module: nn.Module = become(self, origin)
         for m, stack in stacks:
-            weight = torch.stack([layer.codes() * layer.weight_scale[:, None] for layer in stack.layers()]).to(dtype)
+            weight = torch.stack(
+                [reference.dequantize_weight(layer.codes(), layer.weight_scale, dtype) for layer in stack.layers()]
+            )
             module.register_parameter(m.parameter, nn.Parameter((weight.mT if m.transposed else weight).contiguous()))
             if stack.bias is not None:
                 module.register_parameter(f"{m.parameter}_bias", nn.Parameter(stack.bias.to(dtype)))

@@ -140,12 +140,15 @@ class BitConv1D(_OneMatrix):
 
     nf: int
     nx: int
+    origin: type[nn.Module]  # unpacking gives it back
     transposed = True
 
     @staticmethod
     def from_conv1d(conv1d: nn.Module, spec: QuantSpec | None = None) -> "BitConv1D":
         """Turn a transformers.pytorch_utils.Conv1D into a BitConv1D *in place* and return it."""
+        origin = type(conv1d)
         layer = become(conv1d, BitConv1D)
+        layer.origin = origin
         layer.in_features, layer.out_features = layer.nx, layer.nf
         layer._configure(spec or QuantSpec())
         return layer

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import backends, layout, ops
+from .kernels import backends, layout, ops, reference
 from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
@@ -181,6 +181,29 @@ class PackedBitLinear(Packed):
         """The weight as integers, int8 [N, K]."""
         return layout.codes_of(self.weight, self.out_features)
 
+    def to_linear(self, dtype: torch.dtype) -> nn.Module:
+        """Turn it back into what it was made of, in place: nn.Linear or a class like it, with the weight codes * scale.
+
+        Raises ValueError for a layer with an RMSNorm inside, which no such class can express.
+        """
+        if self.rms_norm is not None:
+            raise ValueError("it has an RMSNorm inside, which an nn.Linear cannot express")
+        weight, bias, transposed = (
+            reference.dequantize_weight(self.codes(), self.weight_scale, dtype),
+            self.bias,
+            self.transposed,
+        )
+        origin = vars(self).pop("origin", nn.Linear)
+        for buffer in ("weight", "weight_scale", "bias"):
+            delattr(self, buffer)
+        del self.rms_norm, self.spec, self.backend, self.bits, self._prepacked, self._bound
+        if transposed:
+            del self.in_features, self.out_features, self.transposed
+        linear: nn.Module = become(self, origin)
+        linear.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+        return linear
+
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.rms_norm is not None:
@@ -312,7 +335,7 @@ class PackedEmbedding(Packed):
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """Turn it back into what it was, in place, with the weight codes * scale."""
         dtype, origin, multiplier = dtype or self.dtype_of.dtype, self.origin, self.multiplier
-        weight = (self.weight * self.weight_scale[:, None]).to(dtype)
+        weight = reference.dequantize_weight(self.weight, self.weight_scale, dtype)
         del self.weight, self.weight_scale, self.dtype_of, self.origin, self.multiplier
         embedding = become(self, origin)
         embedding.weight = nn.Parameter(weight)

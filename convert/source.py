@@ -23,9 +23,14 @@ from .files.damaged import Damaged
 from .files.folder import CONFIG, weight_files
 from .files.json_object import read_json
 from .files.safetensors import DTYPES, read_headers, read_into
-from .hub import loading as hf
 from .hub import match, tokenizers
+from .hub.compare import compare_merged
+from .hub.config import BitNetConfig
+from .hub.legacy import modernize
+from .hub.loading import swap_for_loading
 from .hub.models import model_config, skeleton
+from .hub.names import merge, merged, model_names, stored_name
+from .hub.values import stored_codes
 from .rounding import Quantized, exact, rounded
 from .swap.replace import replace_linear
 from .swap.report import Report
@@ -182,7 +187,7 @@ class FolderSource(Source):
         self.path = Path(path)
         headers = read_headers(weight_files(path))
         file = self.path / CONFIG
-        self.config, renamed = hf.modernize(read_json(file), headers)
+        self.config, renamed = modernize(read_json(file), headers)
         headers = {name: headers[key] for key, name in renamed.items()}
         for key, header in headers.items():
             if header.dtype not in DTYPES:
@@ -191,11 +196,11 @@ class FolderSource(Source):
         settings = getattr(config, "quantization_config", None)
         self.model = skeleton(config, file, len(headers))
         with naming(str(path)):
-            names = hf.model_names(self.model, headers)
+            names = model_names(self.model, headers)
         self.headers = {names[key]: header for key, header in headers.items() if key in names}
         self.file_keys = {name: key for key, name in names.items()}
         self._stored = {name: (header.dtype, header.shape) for name, header in self.headers.items()}
-        self.settings: hf.BitNetConfig | None = None
+        self.settings: BitNetConfig | None = None
         self.report = None
         if settings is None:
             self.report = replace_linear(self.model, skip=skip, include=include, **options)
@@ -205,13 +210,13 @@ class FolderSource(Source):
             if settings.get("quant_method") != "bitnet":
                 method = settings.get("quant_method")
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
-            self.settings = hf.BitNetConfig.from_dict(settings)
+            self.settings = BitNetConfig.from_dict(settings)
             with naming(str(path)):
-                hf.swap_for_loading(self.model, self.settings, self.headers)
+                swap_for_loading(self.model, self.settings, self.headers)
         self.plain, self.calibrated, self.problems, self.scale_ranges = settings is None, {}, [], {}
         if self.settings is not None and self.settings.linear_class == "autobitlinear":
             self.multiplies = self.settings.quantization_mode == "offline"
-        self.merged = hf.merged(self.model, self.headers)
+        self.merged = merged(self.model, self.headers)
         self._layers, self._weights = super().layers(), super().weights()
         if self.plain and self._weights and next(iter(self._weights.values())).spec.weights == "ternary":
             self.ternary = self._probe()
@@ -222,14 +227,14 @@ class FolderSource(Source):
         return self._stored
 
     def file_key(self, key: str) -> str:
-        return self.file_keys.get(key) or hf.stored_name(self.model, key)
+        return self.file_keys.get(key) or stored_name(self.model, key)
 
     def layers(self) -> dict[str, BitLinear | PackedBitLinear]:
         return self._layers
 
     def tensor(self, key: str) -> Tensor:
         if key in self.merged:
-            return hf.merge(self.model, key, {part: partial(self.tensor, part) for part in self.merged[key]})
+            return merge(self.model, key, {part: partial(self.tensor, part) for part in self.merged[key]})
         header = self.headers[key]
         return read_into(torch.empty(header.shape, dtype=DTYPES[header.dtype]), header.file, header.offset)
 
@@ -250,7 +255,7 @@ class FolderSource(Source):
     def mismatches(self) -> list[str]:
         lines = super().mismatches()
         try:
-            hf.compare_merged(self.model, self.headers)
+            compare_merged(self.model, self.headers)
         except ValueError as error:
             lines.append(str(error))
         return lines
@@ -273,7 +278,7 @@ class FolderSource(Source):
                 else:
                     assert self.settings is not None
                     shape = weight.in_features, weight.out_features
-                    found = Quantized(*hf.stored_codes(matrix, scale, *shape, self.settings))
+                    found = Quantized(*stored_codes(matrix, scale, *shape, self.settings))
                     if spec.weights != "int8":
                         self._note(where, found)
                     yield found

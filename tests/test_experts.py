@@ -26,7 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import bitnet
-from bitnet.convert.hub import loading as hf
+from bitnet.convert.hub import values
 from bitnet.experts import BitExperts, PackedExperts, PackedStack, pack_layer, stacks_of, to_packed
 from bitnet.kernels import backends
 from bitnet.linear import BitConv1D
@@ -595,5 +595,5 @@ def test_stored_expert_scales_lose_a_bit() -> None:
         parameter.data = torch.randn_like(parameter)
     for _, scale in pack_layer(layer):
         assert scale.shape == (E,)
-        assert torch.equal(1 / hf.stored_scale(scale), scale)
+        assert torch.equal(1 / values.stored_scale(scale), scale)
         assert np.isfinite(scale.numpy()).all()

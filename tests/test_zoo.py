@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 
 import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
-from bitnet.convert.hub import loading as hf
+from bitnet.convert.hub.config import EXTENDED, config_of
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import reference
 from bitnet.linear import BitConv1D, BitLayer
@@ -255,9 +255,9 @@ def test_stock_transformers_would_convert_other_layers(case: Case, packed: bool)
     model = copy.deepcopy(case.model)
     if packed:
         bitnet.pack(model)
-    config = hf.config_of(model)
+    config = config_of(model)
     assert config is not None
-    assert (config.linear_class == hf.EXTENDED) == (case.name in OURS_ONLY)
+    assert (config.linear_class == EXTENDED) == (case.name in OURS_ONLY)
     if case.name in OURS_ONLY:
         with pytest.raises(ValueError, match="pip install bitnet-toolkit"):
             BitNetQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -398,7 +398,7 @@ def test_a_model_with_nothing_to_swap_is_changed_or_breaks(name: str) -> None:
     assert report.low_bit_weights == report.packed_bytes == 0
     assert all(type(module) is types[path] for path, module in model.named_modules())
     assert all(parameters(model)[path] is parameter for path, parameter in before.items())
-    assert hf.config_of(model) is None
+    assert config_of(model) is None
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ValueError, match="no BitLinear layers"):
         bitnet.pack(model)

@@ -72,7 +72,7 @@ def serve(checkpoint: str, options: Sequence[str] = ()) -> None:
 
     options: command-line options of `transformers serve`
     """
-    import bitnet.convert.hub.loading  # noqa: F401  registers our layers
+    import bitnet.convert.hub.quantizer  # noqa: F401  registers our layers
     from bitnet.convert.checkpoint import weight_files
 
     app = _app()

@@ -18,7 +18,8 @@ from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from ..calibration.calibrate import latent_weight
-from ..hub import loading as hf
+from ..hub.config import config_of
+from ..hub.values import stored_scale
 from ..llama_cpp import source as gguf
 from ..rounding import exact
 from ..source import DTYPES, Source, Weight
@@ -109,7 +110,7 @@ def _config(source: Source, to: str) -> dict[str, Any]:
             if hasattr(module, "weight_scale"):  # its codes are stored as floats
                 del module.weight_scale
             to_packed(module)
-    settings = hf.config_of(model, 1.6 if to == "base3" else 2)
+    settings = config_of(model, 1.6 if to == "base3" else 2)
     assert settings is not None
     if to == "hub" and source.multiplies:
         settings.linear_class, settings.quantization_mode = "autobitlinear", "offline"
@@ -174,7 +175,7 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
 
         def codes() -> Iterator[Tensor]:
             for matrix, scale in source.matrices(weight) if base3 else source.packed(weight):
-                scales.append(hf.stored_scale(scale))
+                scales.append(stored_scale(scale))
                 yield from map(layout.pack_base3, _blocks(matrix)) if base3 else [matrix]
 
         return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]

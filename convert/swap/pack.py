@@ -12,7 +12,7 @@ from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedEmbedding
 from bitnet.quantize import QuantSpec
 
-from ..hub import loading as hf
+from ..hub import quantizer, wrappers
 from .report import Report, report_on
 from .safety import judge
 
@@ -64,7 +64,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
             PackedEmbedding.from_embedding(embedding, codes, scale)
     for name, layer in layers.items():
         to_packed(layer, packed.pop(name), backend)
-    hf.attach(model)
+    quantizer.attach(model)
     return report_on(model, costs, others="not a BitLinear, so not packed")
 
 
@@ -90,7 +90,7 @@ def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
 
 def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     """The output head that can become int8, its name, and the input embedding tied to it."""
-    inner = list(hf.outermost(model).values())
+    inner = list(wrappers.outermost(model).values())
     head = inner[0].get_output_embeddings() if len(inner) == 1 else None
     if type(head) is not nn.Linear:
         raise ValueError(
