@@ -12,7 +12,10 @@ from torch import Tensor
 from bitnet.linear import describe
 from bitnet.progress import track
 
-from .source import DTYPES, Quantized, Source, Weight, open_source, uniform
+from .files.safetensors import DTYPES
+from .opening import open_source
+from .rounding import Quantized
+from .source import Source, Weight, uniform
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bitnet
+from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.rounding import exact
-from bitnet.convert.source import FolderSource
 
 QUIET = Console(quiet=True)
 

@@ -22,7 +22,7 @@ from bitnet.convert import writing
 from bitnet.convert.conversion import convert as conversion
 from bitnet.convert.conversion import journal, plan
 from bitnet.convert.conversion.convert import convert_checkpoint
-from bitnet.convert.source import open_source
+from bitnet.convert.opening import open_source
 
 QUIET = Console(quiet=True)
 KILLS = Path(__file__).with_name("kills.py")

@@ -62,7 +62,7 @@ def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
         return [(n, k, planes)]
     from ..convert.files.folder import CONFIG, weight_files
     from ..convert.files.json_object import read_json
-    from ..convert.source import open_source
+    from ..convert.opening import open_source
     from ..experts import PackedStack
     from ..packed import PackedBitLinear
 

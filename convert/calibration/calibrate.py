@@ -30,7 +30,8 @@ from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
 
-from ..source import Quantized, Source
+from ..rounding import Quantized
+from ..source import Source
 from ..writing import write_whole
 from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
 from .gptq import ternarize

@@ -21,10 +21,11 @@ from bitnet.version import __version__
 
 from ..calibration.calibrate import calibrate as calibrate_source
 from ..calibration.calibrate import calibrated
+from ..files import ggml
 from ..inspection import scale_problems
-from ..llama_cpp import source as gguf
-from ..llama_cpp import tensor_types as ggml
-from ..source import Source, open_source
+from ..llama_cpp import writer
+from ..opening import open_source
+from ..source import Source
 from ..writing import dissolve, sync, work_folder
 from .journal import Work, check_target
 from .plan import TARGETS, Job, plan
@@ -88,8 +89,8 @@ def convert_checkpoint(
     options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
     form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options}
     fingerprint = {"version": __version__, "source": opened.fingerprint(), **form}
-    if to in gguf.KINDS:  # either refuses what cannot be done
-        gguf.plan(opened, to, tokenizer)
+    if to in writer.KINDS:  # either refuses what cannot be done
+        writer.plan(opened, to, tokenizer)
     else:
         plan(opened, to)
         if tokenizer:
@@ -103,7 +104,7 @@ def convert_checkpoint(
                 opened.calibrated = _calibrate(opened, work, calibration, console)
             if work.moved():
                 work.publish()
-            elif to in gguf.KINDS:
+            elif to in writer.KINDS:
                 _write_gguf(opened, work, to, tokenizer, console)
             else:
                 _write_folder(opened, work, to, shard_bytes, tokenizer, workers or min(os.cpu_count() or 1, 4), console)
@@ -171,12 +172,12 @@ def _write_folder(
 
 
 def _write_gguf(source: Source, work: "Work", to: str, tokenizer: bool, console: Console) -> None:
-    _, entries = gguf.plan(source, to, tokenizer)
+    _, entries = writer.plan(source, to, tokenizer)
     total = sum(ggml.nbytes(entry.kind, entry.shape) for entry in entries.values())
     there = sum(path.stat().st_size for path in work.files.iterdir())
     _check_space(work, total - there)
     with Progress(work.target.name, total, "bytes", console, done=there) as progress:
-        gguf.write_gguf(
+        writer.write_gguf(
             source, work.files / work.target.name, to, progress=progress.advance, resume=True, tokenizer=tokenizer
         )
     os.rename(work.files / work.target.name, work.target)

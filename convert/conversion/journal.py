@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..files.folder import CONFIG, INDEX
-from ..llama_cpp import source as gguf
-from ..source import DTYPES, Source
+from ..files.safetensors import DTYPES
+from ..llama_cpp import writer
+from ..source import Source
 from ..writing import clear, dissolve, settle, where, write_whole
 from .plan import Job, Output
 from .shards import header
@@ -29,7 +30,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def check_target(target: Path, to: str) -> None:
     """Refuse what would overwrite something."""
-    if to in gguf.KINDS and target.is_dir():
+    if to in writer.KINDS and target.is_dir():
         raise IsADirectoryError(f"convert: {target} is a folder; name a file, {target / 'model.gguf'} say")
     present = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if (work := where(target, "converting")).name in present:  # of a conversion that was interrupted

@@ -18,13 +18,14 @@ from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from ..calibration.calibrate import latent_weight
+from ..files.safetensors import DTYPES
 from ..hub.config import config_of
 from ..hub.values import stored_scale
-from ..llama_cpp import source as gguf
+from ..llama_cpp import writer
 from ..rounding import exact
-from ..source import DTYPES, Source, Weight
+from ..source import Source, Weight
 
-TARGETS = ("hub", "base3", "latent", "bf16", *gguf.KINDS)
+TARGETS = ("hub", "base3", "latent", "bf16", *writer.KINDS)
 
 
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..llama_cpp import tensor_types as ggml
+from . import ggml
 from .damaged import Damaged
 
 ALIGNMENT = 32

@@ -40,7 +40,7 @@ import bitnet
 from bitnet.convert.conversion import plan
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.hub.models import model_config
-from bitnet.convert.llama_cpp.source import KINDS
+from bitnet.convert.llama_cpp.writer import KINDS
 
 QUIET = Console(quiet=True)
 SECONDS, MEMORY = 30, 500 << 20
