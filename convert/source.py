@@ -46,21 +46,30 @@ class Weight(NamedTuple):
 class Source:
     """A checkpoint whose tensors are read when they are asked for, and a skeleton of its model.
 
-    path:  the folder or file
-    model: on the meta device, without values; its low-bit layers are BitLinear where the checkpoint holds float
-           weights for them and PackedBitLinear where it holds codes. model.config says what the model is.
+    path:   the folder or file
+    config: as in config.json
+    model:  on the meta device, without values; its low-bit layers are BitLinear where the checkpoint holds float
+            weights for them and PackedBitLinear where it holds codes. model.config says what the model is.
+    report: of a float checkpoint, what the swap would take: these are its layers()
     """
 
-    path: Path
-    model: PreTrainedModel
-    config: dict[str, Any]  # as in config.json
-    plain: bool  # nothing in it is low-bit yet: layers() are those that the swap would take, as `report` says
-    report: Report | None
     multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
-    calibrated: dict[str, Callable[[], Quantized]]  # by layer, what to take instead of rounding its float weight
-    problems: list[str]  # what looked wrong in the codes that were read so far
     ternary: Set[str] = frozenset()  # layers of a plain source whose floats seem to be codes * scale already
-    scale_ranges: dict[str, tuple[float, float]]  # their least and greatest scales, by matrix
+
+    def __init__(self, path: Path, config: dict[str, Any], model: PreTrainedModel, report: Report | None) -> None:
+        self.path, self.config, self.model, self.report = path, config, model, report
+        self.calibrated: dict[str, Callable[[], Quantized]] = {}
+        self.problems: list[str] = []  # what looked wrong in the codes that were read so far
+        self.scale_ranges: dict[str, tuple[float, float]] = {}  # their least and greatest scales, by matrix
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing in it is low-bit yet."""
+        return self.report is not None
+
+    def round_to(self, codes: dict[str, Callable[[], Quantized]]) -> None:
+        """From now on take these, by layer, instead of rounding its float weight."""
+        self.calibrated = codes
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Every stored tensor in the order of the files: dtype as safetensors spells it, and shape.

@@ -424,7 +424,8 @@ def test_files_that_lost_their_end_are_made_again_whatever_the_journal_says(
 
 def test_a_journal_of_files_that_are_gone_is_not_believed(forms: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole = contents(convert(forms / "float", tmp_path / "whole"))
-    monkeypatch.setattr(journal, "dissolve", lambda *args: 1 / 0)  # as if killed just before
+    for module in (journal, conversion):
+        monkeypatch.setattr(module, "dissolve", lambda *args: 1 / 0)  # as if killed just before
     with pytest.raises(ZeroDivisionError):
         convert(forms / "float", tmp_path / "out")
     monkeypatch.undo()

@@ -28,7 +28,7 @@ from ..opening import open_source
 from ..source import Source
 from ..writing import dissolve, sync, work_folder
 from .journal import Work, check_target
-from .plan import TARGETS, Job, plan
+from .plan import TARGETS, Job, Plan, plan
 from .shards import place
 
 
@@ -57,7 +57,7 @@ def convert_checkpoint(
                     "base3":  packed, 1.6 bits a weight; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
-                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s": a GGUF file, see gguf.py
+                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s": a GGUF file, see llama_cpp/
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted
@@ -89,25 +89,25 @@ def convert_checkpoint(
     options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
     form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options}
     fingerprint = {"version": __version__, "source": opened.fingerprint(), **form}
-    if to in writer.KINDS:  # either refuses what cannot be done
-        writer.plan(opened, to, tokenizer)
-    else:
-        plan(opened, to)
-        if tokenizer:
-            opened.check_other_files()
+    # both plans refuse what cannot be done
+    gguf_plan = writer.plan(opened, to, tokenizer) if to in writer.KINDS else None
+    folder_plan = None if gguf_plan else plan(opened, to, calibrated=bool(calibrate))
+    if folder_plan and tokenizer:
+        opened.check_other_files()
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     with work_folder(target, "converting", wait=False) as folder:
         work = Work(target, folder, fingerprint, resume)
         try:
             work.begin(fingerprint)
             if calibrate and not work.moved():
-                opened.calibrated = _calibrate(opened, work, calibration, console)
+                opened.round_to(_calibrate(opened, work, calibration, console))
             if work.moved():
                 work.publish()
-            elif to in writer.KINDS:
-                _write_gguf(opened, work, to, tokenizer, console)
-            else:
-                _write_folder(opened, work, to, shard_bytes, tokenizer, workers or min(os.cpu_count() or 1, 4), console)
+            elif gguf_plan:
+                _write_gguf(opened, work, to, gguf_plan, console)
+            elif folder_plan:
+                workers = workers or min(os.cpu_count() or 1, 4)
+                _write_folder(opened, work, folder_plan, shard_bytes, tokenizer, workers, console)
         except BaseException as error:
             kept = ""
             if work.begun():
@@ -160,9 +160,9 @@ def _announce(source: Source, rounded: bool, console: Console) -> None:
 
 
 def _write_folder(
-    source: Source, work: "Work", to: str, shard_bytes: int, tokenizer: bool, workers: int, console: Console
+    source: Source, work: Work, planned: Plan, shard_bytes: int, tokenizer: bool, workers: int, console: Console
 ) -> None:
-    config, jobs = plan(source, to)
+    config, jobs = planned
     files = place(jobs, work.files, shard_bytes)
     _check_space(work, sum(output.nbytes for job in jobs if job.name not in work.done for output in job.outputs))
     lost = {file for file, outputs in files.items() if not work.create(file, outputs)}
@@ -171,21 +171,20 @@ def _write_folder(
     work.finish(files, config, source, tokenizer)
 
 
-def _write_gguf(source: Source, work: "Work", to: str, tokenizer: bool, console: Console) -> None:
-    _, entries = writer.plan(source, to, tokenizer)
+def _write_gguf(source: Source, work: Work, to: str, planned: writer.Plan, console: Console) -> None:
+    _, entries = planned
     total = sum(ggml.nbytes(entry.kind, entry.shape) for entry in entries.values())
     there = sum(path.stat().st_size for path in work.files.iterdir())
     _check_space(work, total - there)
     with Progress(work.target.name, total, "bytes", console, done=there) as progress:
-        writer.write_gguf(
-            source, work.files / work.target.name, to, progress=progress.advance, resume=True, tokenizer=tokenizer
-        )
+        file = work.files / work.target.name
+        writer.write_gguf(source, file, to, progress=progress.advance, resume=True, planned=planned)
     os.rename(work.files / work.target.name, work.target)
     sync([work.target.parent])
     dissolve(work.folder)
 
 
-def _calibrate(source: Source, work: "Work", options: dict[str, Any], console: Console) -> dict[str, Any]:
+def _calibrate(source: Source, work: Work, options: dict[str, Any], console: Console) -> dict[str, Any]:
     """Calibrate, or go on where an interrupted run stopped; shows what it achieved."""
     store = work.folder / "calibration"
     if not store.exists() and any(work.files.iterdir()):

@@ -6,6 +6,7 @@ All of it is known from headers alone, before a tensor is read.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,14 @@ class Job:
     run: Callable[[], list[Iterable[Tensor]]]
 
 
-def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
-    """The config.json of the result, and the jobs that make its tensors in the order in which the source has them."""
+Plan = tuple[dict[str, Any], list[Job]]  # the config.json of the result, and the jobs that make its tensors
+
+
+def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
+    """What is to be written, in the order in which the source has it.
+
+    calibrated: float weights will be rounded to codes that are not known yet (source.round_to)
+    """
     weights = source.weights()
     embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
     if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
@@ -85,13 +92,15 @@ def plan(source: Source, to: str) -> tuple[dict[str, Any], list[Job]]:
     jobs = []
     for key, (dtype, shape) in source.stored().items():
         name = key.removesuffix(".weight")
-        if to == "latent" and key in starts and starts[key].name in {*source.calibrated, *source.ternary}:
-            jobs.append(_latent(source, starts[key], dtype))
+        weight = starts.get(key)
+        whole = weight is not None and weight.key == key and weight.experts is None
+        if to == "latent" and weight and whole and (calibrated or weight.name in source.ternary):
+            jobs.append(_latent(source, weight))
         elif key not in consumed or to == "latent":
             floats = to == "bf16" and DTYPES[dtype].is_floating_point
             jobs.append(_copy(source, key, "BF16" if floats else dtype, shape, names.get(key)))
-        elif key in starts:
-            jobs.append(_weight(source, starts[key], to))
+        elif weight:
+            jobs.append(_weight(source, weight, to))
         elif key != name and name in embeddings:
             jobs.extend(_embedding(source, name, to))
     return _config(source, to), jobs
@@ -135,18 +144,20 @@ def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: st
     return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
 
 
-def _latent(source: Source, weight: Weight, dtype: str) -> Job:
+def _latent(source: Source, weight: Weight) -> Job:
     """Float weights that round to codes which were calibrated, or which the floats are times a scale."""
+
+    dtype, shape = source.stored()[weight.key]
 
     def make() -> list[Iterable[Tensor]]:
         if weight.name in source.calibrated:
             return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
         floats = source.tensor(weight.key)
-        found = exact(floats, weight.spec.per_row)
+        found = exact(floats, weight.spec.per_row) if weight.name in source.ternary else None
         return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
 
-    n, k = weight.shape
-    return Job(weight.name, [Output(source.file_key(weight.key), dtype, (n, k))], 2 * n * k, 10 * n * k, make)
+    output = Output(source.file_key(weight.key), dtype, shape)
+    return Job(weight.name, [output], source.nbytes(weight.key), 10 * prod(shape), make)
 
 
 def _weight(source: Source, weight: Weight, to: str) -> Job:

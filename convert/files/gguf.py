@@ -102,6 +102,11 @@ def read_tensor(file: Path, info: TensorInfo) -> ggml.Bytes:
     return data
 
 
+def map_tensor(file: Path, info: TensorInfo) -> ggml.Bytes:
+    """The same without reading them, for what looks at few; let go of it soon, for pages once seen count as memory."""
+    return np.memmap(file, np.uint8, "r", info.offset, (info.nbytes,))
+
+
 class _Reader:
     """Takes the header apart; whatever it is asked for must be there."""
 

@@ -39,7 +39,7 @@ NOT_COPIED = re.compile(
 
 
 class FolderSource(Source):
-    """A Hugging Face checkpoint directory: float, or `bitnet` in any of the forms that hf.py lists.
+    """A Hugging Face checkpoint directory: float, or `bitnet` in any of the forms that config.py lists.
 
     skip, include, options: those of replace_linear, for a float checkpoint; they decide which layers become low-bit.
 
@@ -47,26 +47,25 @@ class FolderSource(Source):
     """
 
     def __init__(self, path: str | Path, *, skip: Any = None, include: Any = None, **options: Any) -> None:
-        self.path = Path(path)
         headers = read_headers(weight_files(path))
-        file = self.path / CONFIG
-        self.config, renamed = modernize(read_json(file), headers)
+        file = Path(path) / CONFIG
+        stored_config, renamed = modernize(read_json(file), headers)
         headers = {name: headers[key] for key, name in renamed.items()}
         for key, header in headers.items():
             if header.dtype not in DTYPES:
                 raise Damaged(header.file, f"{key} is stored as {header.dtype}", f"store it as {', '.join(DTYPES)}")
-        config = model_config(file, self.config, len(headers))
+        config = model_config(file, stored_config, len(headers))
         settings = getattr(config, "quantization_config", None)
-        self.model = skeleton(config, file, len(headers))
+        model = skeleton(config, file, len(headers))
         with naming(str(path)):
-            names = model_names(self.model, headers)
+            names = model_names(model, headers)
         self.headers = {names[key]: header for key, header in headers.items() if key in names}
         self.file_keys = {name: key for key, name in names.items()}
         self._stored = {name: (header.dtype, header.shape) for name, header in self.headers.items()}
         self.settings: BitNetConfig | None = None
-        self.report = None
+        report = None
         if settings is None:
-            self.report = replace_linear(self.model, skip=skip, include=include, **options)
+            report = replace_linear(model, skip=skip, include=include, **options)
         else:
             if not isinstance(settings, dict):
                 settings = settings.to_dict()
@@ -75,8 +74,8 @@ class FolderSource(Source):
                 raise ValueError(f"{path}: is quantized by {method!r}; a float or a `bitnet` checkpoint is needed")
             self.settings = BitNetConfig.from_dict(settings)
             with naming(str(path)):
-                swap_for_loading(self.model, self.settings, self.headers)
-        self.plain, self.calibrated, self.problems, self.scale_ranges = settings is None, {}, [], {}
+                swap_for_loading(model, self.settings, self.headers)
+        super().__init__(Path(path), stored_config, model, report)
         if self.settings is not None and self.settings.linear_class == "autobitlinear":
             self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = merged(self.model, self.headers)

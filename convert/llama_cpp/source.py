@@ -17,7 +17,7 @@ from bitnet.quantize import QuantSpec
 
 from ..files import ggml
 from ..files.damaged import Damaged
-from ..files.gguf import REMEDY, TensorInfo, read_header, read_tensor
+from ..files.gguf import REMEDY, TensorInfo, map_tensor, read_header, read_tensor
 from ..files.safetensors import DTYPES
 from ..hub.models import refusals, skeleton
 from ..rounding import Quantized
@@ -45,9 +45,8 @@ class GgufSource(Source):
         self.path = Path(file)
         self.metadata, stored = read_header(self.path)
         self.family, config = self._config(stored)
-        self.config = json.loads(config.to_json_string())
-        self.model = skeleton(config, self.path, len(stored))
-        self.plain, self.report, self.calibrated, self.problems, self.scale_ranges = False, None, {}, [], {}
+        model = skeleton(config, self.path, len(stored))
+        super().__init__(self.path, json.loads(config.to_json_string()), model, report=None)
         inverse = {theirs: ours for ours, theirs in self.family.modules.items()}
         self.infos: dict[str, TensorInfo] = {}
         self.rows: dict[str, Tensor] = {}
@@ -86,7 +85,7 @@ class GgufSource(Source):
         if not isinstance(linear, nn.Linear):
             return  # an embedding: a float tensor
         with naming(f"{self.path}: tensor {name}"):
-            scale = ggml.scales(ggml.NAMES[info.kind], read_tensor(self.path, info), info.shape[0])
+            scale = ggml.scales(ggml.NAMES[info.kind], map_tensor(self.path, info), info.shape[0])
         self.scales[module] = scale[self.rows[key]] if key in self.rows and len(scale) > 1 else scale
         PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, QuantSpec(per_row=len(scale) > 1)))
 

@@ -38,6 +38,9 @@ class Entry(NamedTuple):
     read: Callable[[], ggml.Bytes]
 
 
+Plan = tuple[dict[str, Value], dict[str, Entry]]  # metadata and tensors
+
+
 def write_gguf(
     source: Source,
     file: str | Path,
@@ -47,6 +50,7 @@ def write_gguf(
     resume: bool = False,
     fingerprint: str = "",
     tokenizer: bool = True,
+    planned: Plan | None = None,
 ) -> Path:
     """Write a model as GGUF, one tensor in memory at a time; returns the file.
 
@@ -56,13 +60,14 @@ def write_gguf(
     resume:      go on with what an interrupted run left beside the file, and leave the like if this one is interrupted
     fingerprint: says which source this is; a run only goes on with tensors that were written under the same one
     tokenizer:   False leaves it out; llama.cpp then takes and gives numbers of tokens only
+    planned:     what plan(source, kind, tokenizer) returned, where it was called before
 
     What the target cannot express is refused with a ValueError naming the reason before a byte is written, but for
     scales outside of float16's range, which are found when their tensor is read. The file gets its name when it is
     complete; until then an earlier one stays.
     """
     file = Path(file)
-    metadata, entries = plan(source, kind, tokenizer)
+    metadata, entries = planned or plan(source, kind, tokenizer)
     infos, end = {}, 0
     for name, entry in entries.items():
         infos[name] = TensorInfo(entry.kind, entry.shape, end, ggml.nbytes(entry.kind, entry.shape))
@@ -121,7 +126,7 @@ def _complete_part(partial: Path, note: Path, header: bytes, ends: list[int], fi
     return max(end for end in ends if end <= size)
 
 
-def plan(source: Source, kind: str, tokenizer: bool = True) -> tuple[dict[str, Value], dict[str, Entry]]:
+def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
     """The metadata and tensors of a GGUF file, without reading a tensor.
 
     Raises ValueError with the reason for what the target cannot express.
