@@ -1,6 +1,6 @@
 """Which backends there are, which of them can run here and are right, and which one a layer takes.
 
-Every backend keeps a layer's weight in a layout of its own, made once from the Hub bytes by `prepack` and never
+Every backend keeps a layer's weight in a form of its own, made once from the Hub bytes by `prepack` and never
 saved, and implements one function: `bind`, which takes all that a layer consists of and returns the function of x.
 The plain-torch definitions in reference.py say what that function must return; proof.py sees whether it does.
 """
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from . import proof, reference
 from . import torch_int8 as int8
-from .cpu import library as cpu
-from .gpu import layout as triton_layout
+from .cpu import latent as cpu_latent
+from .cpu import library as cpu_library
+from .cpu import linear as cpu_linear
+from .gpu import backend as gpu_backend
+from .gpu import layout as gpu_layout
 from .layout import codes_of, pack_ternary
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
@@ -28,10 +31,10 @@ class Backend(NamedTuple):
     description: Callable[[], str]
     missing: Callable[[torch.device, int | None], str | None]
     # (device, activation_bits) -> None where it can run, else why not and what to do
-    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own layout, one tensor
-    unprepack: Callable[[Tensor, int, int], Tensor]  # (own layout, N, K) -> int8 codes [N, K]
+    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own form, one tensor
+    unprepack: Callable[[Tensor, int, int], Tensor]  # (own form, N, K) -> int8 codes [N, K]
     bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
-    # bind(own layout, scale, bias, N, K, activation_bits)
+    # bind(own form, scale, bias, N, K, activation_bits)
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
 
@@ -39,19 +42,19 @@ class Backend(NamedTuple):
 # Converters that graphs may hold, registered with torch; ops.py has all else.
 
 _LIBRARY = torch.library.Library("bitnet", "DEF")
-_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
-_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int layout) -> Tensor")
-_LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
-_LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int form) -> Tensor")
+_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int form) -> Tensor")
+_LIBRARY.impl("cpu_prepack", cpu_linear.prepack, "CPU")
+_LIBRARY.impl("cpu_unprepack", cpu_linear.unprepack, "CPU")
 
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
-def _(packed: Tensor, n: int, layout: int) -> Tensor:
-    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], cpu.layout_of(packed, layout)))
+def _(packed: Tensor, n: int, form: int) -> Tensor:
+    return packed.new_empty(cpu_linear.form_shape(n, packed.shape[1], cpu_linear.form_of(packed, form)))
 
 
 @torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
-def _(weight: Tensor, n: int, k: int, layout: int) -> Tensor:
+def _(weight: Tensor, n: int, k: int, form: int) -> Tensor:
     return weight.new_empty(n, k, dtype=torch.int8)
 
 
@@ -67,7 +70,7 @@ def _quantizers(
     device: torch.device, quantize: Callable, ternary_codes: Callable, magnitudes: Callable
 ) -> proof.Results:
     """Results of what a library has in common with the others: activation codes, ternary codes, sums of magnitudes."""
-    for dtype in cpu.FLOATS:
+    for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         here = x.to(device)
         for what, got, expected in zip(
@@ -81,17 +84,17 @@ def _quantizers(
 
 
 def _cpu_quantizers(device: torch.device) -> proof.Results:
-    yield from _quantizers(device, cpu.quantize_tokens, cpu.ternary_codes, cpu.magnitudes)
-    for dtype in cpu.FLOATS:
+    yield from _quantizers(device, cpu_latent.quantize_tokens, cpu_latent.ternary_codes, cpu_latent.magnitudes)
+    for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         inv = reference.inverse_scale(x, per_row=True)
         expected = pack_ternary(reference.quantize_weight(x, per_row=True)[0])
-        yield f"packed codes of {dtype}", cpu.pack_ternary(x, inv), expected
+        yield f"packed codes of {dtype}", cpu_latent.pack_ternary(x, inv), expected
     codes, scale, bias = proof.example()
     q, s = reference.quantize_activation(proof.tokens(5, torch.float32))
-    weight = cpu.prepack_codes(codes, eight_bits=False)
+    weight = cpu_linear.prepack_codes(codes, eight_bits=False)
     expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.float32)
-    yield "codes times codes", cpu.codes_linear(q, s, weight, scale, bias, len(codes), torch.float32), expected
+    yield "codes times codes", cpu_linear.codes_linear(q, s, weight, scale, bias, len(codes), torch.float32), expected
 
 
 def _triton_quantizers(device: torch.device) -> proof.Results:
@@ -99,7 +102,7 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
     from .gpu.quantize import dequantize, magnitudes, quantize_activation, ternary_codes
 
     yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes)
-    for dtype in cpu.FLOATS:
+    for dtype in cpu_library.FLOATS:
         q, s = reference.quantize_activation(proof.tokens(5, dtype))
         yield f"tokens from codes as {dtype}", dequantize(q.to(device), s.to(device), dtype), (q / s).to(dtype)
     codes, scale, bias = proof.example()
@@ -109,36 +112,36 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
     yield "codes times codes", int_linear(q, s, codes, scale, bias, torch.bfloat16), expected
 
 
-def _cpu(layout: int) -> Backend:
+def _cpu(form: int) -> Backend:
     return Backend(
-        partial(cpu.description, layout),
-        missing=partial(cpu.missing, layout=layout),
-        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, layout),
-        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, layout),
-        bind=partial(cpu.bind, layout=layout),
-        hardware=lambda device: cpu.isas(layout)[0],
-        others=_cpu_quantizers if layout == cpu.TWO_BITS else lambda device: iter(()),
+        partial(cpu_library.description, form),
+        missing=partial(cpu_library.missing, form=form),
+        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, form),
+        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
+        bind=partial(cpu_linear.bind, form=form),
+        hardware=lambda device: cpu_library.isas(form)[0],
+        others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),
     )
 
 
 def _triton(planes: int) -> Backend:
     return Backend(
-        partial(triton_layout.description, planes),
-        missing=triton_layout.missing,
-        prepack=partial(triton_layout.prepack, planes=planes),
-        unprepack=partial(triton_layout.unprepack, planes=planes),
-        bind=partial(triton_layout.bind, planes=planes),
-        hardware=triton_layout.hardware,
-        others=_triton_quantizers if planes == triton_layout.TWO_BITS else lambda device: iter(()),
+        partial(gpu_backend.description, planes),
+        missing=gpu_backend.missing,
+        prepack=partial(gpu_layout.prepack, planes=planes),
+        unprepack=partial(gpu_layout.unprepack, planes=planes),
+        bind=partial(gpu_backend.bind, planes=planes),
+        hardware=gpu_backend.hardware,
+        others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
     )
 
 
 # In the order in which "auto" prefers them. NAME-base3, which stores 1.6 bits a weight, is taken by name only.
 BACKENDS = {
-    "cpu": _cpu(cpu.TWO_BITS),
-    "cpu-base3": _cpu(cpu.BASE3),
-    "triton": _triton(triton_layout.TWO_BITS),
-    "triton-base3": _triton(triton_layout.BASE3),
+    "cpu": _cpu(cpu_library.TWO_BITS),
+    "cpu-base3": _cpu(cpu_library.BASE3),
+    "triton": _triton(gpu_layout.TWO_BITS),
+    "triton-base3": _triton(gpu_layout.BASE3),
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's fastest exact product",
         missing=lambda device, bits: None,

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backends, products, reference
 from . import torch_int8 as int8
 from .backends import Linear, choose_backend
-from .cpu import library as cpu
+from .cpu import latent as cpu_latent
+from .cpu import library as cpu_library
 from .layout import check_packed, check_stored, pack_ternary, packed_rows, validate_packed
 
 
@@ -49,8 +50,8 @@ def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, T
     if not gpu and not _native(weight, kind):
         codes, scale = reference.quantize_weight(weight, kind, per_row)
         return codes.contiguous(), scale  # also of a transposed view: the order of float sums depends on it
-    inv = _inverse(torch.ops.bitnet.gpu_magnitudes(weight) if gpu else cpu.magnitudes(weight), weight, per_row)
-    codes = torch.ops.bitnet.gpu_ternary_codes(weight, inv) if gpu else cpu.ternary_codes(weight, inv)
+    inv = _inverse(torch.ops.bitnet.gpu_magnitudes(weight) if gpu else cpu_latent.magnitudes(weight), weight, per_row)
+    codes = torch.ops.bitnet.gpu_ternary_codes(weight, inv) if gpu else cpu_latent.ternary_codes(weight, inv)
     return codes, (1 / inv).reshape(-1)
 
 
@@ -58,7 +59,7 @@ def quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
     if bits == 8 and _on_triton(x):
         return torch.ops.bitnet.quantize_activation(x, bits)
-    return cpu.quantize_tokens(x) if bits == 8 and _on_native(x) else reference.quantize_activation(x, bits)
+    return cpu_latent.quantize_tokens(x) if bits == 8 and _on_native(x) else reference.quantize_activation(x, bits)
 
 
 def int_linear(
@@ -121,11 +122,11 @@ def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tenso
     if not _native(weight, "ternary") or weight.ndim != 2 or 0 in weight.shape:
         codes, scale = quantize_weight(weight, per_row=per_row)
         return pack_ternary(codes), scale
-    inv = _inverse(cpu.magnitudes(weight), weight, per_row)
+    inv = _inverse(cpu_latent.magnitudes(weight), weight, per_row)
     scale = (1 / inv).reshape(-1)
     if not bool(scale.isfinite().all()):
         quantize_weight(weight)  # raises, and says how many values are NaN or Inf
-    return cpu.pack_ternary(weight, inv), scale
+    return cpu_latent.pack_ternary(weight, inv), scale
 
 
 def _native(weight: Tensor, kind: str) -> bool:
@@ -134,7 +135,7 @@ def _native(weight: Tensor, kind: str) -> bool:
 
 
 def _on_native(t: Tensor) -> bool:
-    able = t.is_cpu and t.dtype in cpu.FLOATS and _is_plain(t)
+    able = t.is_cpu and t.dtype in cpu_library.FLOATS and _is_plain(t)
     return able and not is_observed() and _native_is_chosen()
 
 

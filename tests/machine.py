@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitnet.kernels import backends
-from bitnet.kernels.cpu import library as cpu
+from bitnet.kernels.cpu import library as cpu_library
 
 
 def hold(isa: str) -> None:
@@ -15,15 +15,15 @@ def hold(isa: str) -> None:
 
     Raises ValueError if this CPU does not have it.
     """
-    every = cpu.isas
+    every = cpu_library.isas
     if isa not in every():
         raise ValueError(f"this CPU has {', '.join(every())}, but not {isa}")
 
-    def isas(layout: int = cpu.TWO_BITS) -> list[str]:
+    def isas(layout: int = cpu_library.TWO_BITS) -> list[str]:
         names = every(layout)
         return names[names.index(isa) :] if isa in names else []
 
-    cpu.isas = isas
+    cpu_library.isas = isas
 
 
 def said(bits: float) -> AbstractContextManager[Any]:

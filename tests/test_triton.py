@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.kernels import backends, layout, ops, proof, reference
-from bitnet.kernels.gpu import layout as triton_layout
+from bitnet.kernels.gpu import backend as gpu_backend
+from bitnet.kernels.gpu import layout as gpu_layout
 from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -84,7 +85,7 @@ def weights(n: int, k: int, planes: int) -> Tensor:
 
 def prepack(codes: Tensor, planes: int) -> Tensor:
     stored = codes if planes == INT8 else layout.pack_ternary(codes)
-    return triton_layout.prepack(stored.to(DEVICE), len(codes), planes)
+    return gpu_layout.prepack(stored.to(DEVICE), len(codes), planes)
 
 
 def on_device(t: Tensor | None) -> Tensor | None:
@@ -94,7 +95,7 @@ def on_device(t: Tensor | None) -> Tensor | None:
 def check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, planes: int) -> None:
     """The bound layer gives the oracle's very bits."""
     n, k = codes.shape
-    run = triton_layout.bind(prepack(codes, planes), scale.to(DEVICE), on_device(bias), n, k, bits, planes)
+    run = gpu_backend.bind(prepack(codes, planes), scale.to(DEVICE), on_device(bias), n, k, bits, planes)
     y = run(x.to(DEVICE))
     assert y.dtype == x.dtype
     assert torch.equal(y.cpu(), oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, bits))
@@ -119,9 +120,9 @@ def test_everything_in_the_interpreter() -> None:
 def test_prepacked_bytes_are_where_the_layout_says_and_come_back(planes: int, n: int, k: int) -> None:
     codes = weights(n, k, planes)
     stored = codes if planes == INT8 else layout.pack_ternary(codes)
-    packed = triton_layout.prepack(stored, n, planes)
-    assert tuple(packed.shape) == (n, triton_layout.row_bytes(k, planes))
-    assert torch.equal(triton_layout.unprepack(packed, n, k, planes), codes)
+    packed = gpu_layout.prepack(stored, n, planes)
+    assert tuple(packed.shape) == (n, gpu_layout.row_bytes(k, planes))
+    assert torch.equal(gpu_layout.unprepack(packed, n, k, planes), codes)
     for feature in {0, k // 2, k - 1}:
         block, plane, j = feature // (32 * planes), feature // 32 % planes, feature % 32
         byte = packed[:, 32 * block + j].int()
@@ -234,7 +235,7 @@ def test_strides_and_leading_dims_do_not_matter(make: Callable[[], Tensor]) -> N
 def test_nan_or_inf_stays_in_its_token(bad: float, m: int) -> None:
     x, codes, scale = grid(m, 12), weights(6, 12, TWO_BITS), torch.ones(1)
     x[1, 7] = bad
-    run = triton_layout.bind(prepack(codes, TWO_BITS), scale.to(DEVICE), None, 6, 12, 8, TWO_BITS)
+    run = gpu_backend.bind(prepack(codes, TWO_BITS), scale.to(DEVICE), None, 6, 12, 8, TWO_BITS)
     y = run(x.to(DEVICE)).cpu()
     assert y[1].isnan().all()
     others = [i for i in range(m) if i != 1]
@@ -419,7 +420,7 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 
 def proof_of(planes: int) -> str | None:
-    prepack, bind = (partial(f, planes=planes) for f in (triton_layout.prepack, triton_layout.bind))
+    prepack, bind = (partial(f, planes=planes) for f in (gpu_layout.prepack, gpu_backend.bind))
     return proof.fault(proof.layers(prepack, bind, eight_bits=planes == TWO_BITS), torch.device(DEVICE))
 
 
@@ -481,7 +482,7 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
             backends.choose_backend("triton", cuda)
         assert backends.choose_backend("auto", cuda) == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
+    monkeypatch.setattr(gpu_backend, "_triton_version", lambda: None)
     backends._choose.cache_clear()
     with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
         backends.choose_backend("triton", cuda)
@@ -493,17 +494,17 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
 @each_planes
 def test_a_layer_of_another_size_than_its_weight_is_refused(planes: int, n: int, k: int) -> None:
     codes = weights(64, 40, planes)
-    weight = triton_layout.prepack(codes if planes == INT8 else layout.pack_ternary(codes), 64, planes)
+    weight = gpu_layout.prepack(codes if planes == INT8 else layout.pack_ternary(codes), 64, planes)
     with pytest.raises(ValueError, match="weight is prepacked as"):
-        triton_layout.bind(weight, torch.ones(1), None, n, k, 8, planes)
+        gpu_backend.bind(weight, torch.ones(1), None, n, k, 8, planes)
     for scale, bias in [(torch.ones(63), None), (torch.ones(1), torch.ones(65))]:
         with pytest.raises(ValueError, match="do not fit 64 rows"):
-            triton_layout.bind(weight, scale, bias, 64, 40, 8, planes)
+            gpu_backend.bind(weight, scale, bias, 64, 40, 8, planes)
 
 
 @runs
 def test_x_on_another_device_is_refused() -> None:
-    run = triton_layout.bind(prepack(weights(4, 8, TWO_BITS), TWO_BITS), torch.ones(1, device=DEVICE), None, 4, 8, 8, 4)
+    run = gpu_backend.bind(prepack(weights(4, 8, TWO_BITS), TWO_BITS), torch.ones(1, device=DEVICE), None, 4, 8, 8, 4)
     with pytest.raises(ValueError, match=r"x is on meta, but this layer is on .*move one of them"):
         run(torch.empty(2, 8, device="meta"))
 
@@ -660,7 +661,7 @@ def test_offsets_beyond_two_billion_bytes_are_not_cut(m: int) -> None:
     n, k = 300_000, 8192
     codes = torch.zeros(n, k, dtype=torch.int8, device="cuda")
     codes[-3:] = torch.randint(-127, 128, (3, k), dtype=torch.int8, device="cuda")
-    run = triton_layout.bind(codes, torch.ones(1, device="cuda"), None, n, k, 8, INT8)
+    run = gpu_backend.bind(codes, torch.ones(1, device="cuda"), None, n, k, 8, INT8)
     x = torch.randn(m, k, device="cuda")
     y = run(x)
     assert torch.equal(y[:, -3:], reference.ternary_linear(x, codes[-3:], torch.ones(1, device="cuda")))
@@ -683,7 +684,7 @@ def test_tuning_measures_checks_and_keeps_the_fastest(
 
     timed: list[int] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
+    monkeypatch.setattr(gpu_backend, "_triton_version", lambda: None)
     with pytest.raises(RuntimeError, match="there is nothing to tune here"):
         tune.tune(["12x40"], [1], device="cpu")
     cache = type("properties", (), {"L2_cache_size": 100})

@@ -2,7 +2,7 @@
 //
 //   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
 //   load, store, splat, load32, store32, add32      splat repeats 4 bytes
-//   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
+//   kForm, kFields          the form of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumGroups           a partial accumulator, and how many groups it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
@@ -187,7 +187,7 @@ void add_bias(const void* bias, int64_t n0, int64_t rows, float* y) {
   for (int64_t i = 0; i < rows; ++i) y[i] += F::value(b[i]);
 }
 
-INLINE void rescale(const Layer& layer, const int32_t* acc, Token token, int64_t n0, int64_t rows, float* y) {
+INLINE void rescale(const PreparedWeight& layer, const int32_t* acc, Token token, int64_t n0, int64_t rows, float* y) {
   if (layer.per_row) {
     for (int64_t i = 0; i < rows; ++i) y[i] = float(acc[i] - token.sum) * (layer.scale[n0 + i] / token.s);
   } else {
@@ -209,7 +209,7 @@ INLINE void round_to(const float* y, int64_t rows, void* out, int64_t at) {
 }
 
 template <int kRows>
-void finish(const Layer& layer, const int32_t* acc, Token token, int64_t n0, void* out, int64_t at, int32_t y_type) {
+void finish(const PreparedWeight& layer, const int32_t* acc, Token token, int64_t n0, void* out, int64_t at, int32_t y_type) {
   const int64_t rows = smaller(kRows, layer.n - n0);
   if (y_type == kInt32) {
     for (int64_t i = 0; i < rows; ++i) static_cast<int32_t*>(out)[at + i] = acc[i] - token.sum;
@@ -227,7 +227,7 @@ void finish(const Layer& layer, const int32_t* acc, Token token, int64_t n0, voi
 // One token. Weights are read once, linearly; all that matters is that the loads never wait.
 
 template <class I>
-void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y, int32_t y_type) {
+void gemv(const PreparedWeight& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y, int32_t y_type) {
   constexpr int kVecs = kGroupBytes / I::kBytes;
   constexpr int kGroup = 4 * I::kFields;
   const int64_t groups = (layer.k + kGroup - 1) / kGroup;
@@ -332,7 +332,7 @@ INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* 
 }
 
 template <class I, int V>
-void slice(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
+void slice(const PreparedWeight& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
   constexpr int kRows = V * I::kBytes / 4, kBlockVecs = kGroupBytes / I::kBytes, kGroup = 4 * I::kFields;
   constexpr int64_t kChunk = I::kSumGroups < kChunkSteps / I::kFields ? I::kSumGroups : kChunkSteps / I::kFields;
   alignas(64) uint8_t unpacked[kChunk * Unpacked<I, V>::kStride];
@@ -366,7 +366,7 @@ void slice(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc
 }
 
 template <class I>
-void gemm(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
+void gemm(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
           int32_t y_type) {
   constexpr int kBlockVecs = kGroupBytes / I::kBytes, V = I::kTileVecs > kBlockVecs ? I::kTileVecs : kBlockVecs;
   for (; first + V / kBlockVecs <= last; first += V / kBlockVecs) slice<I, V>(layer, first, panels, acc, y, y_type);
@@ -386,13 +386,13 @@ struct PlaneByPlane {
   INLINE auto total() const { return I::total(sum); }
 };
 
-// Layout C on the primitives of an instruction set whose dot() takes any u.
+// Form C on the primitives of an instruction set whose dot() takes any u.
 template <class I>
 struct EightBits : I {
   using typename I::Sum;
   using typename I::Vec;
   struct Packed {};
-  static constexpr int kLayout = kEightBits, kFields = 1, kZero = 128;
+  static constexpr int kForm = kEightBits, kFields = 1, kZero = 128;
   static constexpr int64_t kPlaneGroups = I::kSumGroups;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }
@@ -409,7 +409,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kLayout, I::kMaxTokens, quantize, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
+  return {name, supported, I::kForm, I::kMaxTokens, quantize, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The `triton` backends without Triton: where they run, and their layouts, made and undone by plain torch operations.
+"""The forms of weights in the `triton` backends, made and undone by plain torch operations.
 
 A layer's weight is int8 or uint8 [N, B], one row of B bytes (a multiple of 32) after the other. A block of 32 bytes
 holds 32 features in each of its planes: byte j of block b holds features 32 (b PLANES + p) + j, p = 0 .. PLANES - 1.
@@ -13,10 +13,6 @@ Features beyond K have code 0. In registers a plane of four bytes is four codes 
 integer units take, and a row's features stay in the thread that loaded its bytes.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
-from importlib import metadata
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,40 +20,6 @@ from torch import Tensor
 from ..layout import codes_of
 
 INT8, TWO_BITS, BASE3 = 1, 4, 5  # planes
-
-
-def missing(device: torch.device, activation_bits: int | None = 8) -> str | None:
-    """None if the triton backends can run layers with these activations there, else why not and what to do."""
-    if device.type != "cuda":
-        return f"it runs on CUDA and ROCm GPUs; on {device.type} choose 'auto'"
-    if activation_bits is None:
-        return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU; install a torch built for yours (bitnet info shows which this is)"
-    if _triton_version() is None:
-        return "triton is not installed; pip install triton"
-    if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"Triton needs compute capability 8.0 (Ampere), this GPU has {found[0]}.{found[1]}; choose 'torch'"
-    return None
-
-
-def hardware(device: torch.device) -> str:
-    """What the kernels are compiled for and by, in words."""
-    return f"{torch.cuda.get_device_name(device)}, triton {_triton_version()}"
-
-
-def description(planes: int) -> str:
-    """What runs here, in words."""
-    bits = "1.6 bits" if planes == BASE3 else "2 bits"
-    return f"Triton kernels, {bits} a weight (triton {_triton_version()})"
-
-
-@lru_cache
-def _triton_version() -> str | None:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def planes_of(weight: Tensor, planes: int) -> int:
@@ -100,28 +62,3 @@ def unprepack(weight: Tensor, n: int, k: int, planes: int) -> Tensor:
         tops = [wide * 3**p >> 8 for p in range(6)]
         fields = torch.cat([tops[p + 1] - 3 * tops[p] for p in range(5)], dim=2)
     return (fields.reshape(n, -1)[:, :k].to(torch.int8) - 1).contiguous()
-
-
-def bind(
-    weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None, planes: int
-) -> Callable[[Tensor], Tensor]:
-    """A function x [..., K] -> [..., N]; the first one made imports Triton.
-
-    weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None. The function keeps the tensors alive and
-    sees what is later written into them.
-    """
-    if weight.is_meta:
-        return lambda x: x.new_empty(*x.shape[:-1], n)
-    planes = planes_of(weight, planes)
-    needed = n, row_bytes(k, planes)
-    if tuple(weight.shape) != needed:  # the kernels would read beyond it
-        raise ValueError(
-            f"triton kernel: weight is prepacked as {list(weight.shape)}, but {n} x {k} needs {list(needed)}"
-        )
-    if scale.numel() not in (1, n) or (bias is not None and bias.numel() != n):
-        sizes = [None if t is None else t.numel() for t in (scale, bias)]
-        raise ValueError(f"triton kernel: scale and bias of sizes {sizes} do not fit {n} rows")
-    from .linear import Layer, bind
-
-    assert bits is not None
-    return bind(Layer(weight, scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, planes), bits)

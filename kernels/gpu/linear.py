@@ -309,7 +309,7 @@ def _unpack(
 # Launchers
 
 
-class Layer(NamedTuple):
+class PreparedWeight(NamedTuple):
     """A prepacked weight and what belongs to it; scale and bias are contiguous."""
 
     weight: Tensor  # layout.py
@@ -320,7 +320,7 @@ class Layer(NamedTuple):
     planes: int
 
 
-def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
+def bind(layer: PreparedWeight, bits: int) -> Callable[[Tensor], Tensor]:
     """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
     device, n, k = layer.weight.device, layer.n, layer.k
     gpu, per_row = gpu_of(device), layer.scale.numel() > 1
@@ -341,7 +341,7 @@ def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
     return linear
 
 
-def multiply(config: Config, layer: Layer, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
     """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized to 8 bits, or codes with their s."""
     if isinstance(config, Gemv):
         _launch_gemv(config, layer, x, s, y)
@@ -360,7 +360,7 @@ def multiply(config: Config, layer: Layer, x: Tensor, s: Tensor | None, y: Tenso
 def int_matmul(q: Tensor, weight: Tensor, n: int, planes: int, config: Dot) -> Tensor:
     """reference.int_matmul of codes q int8 [M, K] and prepacked ones, on tensor cores: int32 [M, N]."""
     y = torch.empty(len(q), n, dtype=torch.int32, device=q.device)
-    layer = Layer(weight, torch.empty(1, device=q.device), None, n, q.shape[1], planes)
+    layer = PreparedWeight(weight, torch.empty(1, device=q.device), None, n, q.shape[1], planes)
     if len(q):
         workspace = _workspace(config, len(q), n, q.device)
         q, _, sums = quantize(q, True, _counters(config, workspace), aligned=True)
@@ -378,7 +378,9 @@ def int_linear(
     y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
     if len(q):
         n, k = codes.shape
-        layer = Layer(codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8)
+        layer = PreparedWeight(
+            codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8
+        )
         m = max(len(q), 256)  # never split: nobody has zeroed counters
         config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
         assert isinstance(config, Dot)
@@ -386,7 +388,7 @@ def int_linear(
     return y
 
 
-def unpack(layer: Layer) -> Tensor:
+def unpack(layer: PreparedWeight) -> Tensor:
     """The codes of a packed layer, int8 [N, K], in one pass."""
     codes = torch.empty(layer.n, layer.k, dtype=torch.int8, device=layer.weight.device)
     size = layer.weight.shape[1]
@@ -403,7 +405,7 @@ def _assembly(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def _launch_gemv(config: Gemv, layer: Layer, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
     words = layer.weight.shape[1] // 4
     with torch.cuda.device_of(x):
         _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
@@ -415,7 +417,13 @@ def _launch_gemv(config: Gemv, layer: Layer, x: Tensor, s: Tensor | None, y: Ten
 
 
 def _launch_dot(
-    config: Dot, layer: Layer, q: Tensor, s: Tensor | None, sums: Tensor | None, y: Tensor, workspace: Tensor | None
+    config: Dot,
+    layer: PreparedWeight,
+    q: Tensor,
+    s: Tensor | None,
+    sums: Tensor | None,
+    y: Tensor,
+    workspace: Tensor | None,
 ) -> None:
     n, planes = layer.n, layer.planes
     with torch.cuda.device_of(q):
