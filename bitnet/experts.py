@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .deprecated import renamed
 from .kernels import reference
 from .linear import BitConv1D, BitLayer, BitLinear, Matrices, become, cast_for_autocast, describe
 from .packed import Packed, PackedBitLinear, check_backend, pack_matrix, packed_zeros
@@ -148,7 +149,7 @@ class PackedStack(Packed):
         out_features: int,
         spec: QuantSpec,
         backend: str = "auto",
-        bits: float = 2,
+        weight_bits: float = 2,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = weight.shape[-1], out_features, spec
@@ -156,7 +157,7 @@ class PackedStack(Packed):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self._drop_derived()
-        self.set_backend(backend, bits)
+        self.set_backend(backend, weight_bits)
 
     def forward(self, expert: int, input: Tensor) -> Tensor:
         return self.layers()[expert](input)
@@ -165,12 +166,13 @@ class PackedStack(Packed):
         self._layers: list[PackedBitLinear] = []
         self._made_of: list[tuple[Tensor | None, int, int]] = []  # the buffers, their versions and where they are
 
-    def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
+    @renamed(bits="weight_bits")
+    def set_backend(self, backend: str = "auto", weight_bits: float = 2) -> None:
         """See PackedBitLinear.set_backend."""
-        check_backend(backend, bits)
-        self.backend, self.bits = backend, bits
+        check_backend(backend, weight_bits)
+        self.backend, self.weight_bits = backend, weight_bits
         for layer in self._layers:
-            layer.set_backend(backend, bits)
+            layer.set_backend(backend, weight_bits)
 
     def layers(self) -> list[PackedBitLinear]:
         """One layer for each matrix, over the same memory; each prepacks at its first call.
@@ -186,7 +188,7 @@ class PackedStack(Packed):
             scales = scale.view(len(weight), -1)
             biases = [None] * len(weight) if bias is None else bias.unbind()
             self._layers = [
-                PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.bits)
+                PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.weight_bits)
                 for tensors in zip(weight, scales, biases, strict=True)
             ]
             self._made_of = present

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
 from bitnet.packed import PackedBitLinear
 
@@ -29,7 +30,8 @@ from .hub.wrappers import unwrapped
 from .writing import replacing
 
 
-def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: Any) -> Path:
+@renamed(bits="weight_bits")
+def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **kwargs: Any) -> Path:
     """Write a model's weights and config to `directory`, packed or in training; returns it.
 
     A Hugging Face model becomes a checkpoint that from_pretrained reads, stock transformers' included wherever
@@ -37,30 +39,31 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     load(directory, model). Whatever happens, a full disk, an interrupt or a kill, the directory holds the earlier
     save, if there was one, or this one, whole; other files in it stay. Two saves to one directory take turns.
 
-    bits:   of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
-    kwargs: passed to save_pretrained, for instance max_shard_size="2GB"
+    weight_bits: of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
+    kwargs:      passed to save_pretrained, for instance max_shard_size="2GB"
     """
-    if bits not in (2, 1.6):
-        raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
-    if bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
-        raise ValueError("save: bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
+    if weight_bits not in (2, 1.6):
+        raise ValueError(f"save: weight_bits must be 2 or 1.6, got {weight_bits!r}")
+    if weight_bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
+        raise ValueError("save: weight_bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
     model = unwrapped(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
     with replacing(directory) as new:
         if isinstance(model, PreTrainedModel):
-            attach(model, bits)
+            attach(model, weight_bits)
             try:
                 model.save_pretrained(new, **kwargs)
             finally:
                 attach(model)
         else:
-            config = config_of(model, bits)
+            config = config_of(model, weight_bits)
             if config is None:
                 raise ValueError("save: the model has no BitLinear or PackedBitLinear layers; nothing here needs us")
             state = {
-                key: tensor.detach().cpu().contiguous().clone() for key, tensor in stored_state(model, bits).items()
+                key: tensor.detach().cpu().contiguous().clone()
+                for key, tensor in stored_state(model, weight_bits).items()
             }
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
@@ -68,6 +71,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     return directory
 
 
+@renamed(bits="weight_bits")
 def load(
     directory: str | Path,
     model: nn.Module | None = None,
@@ -75,7 +79,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
-    bits: float = 2,
+    weight_bits: float = 2,
 ) -> Any:
     """Read what save wrote, or any Hugging Face `bitnet` checkpoint; returns the model in evaluation mode.
 
@@ -84,7 +88,7 @@ def load(
     device:    where the weights go
     dtype:     of the float weights; "auto" takes the stored one
     backend:   of the packed layers (see bitnet.backends)
-    bits:      a packed weight takes in the backend's memory: 2, or 1.6 where the CPU can (see PackedBitLinear)
+    weight_bits: a packed weight takes in the backend's memory: 2, or 1.6 where the CPU can (see PackedBitLinear)
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
@@ -128,7 +132,7 @@ def load(
         finish_loading(model, settings)
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
-            module.set_backend(backend, bits)
+            module.set_backend(backend, weight_bits)
             for layer in module.layers() if isinstance(module, PackedStack) else [module]:
                 if not layer.weight.is_meta:  # offloaded
                     layer.prepack()

@@ -25,7 +25,7 @@ class Matrix:
     name: str
     kind: str  # "packed", "latent", "float" or "integer"
     shape: tuple[int, ...]
-    bits: float  # a weight takes in the files, its scale included
+    weight_bits: float  # a weight takes in the files, its scale included
     what: str  # the layer's options, or the tensor's dtype
     scale: tuple[float, float] | None = None  # least and greatest
     shares: tuple[float, float, float] | None = None  # of -1, 0 and +1, where codes are ternary
@@ -55,7 +55,7 @@ class Inspection:
             shares = [f"{100 * p:.1f} %" for p in m.shares] if m.shares else ["", "", ""]
             entropy = "" if m.entropy is None else f"{m.entropy:.3f}"
             shape = "x".join(map(str, m.shape))
-            lines.append((m.name, m.kind, shape, f"{m.bits:.3g}", scale, *shares, entropy, m.what))
+            lines.append((m.name, m.kind, shape, f"{m.weight_bits:.3g}", scale, *shares, entropy, m.what))
         widths = [max(len(line[i]) for line in lines) for i in range(10)]
         left = (0, 1, 2, 9)  # columns of words; numbers are aligned on the right
         table = "\n".join(
@@ -72,7 +72,7 @@ class Inspection:
         for kind in ("packed", "latent", "float", "integer"):
             some = [m for m in self.matrices if m.kind == kind]
             weights = sum(math.prod(m.shape) for m in some)
-            size = sum(math.prod(m.shape) * m.bits / 8 for m in some)
+            size = sum(math.prod(m.shape) * m.weight_bits / 8 for m in some)
             if some:
                 lines.append(f"{kind}: {len(some)} matrices, {weights:,} weights, {size / 1e6:,.2f} MB")
         return "\n".join([*lines, f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB"])

@@ -20,7 +20,7 @@ from .cpu import library as cpu_library
 from .cpu import linear as cpu_linear
 from .gpu import backend as gpu_backend
 from .gpu import layout as gpu_layout
-from .layout import codes_of, pack_ternary
+from .layout import check_rows, check_stored, codes_of, pack_ternary
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
@@ -35,6 +35,8 @@ class Backend(NamedTuple):
     unprepack: Callable[[Tensor, int, int], Tensor]  # (own form, N, K) -> int8 codes [N, K]
     bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
     # bind(own form, scale, bias, N, K, activation_bits)
+    check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
+    # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
 
@@ -58,12 +60,28 @@ def _(weight: Tensor, n: int, k: int, form: int) -> Tensor:
     return weight.new_empty(n, k, dtype=torch.int8)
 
 
-def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, bits).reshape(*x.shape[:-1], n)
+def _bind_torch(
+    codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None
+) -> Linear:
+    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, activation_bits).reshape(*x.shape[:-1], n)
 
 
-def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, bits)
+def _bind_reference(
+    packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None
+) -> Linear:
+    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, activation_bits)
+
+
+def _check_codes(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> None:
+    if tuple(codes.shape) != (n, k):
+        raise ValueError(f"the weight's codes are {list(codes.shape)}, not {n} x {k}")
+    check_rows(scale, bias, n)
+
+
+def _check_packed(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> None:
+    if check_stored(packed, n) and packed.shape[1] != k:
+        raise ValueError(f"packed weight has {packed.shape[1]} features, not {k}")
+    check_rows(scale, bias, n)
 
 
 def _quantizers(
@@ -73,10 +91,10 @@ def _quantizers(
     for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         here = x.to(device)
-        for what, got, expected in zip(
-            ("codes", "scales"), quantize(here), reference.quantize_activation(x), strict=True
-        ):
-            yield f"{what} of tokens of {dtype}", got, expected
+        for bits in (8, 4):
+            pairs = zip(quantize(here, bits), reference.quantize_activation(x, bits), strict=True)
+            for what, (got, expected) in zip(("codes", "scales"), pairs, strict=True):
+                yield f"{bits}-bit {what} of tokens of {dtype}", got, expected
         codes, _ = reference.quantize_weight(x, per_row=True)
         inv = reference.inverse_scale(x, per_row=True)
         yield f"ternary codes of {dtype}", ternary_codes(here, inv.to(device)), codes
@@ -119,6 +137,7 @@ def _cpu(form: int) -> Backend:
         prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, form),
         unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
         bind=partial(cpu_linear.bind, form=form),
+        check=partial(cpu_linear.check_prepacked, form=form),
         hardware=lambda device: cpu_library.isas(form)[0],
         others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),
     )
@@ -131,6 +150,7 @@ def _triton(planes: int) -> Backend:
         prepack=partial(gpu_layout.prepack, planes=planes),
         unprepack=partial(gpu_layout.unprepack, planes=planes),
         bind=partial(gpu_backend.bind, planes=planes),
+        check=partial(gpu_backend.check, planes=planes),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
     )
@@ -144,17 +164,19 @@ BACKENDS = {
     "triton-base3": _triton(gpu_layout.BASE3),
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's fastest exact product",
-        missing=lambda device, bits: None,
+        missing=lambda device, activation_bits: None,
         prepack=codes_of,
         unprepack=lambda codes, n, k: codes,
         bind=_bind_torch,
+        check=_check_codes,
     ),
     "reference": Backend(
         lambda: "the plain-torch definition; unpacks on every call",
-        missing=lambda device, bits: None,
+        missing=lambda device, activation_bits: None,
         prepack=lambda packed, n: packed,
         unprepack=lambda packed, n, k: codes_of(packed, n),
         bind=_bind_reference,
+        check=_check_packed,
     ),
 }
 
@@ -187,21 +209,23 @@ def check_backend(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
-def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, bits: float = 2) -> str:
+def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, weight_bits: float = 2) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
-    bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
+    weight_bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
     name = _choose(backend, device, activation_bits)
-    if bits == 1.6 and not name.endswith("-base3"):
+    if weight_bits == 1.6 and not name.endswith("-base3"):
         base3 = BACKENDS.get(f"{name}-base3")
         why = base3.missing(device, activation_bits) if base3 else "that backend has no such form"
         why = why or _fault(f"{name}-base3", device)
         if why is None:
             return f"{name}-base3"
-        warnings.warn(f"bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2)
+        warnings.warn(
+            f"weight_bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2
+        )
     return name
 
 

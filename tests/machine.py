@@ -30,4 +30,4 @@ def said(bits: float) -> AbstractContextManager[Any]:
     """Expects the warning for layers of 1.6 bits a weight where no kernel has them, and none elsewhere."""
     if bits != 1.6 or backends.BACKENDS["cpu-base3"].missing(torch.device("cpu"), 8) is None:
         return nullcontext()
-    return pytest.warns(UserWarning, match=r"bits=1\.6: .*; weights keep the form of backend")
+    return pytest.warns(UserWarning, match=r"weight_bits=1\.6: .*; weights keep the form of backend")

@@ -116,7 +116,7 @@ def test_tune_finds_the_shapes_of_a_checkpoint(checkpoint: Path, tmp_path: Path)
     bitnet.pack(model, head="int8")
     assert set(shapes_of(str(bitnet.save(model, tmp_path / "head")), TWO_BITS)) == {*shapes, (VOCABULARY, 16, INT8)}
     assert shapes_of("512x40", BASE3) == [(512, 40, BASE3)]
-    base3 = bitnet.save(bitnet.load(checkpoint), tmp_path / "base3", bits=1.6)
+    base3 = bitnet.save(bitnet.load(checkpoint), tmp_path / "base3", weight_bits=1.6)
     with pytest.raises(ValueError, match=r"give the shapes instead.*bitnet tune 14336x4096"):
         shapes_of(str(base3), TWO_BITS)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.kernels import backends, ops, reference
+from bitnet.kernels import backends, ops, quantizers, reference
 from bitnet.kernels.cpu import arena
 from bitnet.kernels.cpu import latent as cpu_latent
 from bitnet.kernels.cpu import library as cpu_library
@@ -366,18 +366,18 @@ def test_float_activations_are_refused_with_the_remedy() -> None:
 
 @pytest.mark.skipif(not MISSING and not cpu_library.isas(cpu_library.BASE3), reason="this CPU has no AVX512-VBMI")
 def test_1_6_bits_take_the_base3_kernel_and_give_the_same(tmp_path: Path) -> None:
-    layer, x = PackedBitLinear(100, 64, bits=1.6), grid(3, 100)
+    layer, x = PackedBitLinear(100, 64, weight_bits=1.6), grid(3, 100)
     layer.weight.copy_(pack_ternary(ternary(64, 100)))
     assert layer.prepack()[1] == "cpu-base3"
     expected = PackedBitLinear(100, 64)
     expected.load_state_dict(layer.state_dict())
     assert expected.prepack()[1] == "cpu"
     assert torch.equal(layer(x), expected(x))
-    expected.set_backend(bits=1.6)
+    expected.set_backend(weight_bits=1.6)
     assert expected.prepack()[1] == "cpu-base3"
     assert torch.equal(copy.deepcopy(layer)(x), expected(x))
     bitnet.save(nn.Sequential(layer), tmp_path)
-    loaded = bitnet.load(tmp_path, nn.Sequential(nn.Linear(100, 64)), bits=1.6)
+    loaded = bitnet.load(tmp_path, nn.Sequential(nn.Linear(100, 64)), weight_bits=1.6)
     assert loaded[0].prepack()[1] == "cpu-base3"
     assert torch.equal(loaded(x), expected(x))
 
@@ -385,16 +385,16 @@ def test_1_6_bits_take_the_base3_kernel_and_give_the_same(tmp_path: Path) -> Non
 def test_1_6_bits_that_cannot_be_had_are_said_and_done_in_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
     isas = cpu_library.isas
     monkeypatch.setattr(cpu_library, "isas", lambda form=0: [] if form == cpu_library.BASE3 else isas(form))
-    layer = PackedBitLinear(8, 4, bits=1.6)
+    layer = PackedBitLinear(8, 4, weight_bits=1.6)
     with pytest.warns(
-        UserWarning, match="bits=1.6: this CPU has no AVX512-VBMI; weights keep the form of backend 'cpu'"
+        UserWarning, match="weight_bits=1.6: this CPU has no AVX512-VBMI; weights keep the form of backend 'cpu'"
     ):
         assert layer.prepack()[1] == "cpu"
-    layer.set_backend("torch", bits=1.6)
+    layer.set_backend("torch", weight_bits=1.6)
     with pytest.warns(UserWarning, match="weights keep the form of backend 'torch'"):
         assert layer.prepack()[1] == "torch"
-    with pytest.raises(ValueError, match=r"bits must be 2 or 1\.6, got 1\.5"):
-        layer.set_backend(bits=1.5)
+    with pytest.raises(ValueError, match=r"weight_bits must be 2 or 1\.6, got 1\.5"):
+        layer.set_backend(weight_bits=1.5)
 
 
 def test_a_cuda_device_is_refused_with_the_remedy() -> None:
@@ -546,7 +546,7 @@ def test_codes_of_a_latent_weight_are_the_references(dtype: torch.dtype, per_row
         w = torch.randn(n, k)
         w[0, 0] = 1e30 if dtype != torch.float16 else 6e4
         for weight in (w.to(dtype), (grid(n, k) + 0.5).to(dtype), torch.full((n, k), 0.5, dtype=dtype)):
-            codes, scale = ops.quantize_latent(weight, "ternary", per_row)
+            codes, scale = quantizers.quantize_latent(weight, "ternary", per_row)
             expected_codes, expected_scale = reference.quantize_weight(weight, "ternary", per_row)
             assert codes.dtype == torch.int8
             assert torch.equal(codes, expected_codes)
@@ -598,7 +598,7 @@ def test_a_training_step_takes_the_native_codes_and_strided_weights_do_not(monke
     layer = bitnet.BitLinear(8, 6)
     layer(torch.randn(2, 8)).sum().backward()
     assert len(calls) == 1
-    ops.quantize_latent(torch.randn(6, 8).T, "ternary", False)
-    ops.quantize_latent(torch.randn(6, 8), "binary", False)
-    ops.quantize_latent(torch.randn(6, 8, device="meta"), "ternary", False)
+    quantizers.quantize_latent(torch.randn(6, 8).T, "ternary", False)
+    quantizers.quantize_latent(torch.randn(6, 8), "binary", False)
+    quantizers.quantize_latent(torch.randn(6, 8, device="meta"), "ternary", False)
     assert len(calls) == 1

@@ -514,7 +514,7 @@ def test_damaged_packed_experts_are_not_named(
     model = mixtral()
     bitnet.replace_linear(model)
     bitnet.pack(model)
-    bitnet.save(model, tmp_path, bits=bits)
+    bitnet.save(model, tmp_path, weight_bits=bits)
     key = f"{EXPERT}.{leaf}" if f"{EXPERT}.{leaf}" in load_file(tmp_path / "model.safetensors") else f"{ON_DISK}.{leaf}"
 
     def apply(tensors: dict[str, Tensor]) -> None:
@@ -567,9 +567,9 @@ def test_options_and_mixtures_of_layers_do_not_come_back(build: Any, bits: float
     with torch.no_grad():
         expected = model(IDS).logits
         assert torch.equal(loaded(IDS).logits, expected)
-        bitnet.save(model, tmp_path / "packed", bits=bits, max_shard_size=3000)
+        bitnet.save(model, tmp_path / "packed", weight_bits=bits, max_shard_size=3000)
         with said(bits):
-            result = bitnet.load(tmp_path / "packed", bits=bits)(IDS).logits
+            result = bitnet.load(tmp_path / "packed", weight_bits=bits)(IDS).logits
         assert torch.equal(result, expected)
 
 

@@ -267,7 +267,9 @@ def test_backends_lists_every_backend_with_a_reason() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend, first in line, that cannot run."""
-    missing = backends.BACKENDS["torch"]._replace(missing=lambda device, bits: f"not for {device}; buy another")
+    missing = backends.BACKENDS["torch"]._replace(
+        missing=lambda device, activation_bits: f"not for {device}; buy another"
+    )
     monkeypatch.setattr(backends, "BACKENDS", {"broken": missing, **backends.BACKENDS})
     backends._choose.cache_clear()
     return "broken"
@@ -366,8 +368,8 @@ def test_a_bad_argument_of_quantize_weight_gets_its_own_error(
         (torch.zeros(2, 2, dtype=torch.int32), 8, TypeError, "x must be floating point, got torch.int32"),
         (torch.tensor(1.0), 8, ValueError, r"x must be \[..., K\] with K > 0, got \[\]"),
         (torch.zeros(2, 0), 8, ValueError, r"with K > 0, got \[2, 0\]"),
-        (torch.zeros(2, 2), 2, ValueError, "bits must be 8 or 4, got 2"),
-        (torch.zeros(2, 2), None, ValueError, "bits must be 8 or 4, got None"),
+        (torch.zeros(2, 2), 2, ValueError, "activation_bits must be 8 or 4, got 2"),
+        (torch.zeros(2, 2), None, ValueError, "activation_bits must be 8 or 4, got None"),
     ],
     ids=["dtype", "scalar", "no_columns", "bits", "no_bits"],
 )

@@ -58,7 +58,7 @@ def write_forms(model: PreTrainedModel, root: Path, **options: Any) -> None:
     bitnet.save(model, root / "latent")
     bitnet.pack(model)
     bitnet.save(model, root / "hub")
-    bitnet.save(model, root / "base3", bits=1.6)
+    bitnet.save(model, root / "base3", weight_bits=1.6)
 
 
 @pytest.fixture(scope="module")

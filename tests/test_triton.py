@@ -21,7 +21,7 @@ from shapes import AWKWARD, REAL, SHAPES
 from torch import Tensor
 
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import backends, layout, ops, proof, reference
+from bitnet.kernels import backends, layout, proof, quantizers, reference
 from bitnet.kernels.gpu import backend as gpu_backend
 from bitnet.kernels.gpu import layout as gpu_layout
 from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
@@ -52,7 +52,7 @@ each_planes = pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8], ids=["2
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
 
-REALLY_ON_TRITON = ops._on_triton
+REALLY_ON_TRITON = quantizers.on_triton
 SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
 DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 
@@ -61,7 +61,7 @@ DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         monkeypatch.setattr(linear, "gpu_of", lambda device: SMALL_GPU)
-        monkeypatch.setattr(ops, "_on_triton", lambda t: True)
+        monkeypatch.setattr(quantizers, "on_triton", lambda t: True)
         from triton.runtime import interpreter
 
         convert = interpreter._convert_float
@@ -191,7 +191,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
     """The GEMV with more rows and tokens than there are, from floats and from codes."""
     n, k = 11, 200
     codes, x, scale = weights(n, k, planes), torch.randn(tokens, k), torch.rand(n) + 0.1
-    layer = linear.Layer(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     y = torch.empty(tokens, n, device=DEVICE)
     q, s = reference.quantize_activation(x)
     given = (q.to(DEVICE), s.to(DEVICE)) if quantized else (x.to(DEVICE), None)
@@ -204,7 +204,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
 def test_unpacking_first_changes_nothing(planes: int) -> None:
     n, k = 37, 330
     codes, x, scale = weights(n, k, planes), torch.randn(5, k), torch.rand(1) + 0.1
-    layer = linear.Layer(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     assert torch.equal(linear.unpack(layer).cpu(), codes)
     y = torch.empty(5, n, device=DEVICE)
     linear.multiply(configs.Dot(32, 16, 128, 4, 2, dense=True), layer, x.to(DEVICE), None, y)
@@ -337,7 +337,7 @@ def test_a_training_step_equals_the_reference_path(
 
     mine = step()
     assert called
-    monkeypatch.setattr(ops, "_on_triton", lambda t: False)
+    monkeypatch.setattr(quantizers, "on_triton", lambda t: False)
     for found, expected in zip(mine, step(), strict=True):
         assert torch.equal(found, expected)
 
@@ -395,8 +395,8 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
     """Traced whole, on fake tensors of a GPU that need not exist, through our operators. Gradients need a real one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(ops, "_triton_is_chosen", lambda: True)
-    monkeypatch.setattr(ops, "_on_triton", REALLY_ON_TRITON)
+    monkeypatch.setattr(quantizers, "_triton_is_chosen", lambda: True)
+    monkeypatch.setattr(quantizers, "on_triton", REALLY_ON_TRITON)
     seen: set[str] = set()
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -470,7 +470,7 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert backends.choose_backend("auto", cuda) == "triton"
-    assert backends.choose_backend("auto", cuda, bits=1.6) == "triton-base3"
+    assert backends.choose_backend("auto", cuda, weight_bits=1.6) == "triton-base3"
     assert backends.choose_backend("auto", cuda, activation_bits=None) == "torch"
     with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float"):
         backends.choose_backend("triton", cuda, None)
@@ -534,14 +534,14 @@ def packed_layer(n: int, k: int, **options: Any) -> PackedBitLinear:
 
 
 @on_gpu
-@pytest.mark.parametrize("options", [{}, {"bits": 1.6}, {"weights": "int8", "per_row": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_bits": 1.6}, {"weights": "int8", "per_row": True}], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
 def test_real_layers_have_the_references_bits_twice(m: int, n: int, k: int, options: dict[str, Any]) -> None:
     layer = packed_layer(n, k, **options)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         y = layer(x)
-        assert layer.prepack()[1] == ("triton-base3" if "bits" in options else "triton")
+        assert layer.prepack()[1] == ("triton-base3" if "weight_bits" in options else "triton")
         assert torch.equal(y, reference.ternary_linear(x, layer.codes(), layer.weight_scale, layer.bias))
         for _ in range(3):
             assert torch.equal(y, layer(x))
@@ -552,7 +552,7 @@ def test_every_candidate_configuration_is_exact() -> None:
     gpu, planes = configs.gpu_of(torch.device("cuda")), TWO_BITS
     n, k = 1000, 4160
     codes = weights(n, k, planes)
-    layer = linear.Layer(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
+    layer = linear.PreparedWeight(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
     for m in (1, 16, 700):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         expected = reference.ternary_linear(x, codes.cuda(), layer.scale)

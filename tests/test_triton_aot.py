@@ -19,9 +19,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
-from bitnet.kernels.gpu import linear as linear  # noqa: E402
-from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
-from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS, row_bytes
+from bitnet.kernels.gpu import linear, quantize  # noqa: E402
+from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]

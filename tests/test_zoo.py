@@ -297,13 +297,13 @@ def test_a_trained_packed_and_loaded_model_generates_something_else(name: str, b
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = model.eval().generate(IDS[:1], **options)
     bitnet.pack(model)
-    bitnet.save(model, tmp_path / "model", bits=bits)
+    bitnet.save(model, tmp_path / "model", weight_bits=bits)
     with said(bits):
-        loaded = bitnet.load(tmp_path / "model", bits=bits)
+        loaded = bitnet.load(tmp_path / "model", weight_bits=bits)
         result = logits(loaded, case.inputs)
     assert torch.equal(result, logits(model, case.inputs))
     assert torch.equal(loaded.generate(IDS[:1], **options), expected)
-    bitnet.save(loaded, tmp_path / "again", bits=bits)
+    bitnet.save(loaded, tmp_path / "again", weight_bits=bits)
     first, again = (load_file(tmp_path / save / "model.safetensors") for save in ("model", "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)

@@ -94,7 +94,7 @@ def measure(
     scale = torch.ones(1, device=device)
     expected = int8.linear(x, unprepack(weights[0], n, k, planes), scale, None, 8)
     y = torch.empty_like(expected)
-    layers = [linear.Layer(weight, scale, None, n, k, planes) for weight in weights]
+    layers = [linear.PreparedWeight(weight, scale, None, n, k, planes) for weight in weights]
     times: dict[Config, float] = {}
     for config in found:
         try:

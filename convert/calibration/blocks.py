@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bitnet.kernels import ops
+from bitnet.kernels import quantizers
 from bitnet.linear import BitLinear, become
 
 from ..rounding import Quantized, rounded
@@ -46,7 +46,7 @@ class Layer(BitLinear):
         if stream not in self.rounded:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(-1, self.in_features)
-        y = ops.codes_linear(
+        y = quantizers.codes_linear(
             x, *self.rounded[stream], self.bias, self.spec.activation_bits, self.spec.weights == "int8"
         )
         return y.view(*input.shape[:-1], self.out_features)

@@ -66,7 +66,7 @@ class BitNetConfig(BitNetQuantConfig):
             check_section(bitnet_toolkit)
 
     @property
-    def bits(self) -> float:
+    def weight_bits(self) -> float:
         """Bits a packed weight takes in the files."""
         return self.bitnet_toolkit.get("bits", 2) if self.linear_class == EXTENDED else 2
 
@@ -89,10 +89,10 @@ class BitNetConfig(BitNetQuantConfig):
 BitNetConfig.__name__ = BitNetQuantConfig.__name__
 
 
-def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
+def config_of(model: nn.Module, weight_bits: float = 2) -> BitNetConfig | None:
     """The config that rebuilds a model's low-bit layers, in a stock form if there is one; None if it has none.
 
-    bits: what a packed weight takes in the files: 2, or 1.6, which only this package reads
+    weight_bits: what a packed weight takes in the files: 2, or 1.6, which only this package reads
     """
     layers: dict[str, tuple[bool, QuantSpec]] = {}
     ours_only = False  # is there a layer that stock transformers would leave float, or has no room for?
@@ -109,7 +109,7 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
     skips = _skip_patterns(model, layers)
     overrides = {name: layer for name, layer in layers.items() if layer != (packed, spec)}
     stock = (
-        bits == 2
+        weight_bits == 2
         and not overrides
         and not ours_only
         and not spec.per_row
@@ -123,7 +123,7 @@ def config_of(model: nn.Module, bits: float = 2) -> BitNetConfig | None:
         if packed:
             return BitNetConfig("bitlinear", **common)
         return BitNetConfig("autobitlinear", quantization_mode="online", **common)
-    section: dict[str, Any] = {"packed": packed, "spec": asdict(spec), "bits": bits}
+    section: dict[str, Any] = {"packed": packed, "spec": asdict(spec), "bits": weight_bits}
     section["embedding"] = next((name for name, m in model.named_modules() if isinstance(m, PackedEmbedding)), None)
     section["overrides"] = {name: {"packed": p, "spec": asdict(s)} for name, (p, s) in overrides.items()}
     return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)

@@ -56,7 +56,7 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
             layer.register_buffer("weight_scale", torch.ones(1, device=layer.get_parameter("weight").device))
         elif packed:
             to_packed(layer)
-            if config.bits == 1.6 and spec.weights != "int8":  # until finish_loading
+            if config.weight_bits == 1.6 and spec.weights != "int8":  # until finish_loading
                 for part in module.modules():
                     if isinstance(part, PackedBitLinear | PackedStack):
                         shape = *part.weight.shape[:-2], part.out_features, -(-part.in_features // 5)
@@ -94,7 +94,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             continue
         where = name
         try:
-            if config.bits == 1.6 and module.weight.dtype == torch.uint8:
+            if config.weight_bits == 1.6 and module.weight.dtype == torch.uint8:
                 module.weight = hub_from_base3(module.weight, module.in_features)
             for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
                 where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name

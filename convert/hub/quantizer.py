@@ -25,17 +25,17 @@ from .values import stored_state
 from .wrappers import outermost
 
 
-def attach(model: nn.Module, bits: float = 2) -> None:
+def attach(model: nn.Module, weight_bits: float = 2) -> None:
     """Bring the configs of the Hugging Face models in a module in line with their layers.
 
     Their save_pretrained then writes what from_pretrained rebuilds, whatever wraps them.
     """
     for inner in outermost(model).values():
-        _attach(inner, bits)
+        _attach(inner, weight_bits)
 
 
-def _attach(model: PreTrainedModel, bits: float) -> None:
-    config = config_of(model, bits)
+def _attach(model: PreTrainedModel, weight_bits: float) -> None:
+    config = config_of(model, weight_bits)
     packed = any(isinstance(module, PackedBitLinear | PackedExperts) for module in model.modules())
     if config is None:
         present = getattr(model.config, "quantization_config", None)
@@ -116,7 +116,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return []  # our layers' buffers have the names and the contents of the stored tensors
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return stored_state(model, self.quantization_config.bits), {}
+        return stored_state(model, self.quantization_config.weight_bits), {}
 
     @property
     def is_trainable(self) -> bool:

@@ -23,21 +23,21 @@ def stored_codes(
         raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
     if weight.is_floating_point():
         return float_codes(weight), scale
-    if config.bits == 1.6 and weight.dtype == torch.uint8:
+    if config.weight_bits == 1.6 and weight.dtype == torch.uint8:
         return layout.unpack_base3(weight, in_features), scale
     if weight.dtype == torch.uint8:
         layout.validate_packed(weight)
     return layout.codes_of(weight, out_features), scale
 
 
-def stored_state(model: nn.Module, bits: float = 2) -> dict[str, Tensor]:
-    """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `bits` bits."""
+def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
+    """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `weight_bits` bits."""
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
-            if bits == 1.6 and module.weight.dtype == torch.uint8 and not isinstance(module, PackedEmbedding):
+            if weight_bits == 1.6 and module.weight.dtype == torch.uint8 and not isinstance(module, PackedEmbedding):
                 codes = module.codes()
                 state[f"{prefix}weight"] = layout.pack_base3(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
     return state

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..layout import check_rows
 from .arena import arena
 from .library import BASE3, EIGHT_BITS, FLOATS, TWO_BITS, TYPES, check, isa_index, native
 
@@ -24,6 +24,7 @@ class PreparedWeight(ctypes.Structure):
         ("per_row", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
         ("form", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
         ("isa", ctypes.c_int32),
     )
 
@@ -67,6 +68,17 @@ def unprepack(weight: Tensor, n: int, k: int, form: int = TWO_BITS) -> Tensor:
     return codes
 
 
+def check_prepacked(
+    weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int, form: int = TWO_BITS
+) -> None:
+    """Raise ValueError unless the tensors are those of a layer of N x K: C would read beyond them."""
+    needed = form_shape(n, k, form_of(weight, form))
+    if tuple(weight.shape) != needed:
+        found = list(weight.shape)
+        raise ValueError(f"native CPU kernel: weight is prepacked as {found}, but {n} x {k} needs {list(needed)}")
+    check_rows(scale, bias, n)
+
+
 def prepared(
     weight: Tensor,
     scale: Tensor | None,
@@ -75,16 +87,11 @@ def prepared(
     k: int,
     form: int = TWO_BITS,
     isa: str | None = None,
+    activation_bits: int = 8,
 ) -> ctypes.Structure:
     """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy."""
     form = form_of(weight, form)
-    needed = form_shape(n, k, form)
-    if tuple(weight.shape) != needed:  # C would read beyond it
-        found = list(weight.shape)
-        raise ValueError(f"native CPU kernel: weight is prepacked as {found}, but {n} x {k} needs {list(needed)}")
-    if (scale is not None and scale.numel() not in (1, n)) or (bias is not None and bias.numel() != n):
-        sizes = [None if t is None else t.numel() for t in (scale, bias)]
-        raise ValueError(f"native CPU kernel: scale and bias of sizes {sizes} do not fit {n} rows")
+    check_prepacked(weight, scale, bias, n, k, form)
     if bias is not None:
         bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()
     scale = None if scale is None else scale.contiguous()
@@ -97,6 +104,7 @@ def prepared(
         scale is not None and scale.numel() > 1,
         0 if bias is None else TYPES[bias.dtype],
         form,
+        activation_bits,
         isa_index(form, isa),
     )
     layer.alive = (weight, scale, bias)
@@ -133,7 +141,7 @@ def bind(
     bias: Tensor | None,
     n: int,
     k: int,
-    bits: int | None,
+    activation_bits: int | None,
     form: int = TWO_BITS,
     isa: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
@@ -143,8 +151,9 @@ def bind(
     default the best. The function keeps the tensors alive and sees what is later written into them.
     """
     if weight.is_meta:
+        check_prepacked(weight, scale, bias, n, k, form)
         return lambda x: x.new_empty(*x.shape[:-1], n)
-    layer = prepared(weight, scale, bias, n, k, form, isa)
+    layer = prepared(weight, scale, bias, n, k, form, isa, activation_bits or 8)
     run, pointer, types, threads = native().bitnet_linear, ctypes.byref(layer), TYPES, torch.get_num_threads
 
     def linear(x: Tensor) -> Tensor:
@@ -165,10 +174,4 @@ def bind(
             check(status)
         return y
 
-    def linear_4_bits(x: Tensor) -> Tensor:
-        # rare enough for a pass of torch's before the product
-        q, s = reference.quantize_activation(x.reshape(-1, k), 4)
-        y = _multiply(layer, q, s, x.dtype if x.dtype in FLOATS else torch.float32)
-        return y.to(x.dtype).reshape(*x.shape[:-1], n)
-
-    return linear if bits == 8 else linear_4_bits
+    return linear

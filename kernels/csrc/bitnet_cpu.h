@@ -28,6 +28,7 @@ struct PreparedWeight {
   int32_t per_row;
   int32_t bias_type;
   int32_t form;
+  int32_t activation_bits;  // 8 or 4, to which float x is quantized
   int32_t isa;  // index into bitnet_isa(form)
 };
 
@@ -57,8 +58,8 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
 // Quantizers. isa: index into bitnet_isa(kTwoBits).
 
 // Activation codes q int8 [m, k] and their scales s [m], which divide, of float x [m, k] (rows x_stride elements apart).
-BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int8_t* q,
-                                      float* s, int32_t isa, int32_t threads);
+BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k,
+                                      int32_t activation_bits, int8_t* q, float* s, int32_t isa, int32_t threads);
 
 // Ternary codes int8 [n, k] of a contiguous latent weight [n, k]: clamp(round(w inv), -1, 1). inv: [1], or [n] if per_row.
 BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,

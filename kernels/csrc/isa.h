@@ -31,7 +31,7 @@ struct Isa {
   int max_tokens;  // tokens a panel may hold
 
   // Codes of one token of k features. x_type may be int8: then x is copied, s is not set.
-  Token (*quantize)(const void* x, int32_t x_type, int64_t k, int8_t* codes);
+  Token (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, int8_t* codes);
 
   // Ternary codes of one row of k latent weights.
   void (*ternary_codes)(const void* w, int32_t type, int64_t k, float inv, int8_t* codes);

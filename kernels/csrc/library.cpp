@@ -19,7 +19,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 8; }
+BITNET_EXPORT int32_t bitnet_abi() { return 9; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -38,6 +38,7 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads) {
   const int64_t n = layer->n, k = layer->k;
   if (n < 1 || k < 1 || k > max_features(layer->form) || m < 0) return kBadShape;
+  if (layer->activation_bits != 8 && layer->activation_bits != 4) return kBadType;
   if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
   if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;
@@ -65,16 +66,16 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
   return kOk;
 }
 
-BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int8_t* q,
-                                      float* s, int32_t isa, int32_t threads) {
+BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k,
+                                      int32_t activation_bits, int8_t* q, float* s, int32_t isa, int32_t threads) {
   const Isa* target = find_isa(kTwoBits, isa);
   if (!target) return kBadIsa;
   if (!is_float(x_type)) return kBadType;
-  if (m < 0 || k < 1) return kBadShape;
+  if (m < 0 || k < 1 || (activation_bits != 8 && activation_bits != 4)) return kBadShape;
   if (m * k < int64_t(1) << 18) threads = 1;
   parallel(threads, [&](int thread, int count) {
     for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row)
-      s[row] = target->quantize(static_cast<const char*>(x) + row * x_stride * element_size(x_type), x_type, k, q + row * k).s;
+      s[row] = target->quantize(static_cast<const char*>(x) + row * x_stride * element_size(x_type), x_type, activation_bits, k, q + row * k).s;
   });
   return kOk;
 }

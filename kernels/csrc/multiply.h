@@ -31,7 +31,7 @@ struct Call {
   }
 
   Token quantize(int64_t m, int8_t* codes) const {
-    Token token = isa.quantize(x + m * x_stride, x_type, layer.k, codes);
+    Token token = isa.quantize(x + m * x_stride, x_type, layer.activation_bits, layer.k, codes);
     memset(codes + layer.k, 0, padded() - layer.k);
     if (x_type == kInt8) token.s = s ? s[m] : 1;
     return token;

@@ -87,7 +87,7 @@ void check_with(bool eight, int64_t m, int64_t n, int64_t k, int extreme) {
     for (int threads = 1; threads <= 2; ++threads) {
       const char* isa = target.isa;
       PreparedWeight layer{weights[target.form].data(), scale.data(), bias.data(), n, k, n > 1, kFloat32, target.form,
-                  target.index};
+                           8, target.index};
       auto run = [&](const void* in, Type in_type, void* out, Type out_type) {
         return bitnet_linear(&layer, in, in_type, stride, nullptr, m, out, out_type, threads) == kOk;
       };
@@ -136,7 +136,7 @@ void check_quantizers(int64_t n, int64_t k) {
               "packed codes", name, 0, n, k);
       require(!bitnet_magnitudes(x, type, n, k, sums[i].data(), isa, 2) && (!i || same(sums[0], sums[1])), "magnitudes",
               name, 0, n, k);
-      require(!bitnet_quantize(x, type, k, n, k, q[i].data(), s[i].data(), isa, 2) && (!i || (q[0] == q[1] && same(s[0], s[1]))),
+      require(!bitnet_quantize(x, type, k, n, k, 8, q[i].data(), s[i].data(), isa, 2) && (!i || (q[0] == q[1] && same(s[0], s[1]))),
               "activation codes", name, 0, n, k);
     }
   }

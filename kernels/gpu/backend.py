@@ -7,6 +7,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
+from ..layout import check_rows
 from .layout import BASE3, planes_of, row_bytes
 
 
@@ -44,28 +45,30 @@ def _triton_version() -> str | None:
         return None
 
 
+def check(weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, planes: int) -> None:
+    """Raise ValueError unless the tensors are those of a layer of N x K: the kernels would read beyond them."""
+    needed = n, row_bytes(k, planes_of(weight, planes))
+    if tuple(weight.shape) != needed:
+        raise ValueError(
+            f"triton kernel: weight is prepacked as {list(weight.shape)}, but {n} x {k} needs {list(needed)}"
+        )
+    check_rows(scale, bias, n)
+
+
 def bind(
-    weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None, planes: int
+    weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None, planes: int
 ) -> Callable[[Tensor], Tensor]:
     """A function x [..., K] -> [..., N]; the first one made imports Triton.
 
     weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None. The function keeps the tensors alive and
     sees what is later written into them.
     """
+    check(weight, scale, bias, n, k, planes)
     if weight.is_meta:
         return lambda x: x.new_empty(*x.shape[:-1], n)
     planes = planes_of(weight, planes)
-    needed = n, row_bytes(k, planes)
-    if tuple(weight.shape) != needed:  # the kernels would read beyond it
-        raise ValueError(
-            f"triton kernel: weight is prepacked as {list(weight.shape)}, but {n} x {k} needs {list(needed)}"
-        )
-    if scale.numel() not in (1, n) or (bias is not None and bias.numel() != n):
-        sizes = [None if t is None else t.numel() for t in (scale, bias)]
-        raise ValueError(f"triton kernel: scale and bias of sizes {sizes} do not fit {n} rows")
     from .linear import PreparedWeight, bind
 
-    assert bits is not None
-    return bind(
-        PreparedWeight(weight, scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, planes), bits
-    )
+    assert activation_bits is not None
+    bias = None if bias is None else bias.contiguous()
+    return bind(PreparedWeight(weight, scale.contiguous(), bias, n, k, planes), activation_bits)

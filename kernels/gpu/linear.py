@@ -29,10 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
 from .configs import Config, Dot, Gemv, choose, gpu_of
 from .layout import INT8
-from .quantize import activation_codes, activation_scale, largest_bits, quantize, rows_of
+from .quantize import activation_codes, activation_scale, largest_bits, quantize, quantize_4_bits, rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
@@ -320,7 +319,7 @@ class PreparedWeight(NamedTuple):
     planes: int
 
 
-def bind(layer: PreparedWeight, bits: int) -> Callable[[Tensor], Tensor]:
+def bind(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor], Tensor]:
     """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
     device, n, k = layer.weight.device, layer.n, layer.k
     gpu, per_row = gpu_of(device), layer.scale.numel() > 1
@@ -333,8 +332,8 @@ def bind(layer: PreparedWeight, bits: int) -> Callable[[Tensor], Tensor]:
         y = x.new_empty(*x.shape[:-1], n)
         rows, s = rows_of(x, k), None
         if len(rows):
-            if bits == 4:
-                rows, s = reference.quantize_activation(rows, 4)
+            if activation_bits == 4:
+                rows, s = quantize_4_bits(rows)
             multiply(choose(gpu, len(rows), n, k, layer.planes, per_row), layer, rows, s, y)
         return y
 

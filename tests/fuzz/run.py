@@ -59,7 +59,7 @@ def build(root: Path) -> None:
     bitnet.pack(model)
     bitnet.save(model, root / "hub")
     bitnet.save(model, root / "hub-shards", max_shard_size="30KB")
-    bitnet.save(model, root / "base3", bits=1.6)
+    bitnet.save(model, root / "base3", weight_bits=1.6)
     bitnet.pack(model, head="int8")
     bitnet.save(model, root / "int8")
     tied = llama(**sizes, tie_word_embeddings=True, eos_token_id=0)
