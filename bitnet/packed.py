@@ -290,23 +290,6 @@ def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: A
     return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
-def pack_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """A latent weight [N, K] as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale [1] or [N].
-
-    Raises ValueError for NaN or Inf weights.
-    """
-    if spec.weights == "ternary":
-        return ops.pack_latent(weight.detach(), per_row=spec.per_row)
-    codes, scale = ops.quantize_weight(weight.detach(), kind=spec.weights, per_row=spec.per_row)
-    return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
-
-
-def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:
-    """pack_matrix for the weight of a layer."""
-    (weight,) = layer.matrices()[0].views(layer.weight)
-    return pack_matrix(weight, layer.spec)
-
-
 class PackedEmbedding(Packed):
     """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
 

@@ -19,7 +19,7 @@ from .source import Source, Weight, uniform
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixReport:
     """One low-bit layer, or one other tensor."""
 
     name: str
@@ -41,7 +41,7 @@ class Inspection:
     """What inspect_checkpoint found; print it for a table."""
 
     path: Path
-    matrices: list[Matrix] = field(default_factory=list)
+    matrices: list[MatrixReport] = field(default_factory=list)
     other_bytes: int = 0  # norms, biases and other vectors
     problems: list[str] = field(default_factory=list)
 
@@ -87,7 +87,7 @@ class Inspection:
         """Share of zeros, entropy and scale of every ternary layer by depth, one line a kind of layer, as a picture."""
         from matplotlib.figure import Figure
 
-        groups: dict[str, list[tuple[int, Matrix]]] = {}
+        groups: dict[str, list[tuple[int, MatrixReport]]] = {}
         for m in self.matrices:
             depth = re.search(r"(?<![^.])\d+(?=\.)", m.name)
             if m.shares:
@@ -134,7 +134,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
                 _check_floats(source, key, found.problems)
             if len(shape) > 1:
                 kind = "float" if DTYPES[dtype].is_floating_point else "integer"
-                found.matrices.append(Matrix(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
+                found.matrices.append(MatrixReport(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
             else:
                 found.other_bytes += source.nbytes(key)
         except ValueError as error:
@@ -144,7 +144,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     return found
 
 
-def _matrix(source: Source, weight: Weight, problems: list[str]) -> Matrix:
+def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport:
     size = weight.out_features * weight.in_features
     total, counts, scales = 0, [0.0, 0.0, 0.0], []
     for expert, (codes, scale) in enumerate(source.matrices(weight)):
@@ -160,7 +160,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> Matrix:
     kind, limits = "latent" if weight.latent else "packed", (float(scale.min()), float(scale.max()))
     minus, zero, plus = (count / total for count in counts)
     shares = None if weight.spec.weights == "int8" else (minus, zero, plus)
-    return Matrix(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
+    return MatrixReport(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
 
 
 def _check_floats(source: Source, key: str, problems: list[str]) -> None:

@@ -130,7 +130,7 @@ class Source:
         for name, module in self.model.named_modules():
             if isinstance(module, BitLayer):
                 latent = f"{name}.weight_scale" not in self.stored()  # else the codes are stored as floats
-                for m in module.matrices():
+                for m in module.latent_weights():
                     key, packed = f"{name}.{m.parameter}", f"{name}.{m.packed}" if m.packed else name
                     shape = m.out_features, m.in_features
                     found.append(Weight(packed, key, *shape, module.spec, latent, m.experts, m.transposed, key))

@@ -44,7 +44,7 @@ OPTIONS: dict[str, Any] = {"samples": 8, "length": 16}
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to more, above all on a busy machine."""
+    """LatentWeight this small only lose time to more, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

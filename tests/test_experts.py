@@ -27,9 +27,10 @@ from transformers.pytorch_utils import Conv1D
 
 import bitnet
 from bitnet.convert.hub import values
-from bitnet.experts import BitExperts, PackedExperts, PackedStack, pack_layer, stacks_of, to_packed
+from bitnet.experts import BitExperts, PackedExperts, PackedStack, stacks_of
 from bitnet.kernels import backends
 from bitnet.linear import BitConv1D
+from bitnet.pack import pack_layer, to_packed
 from bitnet.quantize import QuantSpec
 
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
@@ -178,7 +179,7 @@ def test_gradients_are_not_those_of_the_formula(kind: Kind, strength: float, per
         return y + layer.get_parameter(f"{name}_bias")[e] if layer.has_bias else y
 
     x2, weights2 = x.detach().requires_grad_(), weights.detach().requires_grad_()
-    up, down = (m.parameter for m in layer.matrices())
+    up, down = (m.parameter for m in layer.latent_weights())
     rows = []
     for token, chosen in enumerate(index.tolist()):
         z = [product(kind.gate(product(x2[token : token + 1], up, e)), down, e) for e in chosen]
@@ -247,7 +248,7 @@ def test_the_swap_moves_parameters_or_keys(kind: Kind) -> None:
     assert model.experts is experts
     assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
     assert list(model.state_dict()) == keys
-    assert [row.name for row in report.rows] == [f"experts.{m.parameter}" for m in model.experts.matrices()]
+    assert [row.name for row in report.rows] == [f"experts.{m.parameter}" for m in model.experts.latent_weights()]
     rows = {row.name: (row.kind, row.shape, row.action) for row in bitnet.pack(model).rows}
     for name in (m.parameter for m in model.experts.stacks):
         assert rows[f"experts.{name}"] == ("PackedExperts", tuple(before[f"experts.{name}"].shape), "packed")

@@ -227,7 +227,7 @@ def test_training_does_not_reach_the_latent_weights(case: Case) -> None:
     assert loss.isfinite()
     loss.backward()
     for name, layer in low_bit(model).items():
-        for m in layer.matrices():
+        for m in layer.latent_weights():
             grad = layer.get_parameter(m.parameter).grad
             assert grad is not None, name
             assert grad.isfinite().all(), name
@@ -318,7 +318,7 @@ def test_a_model_without_data_gives_another_report(case: Case) -> None:
 def test_unpacking_does_not_give_back_the_model(case: Case) -> None:
     model = copy.deepcopy(case.model)
     latent = {name: p.detach().clone() for name, p in parameters(model).items()}
-    specs = {name: (layer.spec, layer.matrices()) for name, layer in low_bit(model).items()}
+    specs = {name: (layer.spec, layer.latent_weights()) for name, layer in low_bit(model).items()}
     bitnet.pack(model)
     bitnet.unpack(model)
     assert {name: type(module) for name, module in model.named_modules()} == case.types

@@ -33,7 +33,7 @@ from bitnet.progress import Progress
 from ..rounding import Quantized
 from ..source import Source
 from ..writing import write_whole
-from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
+from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, ObservedLinear
 from .gptq import ternarize
 
 SETTINGS = "calibration.json"
@@ -315,9 +315,9 @@ def _advance_and_compare(
 ) -> list[LayerReport]:
     """_advance, and how far the layers' outputs are from those of the float model."""
     sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in model.layers(index)}
-    wanted: dict[Layer, Tensor] = {}
+    wanted: dict[ObservedLinear, Tensor] = {}
 
-    def watch(layer: Layer, input: Tensor) -> None:
+    def watch(layer: ObservedLinear, input: Tensor) -> None:
         if model.stream == FLOAT:
             wanted[layer] = layer.output(input, FLOAT)
             return

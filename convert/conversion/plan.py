@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.experts import BitExperts, PackedExperts, to_packed
+from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer
+from bitnet.pack import to_packed
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from ..calibration.calibrate import latent_weight

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from bitnet.experts import PackedStack, to_packed
+from bitnet.experts import PackedStack
 from bitnet.kernels import layout
 from bitnet.linear import BitLinear
+from bitnet.pack import to_packed
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 from ..files.safetensors import TensorHeader

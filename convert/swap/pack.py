@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitnet.experts import pack_layer, to_packed
 from bitnet.kernels import ops
 from bitnet.linear import BitLayer, BitLinear
+from bitnet.pack import pack_layer, to_packed
 from bitnet.packed import PackedEmbedding
 from bitnet.quantize import QuantSpec
 
@@ -41,7 +41,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         )
     packed = {}
     for name, layer in layers.items():
-        for leaf in (m.parameter for m in layer.matrices()):
+        for leaf in (m.parameter for m in layer.latent_weights()):
             values = layer.get_parameter(leaf)
             if type(values.data) is not torch.Tensor:
                 raise ValueError(

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitnet.experts import BitExperts, PackedExperts, stacks_of
 from bitnet.kernels import layout
-from bitnet.linear import BitLayer, Matrices
+from bitnet.linear import BitLayer, LatentWeight
 from bitnet.packed import PackedBitLinear
 
 from .kinds import ROUTERS, swappable
@@ -87,7 +87,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
     seen: set[int] = set()
 
     def add(
-        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", m: Matrices | None = None
+        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", m: LatentWeight | None = None
     ) -> None:
         lazy = isinstance(tensor, nn.parameter.UninitializedParameter)
         shape = m.shape if m else () if lazy else tuple(tensor.shape)
@@ -104,7 +104,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
     for name, module in model.named_modules():
         if isinstance(module, PackedBitLinear):
             action = "int8" if module.spec.weights == "int8" else "packed"
-            m = Matrices("weight", module.out_features, module.in_features, module.transposed)
+            m = LatentWeight("weight", module.out_features, module.in_features, module.transposed)
             add(name, "PackedBitLinear", module.weight, action, reasons.get(name, ""), m)
             count(module.weight_scale, module.bias)
         elif isinstance(module, PackedExperts):
@@ -114,7 +114,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
                 add(f"{name}.{m.parameter}".lstrip("."), "PackedExperts", stack.weight, action, m=m)
                 count(stack.weight_scale, stack.bias)
         elif isinstance(module, BitLayer):
-            for m in module.matrices():
+            for m in module.latent_weights():
                 row = name if m.parameter == "weight" else f"{name}.{m.parameter}".lstrip(".")
                 add(row, type(module).__name__, module.get_parameter(m.parameter), module.spec.weights, m=m)
         elif isinstance(module, nn.Linear | Conv1D) and name in reasons and id(module.weight) not in seen:
