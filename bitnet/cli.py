@@ -173,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(info())
         elif args.command == "quickstart":
-            from .commands.quickstart import run
+            from .quickstart.run import run
 
             run(args.out, seed=args.seed, steps=args.steps)
         elif args.command == "generate":
-            from .serving.serve import generate as generate_text
+            from .serving.app import generate as generate_text
 
             prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
             options = {name: value for name, value in vars(args).items() if name not in ("command", "prompt")}
@@ -202,11 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found.plot(args.plot)
             return int(bool(found.problems))
         elif args.command == "serve":
-            from .serving.serve import serve as run_server
+            from .serving.app import serve as run_server
 
             run_server(args.checkpoint, args.options)
         elif args.command == "tune":
-            from .commands.tune import tune as tune_kernels
+            from .tuning import tune as tune_kernels
 
             tune_kernels(args.targets, args.tokens, args.base3, args.device)
     except KeyboardInterrupt:

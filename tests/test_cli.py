@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitnet
 from bitnet import cli
-from bitnet.commands.quickstart import VOCABULARY, build_tokenizer
-from bitnet.commands.tune import shapes_of
 from bitnet.experts import PackedStack
 from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 from bitnet.packed import PackedBitLinear
+from bitnet.quickstart.run import VOCABULARY, build_tokenizer
+from bitnet.tuning import shapes_of
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_tune_finds_the_shapes_that_layers_and_experts_have_when_they_run(tmp_pa
 def test_quickstart_leaves_models_report_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitnet.commands import quickstart
+    from bitnet.quickstart import run as quickstart
 
     monkeypatch.setattr(quickstart, "EVALUATION_BYTES", 1024)
     tiny = quickstart.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)

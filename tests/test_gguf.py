@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import bitnet
-from bitnet.commands.quickstart import build_tokenizer
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.files import ggml
 from bitnet.convert.files.gguf import padded, read_header, read_tensor
@@ -30,6 +29,7 @@ from bitnet.convert.llama_cpp.source import GgufSource
 from bitnet.convert.llama_cpp.writer import KINDS, write_gguf
 from bitnet.convert.source import Source
 from bitnet.packed import PackedBitLinear
+from bitnet.quickstart.run import build_tokenizer
 
 IDS = torch.tensor([[3, 41, 5, 17, 200, 511]])
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 import bitnet
-from bitnet.commands.quickstart import Settings, build_tokenizer, corpus, train
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
 from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.writer import write_gguf
 from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.quickstart.run import Settings, build_tokenizer, corpus, train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python", exc_type=ImportError)
 pytestmark = pytest.mark.slow

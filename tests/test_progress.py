@@ -13,11 +13,11 @@ from rich.console import Console
 from tiny import llama
 
 from bitnet import cli
-from bitnet.commands import tune
-from bitnet.commands.quickstart import build_tokenizer
+from bitnet import tuning as tune
 from bitnet.kernels import backends
 from bitnet.kernels.gpu.layout import TWO_BITS
 from bitnet.progress import Progress, track
+from bitnet.quickstart.run import build_tokenizer
 
 
 class Recorder:

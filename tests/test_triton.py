@@ -675,7 +675,7 @@ def test_offsets_beyond_two_billion_bytes_are_not_cut(m: int) -> None:
 def test_tuning_measures_checks_and_keeps_the_fastest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitnet.commands import tune
+    from bitnet import tuning as tune
 
     def seconds(calls: list[Callable], rounds: int) -> Tensor:
         calls[0]()

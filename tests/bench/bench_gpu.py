@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.commands.tune import graph_seconds
 from bitnet.kernels import backends
 from bitnet.kernels.layout import pack_ternary
+from bitnet.tuning import graph_seconds
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192)]  # (N, K)
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096]

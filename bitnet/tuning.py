@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..kernels import backends
-from ..kernels import torch_int8 as int8
-from ..kernels.gpu.layout import BASE3, INT8, TWO_BITS, prepack, unprepack
-from ..kernels.layout import ZEROS, packed_rows
-from ..progress import Progress
+from .kernels import backends
+from .kernels import torch_int8 as int8
+from .kernels.gpu.layout import BASE3, INT8, TWO_BITS, prepack, unprepack
+from .kernels.layout import ZEROS, packed_rows
+from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..kernels.gpu.configs import Config
+    from .kernels.gpu.configs import Config
 
 
 def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, device: str = "cuda") -> Path:
@@ -34,7 +34,7 @@ def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, dev
     shapes = [shape for target in targets for shape in shapes_of(target, planes)]
     if missing := backends.BACKENDS["triton"].missing(torch.device(device), 8):
         raise RuntimeError(f"there is nothing to tune here: {missing}")
-    from ..kernels.gpu import configs as configs
+    from .kernels.gpu import configs as configs
 
     gpu = configs.gpu_of(torch.device(device))
     buckets = sorted({configs.bucket(m) for m in tokens})
@@ -60,11 +60,11 @@ def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
         if not n or not k:
             raise ValueError(f"{target}: an empty shape")
         return [(n, k, planes)]
-    from ..convert.files.folder import CONFIG, weight_files
-    from ..convert.files.json_object import read_json
-    from ..convert.opening import open_source
-    from ..experts import PackedStack
-    from ..packed import PackedBitLinear
+    from .convert.files.folder import CONFIG, weight_files
+    from .convert.files.json_object import read_json
+    from .convert.opening import open_source
+    from .experts import PackedStack
+    from .packed import PackedBitLinear
 
     weight_files(target)  # a clear error before the model is built
     modules = []
@@ -87,7 +87,7 @@ def measure(
     """Median seconds of every configuration that this GPU can run, checked against torch's int8 product."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    from ..kernels.gpu import linear as linear
+    from .kernels.gpu import linear as linear
 
     weights = rotation(n, k, planes, device)
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
