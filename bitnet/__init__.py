@@ -31,14 +31,15 @@ if TYPE_CHECKING:
     from .linear import BitConv1D, BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
-    from .train.strength import Muon, set_strength, strength_at
+    from .train.muon import Muon
+    from .train.strength import set_strength, strength_at
     from .train.trainer import StrengthCallback
 
 _HOME = {
     "BitConv1D": "bitnet.linear",
     "BitExperts": "bitnet.experts",
     "BitLinear": "bitnet.linear",
-    "Muon": "bitnet.train.strength",
+    "Muon": "bitnet.train.muon",
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
     "QuantSpec": "bitnet.quantize",
@@ -82,6 +83,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("bitnet.functional")
     if name not in _HOME:
         raise AttributeError(f"module 'bitnet' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -36,7 +36,7 @@ from bitnet.convert.calibration.calibrate import calibrate, calibrated, latent_w
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.source import FolderSource
 from bitnet.kernels import layout, reference
-from bitnet.quickstart.run import build_tokenizer
+from bitnet.train.data import build_tokenizer
 
 TEXT = "".join(f"def f{i}(x):\n    return {i * i} * x + {i}\n\n\n" for i in range(60))
 OPTIONS: dict[str, Any] = {"samples": 8, "length": 16}

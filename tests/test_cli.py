@@ -14,7 +14,7 @@ from bitnet import cli
 from bitnet.experts import PackedStack
 from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 from bitnet.packed import PackedBitLinear
-from bitnet.quickstart.run import VOCABULARY, build_tokenizer
+from bitnet.train.data import VOCABULARY, build_tokenizer
 from bitnet.tuning import shapes_of
 
 
@@ -54,7 +54,8 @@ def test_info_names_every_backend_with_its_state(capsys: pytest.CaptureFixture[s
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     for row in bitnet.backends():
-        assert f"{row.name:<16}{'ready' if row.ready else 'missing'}: {row.detail}" in text
+        state = "ready" if row.ready else "missing"
+        assert re.search(rf"^  {row.name} +{state}: {re.escape(row.detail)} *$", text, re.M)
     assert torch.__version__ in text
 
 
@@ -136,12 +137,13 @@ def test_tune_finds_the_shapes_that_layers_and_experts_have_when_they_run(tmp_pa
 def test_quickstart_leaves_models_report_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitnet.quickstart import run as quickstart
+    from bitnet.quickstart import run
+    from bitnet.train import loop
 
-    monkeypatch.setattr(quickstart, "EVALUATION_BYTES", 1024)
-    tiny = quickstart.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)
-    monkeypatch.setattr(quickstart, "Settings", lambda **changes: quickstart_settings(tiny, changes))
-    report = quickstart.run(tmp_path, seed=1, steps=4)
+    monkeypatch.setattr(loop, "EVALUATION_BYTES", 1024)
+    tiny = loop.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)
+    monkeypatch.setattr(run, "Settings", lambda **changes: quickstart_settings(tiny, changes))
+    report = run.run(tmp_path, seed=1, steps=4)
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert report["settings"]["seed"] == 1

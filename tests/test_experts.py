@@ -30,7 +30,7 @@ from bitnet.convert.hub import values
 from bitnet.experts import BitExperts, PackedExperts, PackedStack, stacks_of
 from bitnet.kernels import backends
 from bitnet.linear import BitConv1D
-from bitnet.pack import pack_layer, to_packed
+from bitnet.packing import pack_layer, to_packed
 from bitnet.quantize import QuantSpec
 
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]

@@ -29,7 +29,7 @@ from bitnet.convert.llama_cpp.source import GgufSource
 from bitnet.convert.llama_cpp.writer import KINDS, write_gguf
 from bitnet.convert.source import Source
 from bitnet.packed import PackedBitLinear
-from bitnet.quickstart.run import build_tokenizer
+from bitnet.train.data import build_tokenizer
 
 IDS = torch.tensor([[3, 41, 5, 17, 200, 511]])
 

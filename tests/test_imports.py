@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 FRONT_DOOR = "bitnet"
 # from the ground up: a module may import those of its own floor and of the floors below
 FLOORS = (
-    ("bitnet.kernels", "bitnet.version"),
+    ("bitnet.kernels", "bitnet.version", "bitnet.deprecated"),
     ("bitnet",),  # whatever no other floor names: the layers, train, info, progress
     ("bitnet.convert",),
-    ("bitnet.serving", "bitnet.commands", "bitnet.cli", "bitnet.__main__"),
+    ("bitnet.serving", "bitnet.quickstart", "bitnet.tuning", "bitnet.commands", "bitnet.cli", "bitnet.__main__"),
 )
 
 

@@ -29,7 +29,8 @@ from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
 from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.writer import write_gguf
 from bitnet.packed import PackedBitLinear, PackedEmbedding
-from bitnet.quickstart.run import Settings, build_tokenizer, corpus, train
+from bitnet.train.data import build_tokenizer, corpus
+from bitnet.train.loop import Settings, train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python", exc_type=ImportError)
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from bitnet import tuning as tune
 from bitnet.kernels import backends
 from bitnet.kernels.gpu.layout import TWO_BITS
 from bitnet.progress import Progress, track
-from bitnet.quickstart.run import build_tokenizer
+from bitnet.train.data import build_tokenizer
 
 
 class Recorder:

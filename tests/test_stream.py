@@ -29,7 +29,7 @@ from bitnet.convert.checkpoint import read_headers
 from bitnet.convert.conversion import convert as conversion
 from bitnet.convert.conversion import journal, plan
 from bitnet.convert.conversion.convert import convert_checkpoint
-from bitnet.quickstart.run import build_tokenizer
+from bitnet.train.data import build_tokenizer
 
 QUIET = Console(quiet=True)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer
-from bitnet.pack import to_packed
 from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packing import to_packed
 
 from ..calibration.calibrate import latent_weight
 from ..files.safetensors import DTYPES

@@ -14,8 +14,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from bitnet.experts import PackedStack
 from bitnet.kernels import layout
 from bitnet.linear import BitLinear
-from bitnet.pack import to_packed
 from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packing import to_packed
 
 from ..files.safetensors import TensorHeader
 from ..swap.kinds import HEADS, settle_fast_paths, to_training

@@ -67,7 +67,8 @@ def _resize_token_embeddings(
         to_float_head(model)
         attach(model)
         warnings.warn(
-            "the int8 head is float again, for its new tokens; bitnet.pack(model, head='int8') packs it", stacklevel=2
+            "the int8 head is float again, for its new tokens; bitnet.pack(model, head='int8') packs it",
+            stacklevel=2,
         )
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 

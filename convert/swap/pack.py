@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bitnet.kernels import ops
 from bitnet.linear import BitLayer, BitLinear
-from bitnet.pack import pack_layer, to_packed
 from bitnet.packed import PackedEmbedding
+from bitnet.packing import pack_layer, to_packed
 from bitnet.quantize import QuantSpec
 
 from ..hub import quantizer, wrappers

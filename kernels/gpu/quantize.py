@@ -159,7 +159,7 @@ def quantize(
     return q[:, :k], s, total
 
 
-def quantize_activation(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, activation_bits: int = 8) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation, of any shape and strides."""
     k = x.shape[-1]
     q, s = quantize_4_bits(rows_of(x, k)) if activation_bits == 4 else quantize(rows_of(x, k))[:2]
