@@ -7,11 +7,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from .kernels import backends, products
-from .progress import wide
+from .tables import grid, wide
 from .version import __version__
 
 
@@ -60,10 +58,7 @@ def show(console: Console | None = None) -> None:
         }
     for title, rows in sections.items():
         console.print(title, markup=False, highlight=False)
-        table = Table.grid(padding=(0, 2, 0, 0))
-        for name, value in rows.items():
-            table.add_row(Text(f"  {name}"), Text(value))
-        console.print(table)
+        console.print(grid((f"  {name}", value) for name, value in rows.items()))
 
 
 def _cpu_name() -> str:

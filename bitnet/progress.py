@@ -118,9 +118,3 @@ class _Status(bars.ProgressColumn):
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def wide() -> Console:
-    """A console for tables: as wide as the terminal, and in a file or a pipe as wide as they are."""
-    console = Console()
-    return console if console.is_terminal else Console(width=1000)

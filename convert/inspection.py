@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bitnet import tables
 from bitnet.linear import describe
 from bitnet.progress import track
 
@@ -56,15 +57,7 @@ class Inspection:
             entropy = "" if m.entropy is None else f"{m.entropy:.3f}"
             shape = "x".join(map(str, m.shape))
             lines.append((m.name, m.kind, shape, f"{m.weight_bits:.3g}", scale, *shares, entropy, m.what))
-        widths = [max(len(line[i]) for line in lines) for i in range(10)]
-        left = (0, 1, 2, 9)  # columns of words; numbers are aligned on the right
-        table = "\n".join(
-            "  ".join(
-                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-        return f"{table}\n{self.totals()}\n{self.verdict()}"
+        return f"{tables.text(lines, right=range(3, 9))}\n{self.totals()}\n{self.verdict()}"
 
     def totals(self) -> str:
         """Weights and bytes by kind, in a line each."""
@@ -202,8 +195,7 @@ class Comparison:
     differences: dict[str, str]  # by name
 
     def __str__(self) -> str:
-        width = max(map(len, self.differences), default=0)
-        lines = [f"{name.ljust(width)}  {what}" for name, what in self.differences.items()]
+        lines = [tables.text(self.differences.items())] if self.differences else []
         return "\n".join([*lines, f"{self.equal} equal, {len(self.differences)} different"])
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 import bitnet
 from bitnet import cli
+from bitnet.commands import convert as command
 from bitnet.convert.checkpoint import read_headers
 from bitnet.convert.conversion import convert as conversion
 from bitnet.convert.conversion import journal, plan
@@ -442,8 +443,7 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
-from bitnet.convert.conversion import plan as stream
-from bitnet.convert.source import FolderSource
+from bitnet.convert.conversion import convert as conversion, journal
 journal.SYNC = 1  # note every job at once, so that there is something to go on with
 source, target, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 for line in sys.stdin:  # a child each: importing everything once takes longer than twenty conversions
@@ -511,7 +511,7 @@ def test_memory_does_not_grow_with_the_model(to: str, tmp_path: Path) -> None:
     del model
     code = """
 import re, sys
-from bitnet.convert.conversion.plan import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 convert_checkpoint(*sys.argv[1:])
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """
@@ -524,7 +524,7 @@ print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").rea
 
 
 def test_the_command_offers_every_form() -> None:
-    assert sorted(cli.FORMS) == sorted(plan.TARGETS)
+    assert sorted(command.FORMS) == sorted(plan.TARGETS)
 
 
 def test_the_command_converts_and_says_what_it_did(forms: Path, tmp_path: Path, capsys: Any) -> None:

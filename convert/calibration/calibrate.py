@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bitnet import tables
 from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
@@ -70,13 +71,11 @@ class Calibration:
     def __str__(self) -> str:
         lines = [("output SNR on the calibration text, dB", "plain", "calibrated", "")]
         lines += [(row.name, _decibels(row.plain), _decibels(row.calibrated), row.reason) for row in self.layers]
-        width = max(len(line[0]) for line in lines)
-        table = [f"{name:{width}}  {plain:>6}  {after:>10}  {reason}".rstrip() for name, plain, after, reason in lines]
         scores = [
             f"{name:10} {self.bits_per_byte[name]:7.3f} bits per byte, perplexity {self.perplexity[name]:,.2f}"
             for name in STREAMS
         ]
-        return "\n".join([*table, f"{self.tokens:,} held-out tokens:", *scores])
+        return "\n".join([tables.text(lines, right=(1, 2)), f"{self.tokens:,} held-out tokens:", *scores])
 
 
 def _decibels(ratio: float) -> str:

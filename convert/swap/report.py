@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from bitnet import tables
 from bitnet.experts import BitExperts, PackedExperts, stacks_of
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer, LatentWeight
@@ -70,11 +71,9 @@ class Report:
             groups[key] = groups.get(key, 0) + 1
         lines = [("weight matrix", "kind", "shape", "count", "now", "why")]
         lines += [(name, kind, shape, str(n), now, why) for (name, kind, shape, now, why), n in groups.items()]
-        widths = [max(len(line[i]) for line in lines) for i in range(6)]
-        table = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         share = 100 * self.low_bit_weights / max(self.weights, 1)
         return (
-            f"{table}\n"
+            f"{tables.text(lines)}\n"
             f"{self.low_bit_weights:,} of {self.weights:,} weights ({share:.1f} %) are low-bit; packed they take "
             f"{self.packed_bytes / 1e6:,.2f} MB, the rest {self.kept_bytes / 1e6:,.2f} MB"
         )

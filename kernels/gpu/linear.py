@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, Dot, Gemv, choose, gpu_of
+from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, tiles, workspace_of
 from .layout import INT8
 from .quantize import activation_codes, activation_scale, largest_bits, quantize, quantize_4_bits, rows_of
 
@@ -347,9 +347,9 @@ def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None,
         return
     if config.dense and layer.planes != INT8:
         layer = layer._replace(weight=unpack(layer), planes=INT8)
-    workspace = _workspace(config, len(x), layer.n, x.device)
+    workspace = workspace_of(config, len(x), layer.n, x.device)
     if s is None or layer.planes != INT8 or workspace is not None:
-        x, own_s, sums = quantize(x, layer.planes != INT8, _counters(config, workspace), aligned=True)
+        x, own_s, sums = quantize(x, layer.planes != INT8, counters_of(config, workspace), aligned=True)
         s = s if own_s is None else own_s
     else:
         sums = None
@@ -361,8 +361,8 @@ def int_matmul(q: Tensor, weight: Tensor, n: int, planes: int, config: Dot) -> T
     y = torch.empty(len(q), n, dtype=torch.int32, device=q.device)
     layer = PreparedWeight(weight, torch.empty(1, device=q.device), None, n, q.shape[1], planes)
     if len(q):
-        workspace = _workspace(config, len(q), n, q.device)
-        q, _, sums = quantize(q, True, _counters(config, workspace), aligned=True)
+        workspace = workspace_of(config, len(q), n, q.device)
+        q, _, sums = quantize(q, True, counters_of(config, workspace), aligned=True)
         _launch_dot(config, layer, q, None, sums, y, workspace)
     return y
 
@@ -377,9 +377,8 @@ def int_linear(
     y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
     if len(q):
         n, k = codes.shape
-        layer = PreparedWeight(
-            codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8
-        )
+        bias = None if bias is None else bias.contiguous()
+        layer = PreparedWeight(codes.contiguous(), scale.contiguous(), bias, n, k, INT8)
         m = max(len(q), 256)  # never split: nobody has zeroed counters
         config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
         assert isinstance(config, Dot)
@@ -422,33 +421,14 @@ def _launch_dot(
     s: Tensor | None,
     sums: Tensor | None,
     y: Tensor,
-    workspace: Tensor | None,
+    space: Tensor | None,
 ) -> None:
     n, planes = layer.n, layer.planes
     with torch.cuda.device_of(q):
-        _dot[_tiles(config, len(q), n) * config.split,](
-            q, s, sums, layer.weight, layer.scale, layer.bias, y, workspace, _counters(config, workspace),
+        _dot[tiles(config, len(q), n) * config.split,](
+            q, s, sums, layer.weight, layer.scale, layer.bias, y, space, counters_of(config, space),
             len(q), n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4),
             SPLIT=config.split, GROUP=_GROUP, PER_ROW=layer.scale.numel() > 1, ASM=_assembly(q),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _tiles(config: Dot, m: int, n: int) -> int:
-    return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-
-
-def _workspace(config: Dot, m: int, n: int, device: torch.device) -> Tensor | None:
-    """int32: the partial sums of all programs, then a counter for each tile; None where nothing is shared."""
-    if config.split == 1:
-        return None
-    size = config.split * config.block_n * config.block_m + 1
-    return torch.empty(_tiles(config, m, n) * size, dtype=torch.int32, device=device)
-
-
-def _counters(config: Dot, workspace: Tensor | None) -> Tensor | None:
-    if workspace is None:
-        return None
-    size = config.split * config.block_n * config.block_m
-    return workspace[workspace.numel() // (size + 1) * size :]
