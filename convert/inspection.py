@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bitnet import tables
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import describe
 from bitnet.progress import track
 
@@ -243,7 +244,7 @@ def _values(source: Source, weights: dict[str, Weight], key: str) -> Quantized |
 
 def _floats(weight: Quantized, transposed: bool) -> Tensor:
     """codes * scale as the float model has it."""
-    floats = weight.codes * weight.scale[..., None]
+    floats = dequantize_weight(weight.codes, weight.scale)
     return floats.mT if transposed else floats
 
 

@@ -1,6 +1,7 @@
 """Imports go one way: kernels <- layers, training <- convert <- serving, commands. Nothing imports the front door."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -79,3 +80,20 @@ def test_no_modules_import_each_other() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_file_holds_one_idea(name: str) -> None:
     assert len(MODULES[name].read_text().splitlines()) <= 450
+
+
+def test_the_maps_of_readme_and_contributing_name_what_is_there() -> None:
+    """Fails if a file is named that has moved: maps are read by those who know no better."""
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:kernels|convert|bitnet|tests)/[\w/.]+)`", contributing)
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    rooms = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
+    here = ROOT
+    for line in rooms.splitlines():
+        if room := re.match(r"(kernels|bitnet|convert)/ ", line):
+            here = ROOT / room[1]
+        elif line and not line.startswith(" "):
+            break
+        for name in re.findall(r"(?<![\w./])[a-z_]+(?:\.py|/)(?![\w.])", line):
+            assert (here / name).exists() or (ROOT / name).exists(), f"README's map: {here.name} has no {name}"

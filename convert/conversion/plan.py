@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import layout
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.packing import to_packed
@@ -219,8 +220,8 @@ def _bfloat16(matrices: Iterable[tuple[Tensor, Tensor]], transposed: bool = Fals
     """codes * scale of each, rounded once."""
     for codes, scale in matrices:
         if transposed:
-            yield (codes * scale[:, None]).bfloat16().T
+            yield dequantize_weight(codes, scale, torch.bfloat16).T
             continue
         blocks = _blocks(codes)
         for block, part in zip(blocks, scale.expand(len(codes)).split(len(blocks[0])), strict=True):
-            yield (block * part[:, None]).bfloat16()
+            yield dequantize_weight(block, part, torch.bfloat16)

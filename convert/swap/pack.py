@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.kernels import ops
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedEmbedding
 from bitnet.packing import pack_layer, to_packed
@@ -78,7 +79,7 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor, float]:
         found, scale = ops.quantize_weight(rows, kind="int8", per_row=True)
         place.copy_(found)
         pieces.append(scale)
-        moved += (found * scale[:, None] - rows).double().square().sum().item()
+        moved += (dequantize_weight(found, scale) - rows).double().square().sum().item()
         size += rows.double().square().sum().item()
     return codes, torch.cat(pieces), (moved / max(size, 1e-300)) ** 0.5
 
