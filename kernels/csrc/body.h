@@ -2,7 +2,7 @@
 //
 //   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
 //   load, store, splat, load32, store32, add32      splat repeats 4 bytes
-//   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
+//   kForm, kFields          the form of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumGroups           a partial accumulator, and how many groups it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
@@ -72,6 +72,39 @@ struct F16 {
   }
 };
 
+// The sum of |w| over one row, in float64 and in an order that is the same on every CPU. Inf or NaN if the row holds any.
+
+template <class F>
+double magnitude_of(const void* w_, int64_t k) {
+  constexpr int kLanes = 16;
+  const auto* w = static_cast<const typename F::Bits*>(w_);
+  double sum[kLanes] = {};
+  typename F::Bits top = 0;
+  const auto add = [&](const typename F::Bits* from) __attribute__((always_inline)) {
+    for (int i = 0; i < kLanes; ++i) {
+      const typename F::Bits a = from[i] & F::kAbs;
+      top = a > top ? a : top;
+      sum[i] += double(F::value(a));
+    }
+  };
+  int64_t at = 0;
+  for (; at + kLanes <= k; at += kLanes) add(w + at);
+  typename F::Bits rest[kLanes] = {};
+  memcpy(rest, w + at, (k - at) * sizeof(*w));
+  add(rest);
+  if (top >= F::kInf) return top == F::kInf ? double(__builtin_inff()) : double(__builtin_nanf(""));
+  for (int i = 1; i < kLanes; ++i) sum[0] += sum[i];
+  return sum[0];
+}
+
+double magnitude(const void* w, int32_t type, int64_t k) {
+  switch (type) {
+    case kFloat32: return magnitude_of<F32>(w, k);
+    case kBFloat16: return magnitude_of<BF16>(w, k);
+    default: return magnitude_of<F16>(w, k);
+  }
+}
+
 // Quantization: reference.quantize_activation for 8 bits, operation by operation.
 
 template <class F>
@@ -98,11 +131,38 @@ Token quantize_float(const void* x_, int64_t k, int8_t* codes) {
   return {s, sum};
 }
 
-Token quantize(const void* x, int32_t x_type, int64_t k, int8_t* codes) {
+// The same for 4 bits.
+template <class F>
+Token quantize_4_bits(const void* x_, int64_t k, int8_t* codes) {
+  const auto* x = static_cast<const typename F::Bits*>(x_);
+  const float mean = float(magnitude_of<F>(x, k) / double(k));
+  if (!(mean <= __FLT_MAX__)) {
+    memset(codes, 0, k);
+    return {mean > 0 ? 0.0f : __builtin_nanf(""), 0};
+  }
+  const float s = 0x1.52a7fap+1f * (1.0f / (mean < 1e-5f ? 1e-5f : mean));  // sqrt(7)
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    float v = F::value(x[i]) * s;  // clamped before it is rounded, as ternary codes are
+    v = v < -8 ? -8 : v;
+    v = v > 7 ? 7 : v;
+    const int8_t code = int8_t(bits<uint32_t>(v + 0x1.8p23f));
+    codes[i] = code;
+    sum += code;
+  }
+  return {s, sum};
+}
+
+template <class F>
+Token quantize_to(int32_t activation_bits, const void* x, int64_t k, int8_t* codes) {
+  return activation_bits == 4 ? quantize_4_bits<F>(x, k, codes) : quantize_float<F>(x, k, codes);
+}
+
+Token quantize(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, int8_t* codes) {
   switch (x_type) {
-    case kFloat32: return quantize_float<F32>(x, k, codes);
-    case kBFloat16: return quantize_float<BF16>(x, k, codes);
-    case kFloat16: return quantize_float<F16>(x, k, codes);
+    case kFloat32: return quantize_to<F32>(activation_bits, x, k, codes);
+    case kBFloat16: return quantize_to<BF16>(activation_bits, x, k, codes);
+    case kFloat16: return quantize_to<F16>(activation_bits, x, k, codes);
   }
   memcpy(codes, x, k);
   int32_t sum = 0;
@@ -146,39 +206,6 @@ void pack_ternary(const void* const* rows, int32_t type, int64_t k, const float*
   }
 }
 
-// The sum of |w| over one row, in float64 and in an order that is the same on every CPU. Inf or NaN if the row holds any.
-
-template <class F>
-double magnitude_of(const void* w_, int64_t k) {
-  constexpr int kLanes = 16;
-  const auto* w = static_cast<const typename F::Bits*>(w_);
-  double sum[kLanes] = {};
-  typename F::Bits top = 0;
-  const auto add = [&](const typename F::Bits* from) __attribute__((always_inline)) {
-    for (int i = 0; i < kLanes; ++i) {
-      const typename F::Bits a = from[i] & F::kAbs;
-      top = a > top ? a : top;
-      sum[i] += double(F::value(a));
-    }
-  };
-  int64_t at = 0;
-  for (; at + kLanes <= k; at += kLanes) add(w + at);
-  typename F::Bits rest[kLanes] = {};
-  memcpy(rest, w + at, (k - at) * sizeof(*w));
-  add(rest);
-  if (top >= F::kInf) return top == F::kInf ? double(__builtin_inff()) : double(__builtin_nanf(""));
-  for (int i = 1; i < kLanes; ++i) sum[0] += sum[i];
-  return sum[0];
-}
-
-double magnitude(const void* w, int32_t type, int64_t k) {
-  switch (type) {
-    case kFloat32: return magnitude_of<F32>(w, k);
-    case kBFloat16: return magnitude_of<BF16>(w, k);
-    default: return magnitude_of<F16>(w, k);
-  }
-}
-
 // Epilogue: reference.rescale for `rows` accumulators, which start at row n0 of the output.
 
 template <class F>
@@ -187,7 +214,7 @@ void add_bias(const void* bias, int64_t n0, int64_t rows, float* y) {
   for (int64_t i = 0; i < rows; ++i) y[i] += F::value(b[i]);
 }
 
-INLINE void rescale(const Layer& layer, const int32_t* acc, Token token, int64_t n0, int64_t rows, float* y) {
+INLINE void rescale(const PreparedWeight& layer, const int32_t* acc, Token token, int64_t n0, int64_t rows, float* y) {
   if (layer.per_row) {
     for (int64_t i = 0; i < rows; ++i) y[i] = float(acc[i] - token.sum) * (layer.scale[n0 + i] / token.s);
   } else {
@@ -209,7 +236,7 @@ INLINE void round_to(const float* y, int64_t rows, void* out, int64_t at) {
 }
 
 template <int kRows>
-void finish(const Layer& layer, const int32_t* acc, Token token, int64_t n0, void* out, int64_t at, int32_t y_type) {
+void finish(const PreparedWeight& layer, const int32_t* acc, Token token, int64_t n0, void* out, int64_t at, int32_t y_type) {
   const int64_t rows = smaller(kRows, layer.n - n0);
   if (y_type == kInt32) {
     for (int64_t i = 0; i < rows; ++i) static_cast<int32_t*>(out)[at + i] = acc[i] - token.sum;
@@ -227,7 +254,7 @@ void finish(const Layer& layer, const int32_t* acc, Token token, int64_t n0, voi
 // One token. Weights are read once, linearly; all that matters is that the loads never wait.
 
 template <class I>
-void gemv(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y, int32_t y_type) {
+void gemv(const PreparedWeight& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y, int32_t y_type) {
   constexpr int kVecs = kGroupBytes / I::kBytes;
   constexpr int kGroup = 4 * I::kFields;
   const int64_t groups = (layer.k + kGroup - 1) / kGroup;
@@ -332,7 +359,7 @@ INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* 
 }
 
 template <class I, int V>
-void slice(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
+void slice(const PreparedWeight& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
   constexpr int kRows = V * I::kBytes / 4, kBlockVecs = kGroupBytes / I::kBytes, kGroup = 4 * I::kFields;
   constexpr int64_t kChunk = I::kSumGroups < kChunkSteps / I::kFields ? I::kSumGroups : kChunkSteps / I::kFields;
   alignas(64) uint8_t unpacked[kChunk * Unpacked<I, V>::kStride];
@@ -366,7 +393,7 @@ void slice(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc
 }
 
 template <class I>
-void gemm(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
+void gemm(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
           int32_t y_type) {
   constexpr int kBlockVecs = kGroupBytes / I::kBytes, V = I::kTileVecs > kBlockVecs ? I::kTileVecs : kBlockVecs;
   for (; first + V / kBlockVecs <= last; first += V / kBlockVecs) slice<I, V>(layer, first, panels, acc, y, y_type);
@@ -386,13 +413,13 @@ struct PlaneByPlane {
   INLINE auto total() const { return I::total(sum); }
 };
 
-// Layout C on the primitives of an instruction set whose dot() takes any u.
+// Form C on the primitives of an instruction set whose dot() takes any u.
 template <class I>
 struct EightBits : I {
   using typename I::Sum;
   using typename I::Vec;
   struct Packed {};
-  static constexpr int kLayout = kEightBits, kFields = 1, kZero = 128;
+  static constexpr int kForm = kEightBits, kFields = 1, kZero = 128;
   static constexpr int64_t kPlaneGroups = I::kSumGroups;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }
@@ -409,7 +436,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kLayout, I::kMaxTokens, quantize, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
+  return {name, supported, I::kForm, I::kMaxTokens, quantize, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
 }
 
 }  // namespace

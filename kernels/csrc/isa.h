@@ -7,9 +7,9 @@
 constexpr int64_t kBlockRows = 32;    // rows of a block
 constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at once
 constexpr int64_t kGroupBytes = 128;  // bytes of one block and group: a 32-bit lane for each row
-constexpr int group_features(int layout) { return layout == kBase3 ? 20 : layout == kEightBits ? 4 : 16; }
+constexpr int group_features(int form) { return form == kBase3 ? 20 : form == kEightBits ? 4 : 16; }
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
-constexpr int64_t max_features(int layout) { return layout == kEightBits ? int64_t(1) << 16 : kMaxFeatures; }
+constexpr int64_t max_features(int form) { return form == kEightBits ? int64_t(1) << 16 : kMaxFeatures; }
 
 struct Token {
   float s;      // activation scale; divides
@@ -27,11 +27,11 @@ struct Panels {
 struct Isa {
   const char* name;
   bool (*supported)();
-  int layout;
+  int form;
   int max_tokens;  // tokens a panel may hold
 
   // Codes of one token of k features. x_type may be int8: then x is copied, s is not set.
-  Token (*quantize)(const void* x, int32_t x_type, int64_t k, int8_t* codes);
+  Token (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, int8_t* codes);
 
   // Ternary codes of one row of k latent weights.
   void (*ternary_codes)(const void* w, int32_t type, int64_t k, float inv, int8_t* codes);
@@ -43,11 +43,11 @@ struct Isa {
   double (*magnitude)(const void* w, int32_t type, int64_t k);
 
   // Rows of blocks [first, last) for one token: y points at its row of the output.
-  void (*gemv)(const Layer& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
+  void (*gemv)(const PreparedWeight& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
                int32_t y_type);
 
   // The same for many tokens. acc: scratch for kTileRows accumulators a token, aligned to 64 bytes.
-  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
+  void (*gemm)(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
                int32_t y_type);
 };
 
