@@ -131,7 +131,8 @@ class PackedStack(Packed):
     """E packed matrices of one shape, [N, K] each, and their biases: one stack of packed experts.
 
     weight:       uint8 [E, ceil(N/4), K], each in the Hub layout (kernels/layout.py); int8 [E, N, K] for weights="int8"
-    weight_scale: float32 [E], or [E, N] with per_row; multiplies. Stays float32 under .to(dtype)
+    weight_scale: float32 [E], or [E, N] with per_row, or float16 [E, N, G] with group_size; multiplies. Keeps
+                  its dtype under .to(dtype)
     bias:         [E, N] or None
 
     Called with the number of an expert and its tokens [M, K], it returns [M, N].
@@ -185,7 +186,7 @@ class PackedStack(Packed):
         if any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip_longest(present, self._made_of, fillvalue=NEVER)):
             assert weight is not None
             assert scale is not None
-            scales = scale.view(len(weight), -1)
+            scales = scale if scale.ndim > 2 else scale.view(len(weight), -1)
             biases = [None] * len(weight) if bias is None else bias.unbind()
             self._layers = [
                 PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.weight_bits)
@@ -258,4 +259,5 @@ class PackedExperts(_Experts):
 def _zero_stack(m: LatentWeight, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
     packed, scale = packed_zeros(m.in_features, m.out_features, spec, device)
     count = m.experts or 0
-    return packed.repeat(count, 1, 1), scale.repeat(count, 1) if spec.per_row else scale.repeat(count)
+    scales = scale.expand(count, *scale.shape).contiguous()
+    return packed.repeat(count, 1, 1), scales if spec.per_row or scale.ndim > 1 else scales.view(count)

@@ -169,5 +169,9 @@ def describe(spec: QuantSpec) -> str:
     words: list[str] = [spec.weights]
     if spec.per_row:
         words.append("per-row scale")
+    if spec.group_size is not None:
+        words.append(f"scales of groups of {spec.group_size}")
+    if not spec.centered:
+        words.append("not centered")
     words.append("float activations" if spec.activation_bits is None else f"int{spec.activation_bits} activations")
     return ", ".join(words)

@@ -14,22 +14,23 @@ from .quantize import QuantSpec
 
 
 class Packed(nn.Module):
-    """A module whose weight_scale stays float32 under .to(bfloat16), .half(): the scale is exact or it is wrong."""
+    """A module whose weight_scale keeps its dtype under .to(bfloat16), .half(): the scale is exact or it is wrong."""
 
     weight_scale: Tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = self.weight_scale
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
+        if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         self._drop_derived()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_derived()
+        dtype = self.weight_scale.dtype
         super()._load_from_state_dict(*args, **kwargs)
-        self.weight_scale = self.weight_scale.float()  # assign=True may have put another dtype there
+        self.weight_scale = self.weight_scale.to(dtype)  # assign=True may have put another dtype there
 
     def _drop_derived(self) -> None:
         """Forget what was made from the buffers; the next call makes it again."""
@@ -44,7 +45,8 @@ class PackedBitLinear(Packed):
     Freshly built it holds zeros. Buffers:
 
     weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"
-    weight_scale: float32 [1], or [N] with per_row; multiplies. Stays float32 under .to(dtype)
+    weight_scale: float32 [1], or [N] with per_row, or float16 [N, ceil(K / group_size)] with group_size; multiplies.
+                  Keeps its dtype under .to(dtype)
     bias:         [N] or None
 
     The backend derives its own layout from these at the first call; it is never saved. Gradients flow through
@@ -155,8 +157,9 @@ class PackedBitLinear(Packed):
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             self._check_scale()
+            spec, groups = self.spec, self.spec.group_size is not None
             backend = backends.choose_backend(
-                self.backend, self.weight.device, self.spec.activation_bits, self.weight_bits
+                self.backend, weight.device, spec.activation_bits, self.weight_bits, groups
             )
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
@@ -175,6 +178,12 @@ class PackedBitLinear(Packed):
     def _check_scale(self) -> None:
         scale = self.weight_scale
         unseen = scale.is_meta or observed.is_observed()
+        expected = zero_scale(self.in_features, self.out_features, self.spec, "meta")
+        if scale.dtype != expected.dtype or scale.shape != expected.shape:
+            raise ValueError(
+                f"weight_scale is {scale.dtype} {list(scale.shape)}, but these options need {expected.dtype} "
+                f"{list(expected.shape)}"
+            )
         if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
             raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
 
@@ -287,7 +296,14 @@ def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: A
     else:
         rows = layout.packed_rows(out_features)
         packed = torch.full((rows, in_features), layout.ZEROS, dtype=torch.uint8, device=device)
-    return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
+    return packed, zero_scale(in_features, out_features, spec, device)
+
+
+def zero_scale(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> Tensor:
+    """The scale of a freshly built packed layer: ones."""
+    if spec.group_size is not None:
+        return torch.ones(out_features, -(-in_features // spec.group_size), dtype=torch.float16, device=device)
+    return torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
 class PackedEmbedding(Packed):

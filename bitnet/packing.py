@@ -29,7 +29,7 @@ def pack_parameter(values: Tensor, m: LatentWeight, spec: QuantSpec) -> tuple[Te
     if m.experts is None:
         return pairs[0]
     packed, scales = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-    return packed, scales if spec.per_row else scales.squeeze(-1)
+    return packed, scales if spec.per_row or spec.group_size is not None else scales.squeeze(-1)
 
 
 def to_packed(
@@ -48,9 +48,9 @@ def pack_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for NaN or Inf weights.
     """
-    if spec.weights == "ternary":
+    if spec.weights == "ternary" and spec.group_size is None:
         return ops.pack_latent(weight.detach(), per_row=spec.per_row)
-    codes, scale = ops.quantize_weight(weight.detach(), kind=spec.weights, per_row=spec.per_row)
+    codes, scale = quantize_matrix(weight.detach(), spec)
     return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
 
 
@@ -58,3 +58,10 @@ def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:
     """pack_matrix for the weight of a layer."""
     (weight,) = layer.latent_weights()[0].views(layer.weight)
     return pack_matrix(weight, layer.spec)
+
+
+def quantize_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The codes int8 [N, K] and the scale of a latent weight. Raises ValueError for NaN or Inf weights."""
+    return ops.quantize_weight(
+        weight, kind=spec.weights, per_row=spec.per_row, group_size=spec.group_size, centered=spec.centered
+    )

@@ -25,13 +25,18 @@ class QuantSpec:
     weights:         "ternary" (b1.58: absmean, -1/0/1), "binary" (b1: sign around the mean, -1/1), or "int8"
                      (absmax; with per_row it is what output heads bear)
     per_row:         one scale per output row instead of one per tensor
-    activation_bits: 8, 4, or None for float activations
+    group_size:      one scale, a float16, per output row and group of so many features: 32, 64, 128 or 256. The last
+                     group may be shorter
+    centered:        of "binary": whether the mean is taken off first
+    activation_bits: 16, 8, 4, or None for float activations
     rms_norm:        an RMSNorm with learnable weight inside the layer, before the activation quantizer
     rms_norm_eps:    its epsilon
     """
 
     weights: Literal["ternary", "binary", "int8"] = "ternary"
     per_row: bool = False
+    group_size: int | None = None
+    centered: bool = True
     activation_bits: int | None = 8
     rms_norm: bool = False
     rms_norm_eps: float = 1e-6
@@ -39,10 +44,22 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.weights not in ("ternary", "binary", "int8"):
             raise ValueError(f"weights must be 'ternary', 'binary' or 'int8', got {self.weights!r}")
-        if self.activation_bits not in (8, 4, None):
-            raise ValueError(f"activation_bits must be 8, 4 or None, got {self.activation_bits!r}")
+        if self.activation_bits not in (16, 8, 4, None):
+            raise ValueError(f"activation_bits must be 16, 8, 4 or None, got {self.activation_bits!r}")
+        if self.group_size is not None and self.group_size not in reference.GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {reference.GROUP_SIZES} or None, got {self.group_size!r}")
+        if self.group_size is not None and (self.per_row or self.weights == "int8"):
+            what = "per_row" if self.per_row else "8-bit weights"
+            raise ValueError(f"group_size={self.group_size} has a scale a row and group, which {what} cannot have")
+        if not self.centered and self.weights != "binary":
+            raise ValueError(f"centered=False is an option of binary weights, not of {self.weights} ones")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps!r}")
+
+
+def quantize_latent(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The codes and the scale of a latent weight [N, K]."""
+    return quantizers.quantize_latent(weight, spec.weights, spec.per_row, spec.group_size, spec.centered)
 
 
 def bit_linear(
@@ -55,12 +72,12 @@ def bit_linear(
     """
     if not isinstance(strength, Tensor) and strength == 1:
         x2 = x.reshape(-1, x.shape[-1])
-        y = _QuantizedLinear.apply(x2, weight, bias, spec.weights, spec.per_row, spec.activation_bits)
+        y = _QuantizedLinear.apply(x2, weight, bias, spec)
         return y.reshape(*x.shape[:-1], y.shape[-1])  # a view made in the function could not be written to in place
     w = weight
     if isinstance(strength, Tensor) or strength != 0:
-        codes, scale = quantizers.quantize_latent(weight.detach(), spec.weights, spec.per_row)
-        w = _blend(weight, codes.float().mul_(scale[:, None]), strength)
+        codes, scale = quantize_latent(weight.detach(), spec)
+        w = _blend(weight, reference.dequantize_weight(codes, scale), strength)
         if spec.activation_bits is not None:
             q, s = quantizers.quantize_tokens(x.detach().reshape(-1, x.shape[-1]), spec.activation_bits)
             x = _blend(x, quantizers.dequantize(q, s, torch.float32).view(x.shape), strength)
@@ -91,18 +108,16 @@ class _QuantizedLinear(torch.autograd.Function):
         x2: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        kind: str,
-        per_row: bool,
-        activation_bits: int | None,
+        spec: QuantSpec,
     ) -> Tensor:
-        codes, scale = quantizers.quantize_latent(weight, kind, per_row)
-        if activation_bits is None:
+        codes, scale = quantize_latent(weight, spec)
+        if spec.activation_bits is None:
             ctx.save_for_backward(x2, None, codes, scale)
             y = reference.float_linear(x2, codes, scale, bias)
         else:
-            q, s = quantizers.quantize_tokens(x2, activation_bits)
+            q, s = quantizers.quantize_tokens(x2, spec.activation_bits)
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
-            y = quantizers.int_linear(q, s, codes, scale, bias, x2.dtype, kind == "int8")
+            y = quantizers.int_linear(q, s, codes, scale, bias, x2.dtype, spec.weights == "int8")
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         # torch 2.11's compiler drops the gradient of a result that its last operation returned unchanged, as y += bias
         # and y.to(y.dtype) do. A view would do as well, but could not be written to in place.
@@ -120,4 +135,4 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_w = (gy.T @ xq).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_b = gy.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_w, grad_b, None, None, None
+        return grad_x, grad_w, grad_b, None

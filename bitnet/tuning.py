@@ -32,7 +32,7 @@ def tune(targets: Sequence[str], tokens: Sequence[int], base3: bool = False, dev
         raise ValueError(f"--tokens must be at least 1, got {bad[0]}")
     planes = BASE3 if base3 else TWO_BITS
     shapes = [shape for target in targets for shape in shapes_of(target, planes)]
-    if missing := backends.BACKENDS["triton"].missing(torch.device(device), 8):
+    if missing := backends.BACKENDS["triton"].missing(torch.device(device), 8, False):
         raise RuntimeError(f"there is nothing to tune here: {missing}")
     from .kernels.gpu import configs as configs
 

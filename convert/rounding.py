@@ -4,31 +4,69 @@ Such floats are what --to bf16 writes, and what many models are published as. Th
 weights, is smaller than their scale by their share of zeros, so rounding them again would shrink it.
 """
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bitnet.kernels import ops
+from bitnet.kernels.reference import GROUP_SIZES, grouped
+from bitnet.packing import quantize_matrix
 from bitnet.quantize import QuantSpec
 
 PIECE = 1 << 18  # elements that are looked at in one go
 
 
 class Quantized(NamedTuple):
-    """A low-bit matrix: weight ~ codes * scale[:, None]."""
+    """A low-bit matrix: weight ~ codes * scale."""
 
     codes: Tensor  # int8 [N, K]: -1, 0, 1 (8-bit codes where the layer's spec says int8)
-    scale: Tensor  # float32 [1] or [N]; multiplies
+    scale: Tensor  # float32 [1] or [N], or float16 [N, G]; multiplies
 
 
 def rounded(weight: Tensor, spec: QuantSpec) -> Quantized:
     """Codes and scale of a float matrix [N, K]. Raises ValueError for NaN or Inf."""
-    found = exact(weight, spec.per_row) if spec.weights == "ternary" else None
-    return found or Quantized(*ops.quantize_weight(weight, kind=spec.weights, per_row=spec.per_row))
+    found = exact(weight, spec)
+    return found or Quantized(*quantize_matrix(weight, spec))
 
 
-def exact(weight: Tensor, per_row: bool) -> Quantized | None:
+def exact(weight: Tensor, spec: QuantSpec) -> Quantized | None:
+    """Codes and scale of floats [N, K] that are codes * scale of these options exactly; else None."""
+    if spec.weights == "int8":
+        return None
+    if spec.group_size is None:
+        found = _exact(weight, spec.per_row)
+    else:
+        rows = grouped(weight, spec.group_size)
+        found = _exact(rows.flatten(0, 1), per_row=True)
+        if found is None or not bool((found.scale.half().float() == found.scale).all()):
+            return None
+        codes = found.codes.view(len(weight), -1)[:, : weight.shape[1]].contiguous()
+        found = Quantized(codes, found.scale.half().view(rows.shape[:2]))
+    if found is not None and spec.weights == "binary" and not bool(found.codes.all()):
+        return None
+    return found
+
+
+def ternary_spec(rows: Tensor, spec: QuantSpec) -> QuantSpec | None:
+    """The options, spec's otherwise, of which a few rows [R, K] of floats are codes * scale; None if there are none.
+
+    The coarsest scales that do: of the tensor, of a row, of groups of 256, 128, 64 or 32 features. What holds
+    one value only says nothing, so each row, and most groups, must have two.
+    """
+    sizes = [size for size in GROUP_SIZES[::-1] if size < rows.shape[1]]
+    shapes: list[dict[str, Any]] = [{}, {"per_row": True}, *({"per_row": False, "group_size": size} for size in sizes)]
+    for shape in [{}] if spec.group_size is not None else shapes:
+        candidate = replace(spec, **shape)
+        found = exact(rows, candidate)
+        if found is not None:
+            counts = grouped(found.codes, candidate.group_size or rows.shape[1]).count_nonzero(-1)
+            if bool((counts >= 2).all() if candidate.group_size is None else (counts >= 2).float().mean() > 0.5):
+                return candidate
+    return None
+
+
+def _exact(weight: Tensor, per_row: bool) -> Quantized | None:
     """Codes and scale of floats [N, K] that are all -s, 0 or s, each row with its own s if per_row; else None.
 
     Zeros alone have no scale, and the layers' own rule takes them. Floats that are not of this kind are mostly found

@@ -29,8 +29,8 @@ class Backend(NamedTuple):
     """How one backend does the job."""
 
     description: Callable[[], str]
-    missing: Callable[[torch.device, int | None], str | None]
-    # (device, activation_bits) -> None where it can run, else why not and what to do
+    missing: Callable[[torch.device, int | None, bool], str | None]
+    # (device, activation_bits, are there scales of groups) -> None where it can run, else why not and what to do
     prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own form, one tensor
     unprepack: Callable[[Tensor, int, int], Tensor]  # (own form, N, K) -> int8 codes [N, K]
     bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
@@ -164,7 +164,7 @@ BACKENDS = {
     "triton-base3": _triton(gpu_layout.BASE3),
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's fastest exact product",
-        missing=lambda device, activation_bits: None,
+        missing=lambda device, activation_bits, groups: None,
         prepack=codes_of,
         unprepack=lambda codes, n, k: codes,
         bind=_bind_torch,
@@ -172,7 +172,7 @@ BACKENDS = {
     ),
     "reference": Backend(
         lambda: "the plain-torch definition; unpacks on every call",
-        missing=lambda device, activation_bits: None,
+        missing=lambda device, activation_bits, groups: None,
         prepack=lambda packed, n: packed,
         unprepack=lambda packed, n, k: codes_of(packed, n),
         bind=_bind_reference,
@@ -189,7 +189,9 @@ class BackendStatus(NamedTuple):
     detail: str  # what it is, or why it is not ready and what to do
 
 
-def backends(device: str | torch.device = "cpu", activation_bits: int | None = 8) -> list[BackendStatus]:
+def backends(
+    device: str | torch.device = "cpu", activation_bits: int | None = 8, groups: bool = False
+) -> list[BackendStatus]:
     """Which backends can run on `device`, best first, and for the others why not and what to do.
 
     Those that could are proved first (proof.py), which takes seconds on a GPU that has not compiled their kernels yet.
@@ -197,7 +199,7 @@ def backends(device: str | torch.device = "cpu", activation_bits: int | None = 8
     device = torch.device(device)
     rows = []
     for name, backend in BACKENDS.items():
-        obstacle = backend.missing(device, activation_bits) or _fault(name, device)
+        obstacle = backend.missing(device, activation_bits, groups) or _fault(name, device)
         rows.append(BackendStatus(name, obstacle is None, obstacle or backend.description()))
     return rows
 
@@ -209,17 +211,25 @@ def check_backend(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
-def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, weight_bits: float = 2) -> str:
+def choose_backend(
+    backend: str,
+    device: torch.device,
+    activation_bits: int | None = 8,
+    weight_bits: float = 2,
+    groups: bool = False,
+) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
+
+    groups: whether groups of features have scales of their own
 
     weight_bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
-    name = _choose(backend, device, activation_bits)
+    name = _choose(backend, device, activation_bits, groups)
     if weight_bits == 1.6 and not name.endswith("-base3"):
         base3 = BACKENDS.get(f"{name}-base3")
-        why = base3.missing(device, activation_bits) if base3 else "that backend has no such form"
+        why = base3.missing(device, activation_bits, groups) if base3 else "that backend has no such form"
         why = why or _fault(f"{name}-base3", device)
         if why is None:
             return f"{name}-base3"
@@ -230,17 +240,17 @@ def choose_backend(backend: str, device: torch.device, activation_bits: int | No
 
 
 @lru_cache
-def _choose(backend: str, device: torch.device, activation_bits: int | None) -> str:
+def _choose(backend: str, device: torch.device, activation_bits: int | None, groups: bool = False) -> str:
     check_backend(backend)
     if backend == "auto":
         for name, one in BACKENDS.items():
-            if name.endswith("-base3") or one.missing(device, activation_bits):
+            if name.endswith("-base3") or one.missing(device, activation_bits, groups):
                 continue
             if (fault := _fault(name, device)) is None:
                 return name
             _say_once(f"backend {name!r} is not used: {fault.partition(';')[0]}. Please report it.")
         raise AssertionError("the definition runs everywhere")
-    if obstacle := BACKENDS[backend].missing(device, activation_bits) or _fault(backend, device):
+    if obstacle := BACKENDS[backend].missing(device, activation_bits, groups) or _fault(backend, device):
         raise RuntimeError(f"backend {backend!r} cannot run on {device.type}: {obstacle}")
     return backend
 

@@ -23,10 +23,18 @@ from .quantizers import (
 )
 
 
-def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor,
+    *,
+    kind: str = "ternary",
+    per_row: bool = False,
+    group_size: int | None = None,
+    centered: bool = True,
+) -> tuple[Tensor, Tensor]:
     """Codes and scale of a latent weight: reference.quantize_weight, which has the formulas, with checks.
 
-    weight: floating [N, K]; kind: "ternary", "binary" or "int8"; returns int8 [N, K] and float32 [1] ([N] if per_row).
+    weight: floating [N, K]; kind: "ternary", "binary" or "int8"
+    returns: int8 [N, K] and float32 [1] ([N] if per_row), or with a group_size float16 [N, ceil(K / group_size)]
     Raises TypeError or ValueError for other dtypes and shapes, and for NaN or Inf (not looked for while tracing).
     """
     if not weight.is_floating_point():
@@ -35,14 +43,20 @@ def quantize_weight(weight: Tensor, *, kind: str = "ternary", per_row: bool = Fa
         raise ValueError(f"quantize_weight: weight must be [N, K] and not empty, got {list(weight.shape)}")
     if kind not in ("ternary", "binary", "int8"):
         raise ValueError(f"quantize_weight: kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
-    if is_native(weight, kind):
+    if group_size is not None and (group_size not in reference.GROUP_SIZES or per_row or kind == "int8"):
+        sizes = f"one of {reference.GROUP_SIZES}, without per_row and not for int8"
+        raise ValueError(f"quantize_weight: group_size must be {sizes}; got {group_size!r}, {per_row=}, {kind=}")
+    if group_size is None and is_native(weight, kind):
         codes, scale = quantize_latent(weight, kind, per_row)
         if bool(scale.isfinite().all()):  # as it is unless the weight holds NaN or Inf
             return codes, scale
     if not torch.compiler.is_compiling() and not weight.is_meta and not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).count_nonzero())
         raise ValueError(f"quantize_weight: weight holds {bad} NaN or Inf values; the training run has diverged")
-    return torch.ops.bitnet.quantize_weight(weight, kind, per_row)
+    codes, scale = torch.ops.bitnet.quantize_weight(weight, kind, per_row, group_size, centered)
+    if group_size is not None and not is_observed() and not scale.is_meta and not bool(scale.isfinite().all()):
+        raise ValueError("quantize_weight: the mean of a group is above 65504, which its scale, a float16, cannot hold")
+    return codes, scale
 
 
 def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tensor]:
@@ -63,13 +77,13 @@ def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tenso
 
 @renamed(bits="activation_bits")
 def quantize_activation(x: Tensor, activation_bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Per-token codes int8 [..., K] and s float32 [..., 1]: reference.quantize_activation, with checks."""
+    """Per-token codes int8 (int16) [..., K] and s float32 [..., 1]: reference.quantize_activation, with checks."""
     if not x.is_floating_point():
         raise TypeError(f"quantize_activation: x must be floating point, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"quantize_activation: x must be [..., K] with K > 0, got {list(x.shape)}")
-    if activation_bits not in (8, 4):
-        raise ValueError(f"quantize_activation: activation_bits must be 8 or 4, got {activation_bits!r}")
+    if activation_bits not in (16, 8, 4):
+        raise ValueError(f"quantize_activation: activation_bits must be 16, 8 or 4, got {activation_bits!r}")
     return torch.ops.bitnet.quantize_activation(x, activation_bits)
 
 
@@ -87,25 +101,30 @@ def ternary_linear(
 
     x:               float32, bfloat16 or float16 [..., K]; any strides; zero tokens are fine
     packed:          uint8 [ceil(N/4), K] in the Hub layout
-    scale:           float32 [1] or [N]; multiplies
+    scale:           float32 [1] or [N], or float16 [N, G] for G groups of features (see reference.group_linear);
+                     multiplies
     bias:            floating [N] or None
     out_features:    N, where it is not a multiple of 4
-    activation_bits: 8, 4, or None for float activations
+    activation_bits: 16, 8, 4, or None for float activations
     backend:         "auto", or a name from backends(), which runs or raises
     returns:         x.dtype [..., N]
 
     Prepacks the weight on every call. Layers (bitnet.PackedBitLinear) call prepack once and then linear_prepacked.
     Raises TypeError or ValueError naming the argument that does not fit.
     """
-    if activation_bits not in (8, 4, None):
-        raise ValueError(f"ternary_linear: activation_bits must be 8, 4 or None, got {activation_bits!r}")
+    if activation_bits not in (16, 8, 4, None):
+        raise ValueError(f"ternary_linear: activation_bits must be 16, 8, 4 or None, got {activation_bits!r}")
     n = check_packed(packed, out_features)
-    backend = choose_backend(backend, packed.device, activation_bits)
+    groups = scale.dtype == torch.float16
+    backend = choose_backend(backend, packed.device, activation_bits, groups=groups)
     weight = prepack(packed, n, backend=backend)
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"ternary_linear: x is {list(x.shape)}, but the weight takes K = {packed.shape[1]} features")
-    if scale.dtype != torch.float32 or scale.shape not in ((1,), (n,)):
-        raise ValueError(f"ternary_linear: scale must be float32 [1] or [{n}], got {scale.dtype} {list(scale.shape)}")
+    if groups and scale.ndim == 2 and len(scale) == n:
+        reference.size_of_groups(packed.shape[1], scale.shape[1])  # raises for a number of groups there is not
+    elif scale.dtype != torch.float32 or scale.shape not in ((1,), (n,)):
+        expected = f"float32 [1] or [{n}], or float16 [{n}, G]"
+        raise ValueError(f"ternary_linear: scale must be {expected}, got {scale.dtype} {list(scale.shape)}")
     if bias is not None and (not bias.is_floating_point() or bias.shape != (n,)):
         raise ValueError(f"ternary_linear: bias must be floating [{n}], got {bias.dtype} {list(bias.shape)}")
     for name, tensor in (("packed", packed), ("scale", scale), ("bias", bias)):

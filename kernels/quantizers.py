@@ -20,11 +20,14 @@ from .layout import check_rows
 from .observed import is_observed
 
 
-def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
+def quantize_latent(
+    weight: Tensor, kind: str, per_row: bool, group_size: int | None = None, centered: bool = True
+) -> tuple[Tensor, Tensor]:
     """reference.quantize_weight for every step of training; never waits for a GPU."""
-    gpu = kind == "ternary" and on_triton(weight)
-    if not gpu and not is_native(weight, kind):
-        codes, scale = reference.quantize_weight(weight, kind, per_row)
+    whole = kind == "ternary" and group_size is None
+    gpu = whole and on_triton(weight)
+    if not gpu and not (whole and is_native(weight, kind)):
+        codes, scale = reference.quantize_weight(weight, kind, per_row, group_size, centered)
         return codes.contiguous(), scale  # also of a transposed view: the order of float sums depends on it
     inv = inverse_of_sums(
         torch.ops.bitnet.gpu_magnitudes(weight) if gpu else cpu_latent.magnitudes(weight), weight, per_row
@@ -35,6 +38,8 @@ def quantize_latent(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, T
 
 def quantize_tokens(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
+    if activation_bits == 16:
+        return reference.quantize_activation(x, activation_bits)
     if on_triton(x):
         return torch.ops.bitnet.quantize_activation(x, activation_bits)
     run = cpu_latent.quantize_tokens if _on_native(x) else reference.quantize_activation
@@ -50,10 +55,14 @@ def int_linear(
     dtype: torch.dtype,
     eight_bits: bool = False,
 ) -> Tensor:
-    """Codes q int8 [M, K] times codes int8 [N, K], rescaled: reference.rescale(reference.int_matmul(q, codes), ...).
+    """Codes q int8 or int16 [M, K] times codes int8 [N, K], rescaled: the product of reference.ternary_linear.
 
     eight_bits: whether codes may be others than -1, 0 and 1
     """
+    if scale.dtype == torch.float16:
+        return reference.group_linear(q, s, codes, scale, bias, dtype)
+    if q.dtype == torch.int16:
+        return reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype)
     if on_triton(q):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     if q.is_cpu and _is_plain(q):
@@ -115,7 +124,10 @@ def inverse_of_sums(sums: Tensor, weight: Tensor, per_row: bool) -> Tensor:
 # Registration with torch: schemas, kernels, and fakes, which check what the kernels would.
 
 _LIBRARY = torch.library.Library("bitnet", "FRAGMENT")
-_LIBRARY.define("quantize_weight(Tensor weight, str kind, bool per_row) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "quantize_weight(Tensor weight, str kind, bool per_row, int? group_size=None, bool centered=True)"
+    " -> (Tensor, Tensor)"
+)
 _LIBRARY.define("quantize_activation(Tensor x, int activation_bits) -> (Tensor, Tensor)")
 _LIBRARY.define("gpu_magnitudes(Tensor weight) -> Tensor")
 _LIBRARY.define("gpu_ternary_codes(Tensor weight, Tensor inv) -> Tensor")
@@ -131,7 +143,8 @@ def _of_gpu(module: str, name: str) -> Callable[..., Any]:
 
 
 def _quantize_activation(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
-    run = _of_gpu("quantize", "quantize_activation") if on_triton(x) else reference.quantize_activation
+    gpu = activation_bits != 16 and on_triton(x)
+    run = _of_gpu("quantize", "quantize_activation") if gpu else reference.quantize_activation
     return run(x, activation_bits)
 
 
@@ -163,14 +176,20 @@ _LIBRARY.impl("cpu_int_linear", _cpu_int_linear, "CPU")
 
 
 @torch.library.register_fake("bitnet::quantize_weight", lib=_LIBRARY)
-def _(weight: Tensor, kind: str, per_row: bool) -> tuple[Tensor, Tensor]:
+def _(
+    weight: Tensor, kind: str, per_row: bool, group_size: int | None = None, centered: bool = True
+) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
-    return weight.new_empty(n, k, dtype=torch.int8), weight.new_empty(n if per_row else 1, dtype=torch.float32)
+    codes = weight.new_empty(n, k, dtype=torch.int8)
+    if group_size is not None:
+        return codes, weight.new_empty(n, -(-k // group_size), dtype=torch.float16)
+    return codes, weight.new_empty(n if per_row else 1, dtype=torch.float32)
 
 
 @torch.library.register_fake("bitnet::quantize_activation", lib=_LIBRARY)
 def _(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    dtype = torch.int16 if activation_bits == 16 else torch.int8
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 @torch.library.register_fake("bitnet::gpu_magnitudes", lib=_LIBRARY)

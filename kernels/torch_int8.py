@@ -16,6 +16,8 @@ def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activat
     """reference.ternary_linear on x [M, K] and codes [N, K]."""
     if activation_bits is None:
         return reference.float_linear(x, codes, scale, bias)
+    if scale.dtype == torch.float16 or activation_bits == 16:
+        return reference.ternary_linear(x, codes, scale, bias, activation_bits)
     q, s = reference.quantize_activation(x, activation_bits)
     return reference.rescale(int_matmul(q, codes), s, scale, bias, x.dtype)
 

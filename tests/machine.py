@@ -28,6 +28,6 @@ def hold(isa: str) -> None:
 
 def said(bits: float) -> AbstractContextManager[Any]:
     """Expects the warning for layers of 1.6 bits a weight where no kernel has them, and none elsewhere."""
-    if bits != 1.6 or backends.BACKENDS["cpu-base3"].missing(torch.device("cpu"), 8) is None:
+    if bits != 1.6 or backends.BACKENDS["cpu-base3"].missing(torch.device("cpu"), 8, False) is None:
         return nullcontext()
     return pytest.warns(UserWarning, match=r"weight_bits=1\.6: .*; weights keep the form of backend")

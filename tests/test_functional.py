@@ -46,7 +46,7 @@ X, W = torch.zeros(2, 8), torch.zeros(4, 8)
         ((X, W[0]), {}, ValueError, r"weight must be \[N, K\] and not empty, got \[8\]"),
         ((X, W, torch.zeros(5)), {}, ValueError, r"bias must be \[4\], got \[5\]"),
         ((X, W), {"rms_norm": True}, ValueError, "an RMSNorm has a weight of its own"),
-        ((X, W), {"activation_bits": 5}, ValueError, "activation_bits must be 8, 4 or None, got 5"),
+        ((X, W), {"activation_bits": 5}, ValueError, "activation_bits must be 16, 8, 4 or None, got 5"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(

@@ -453,7 +453,7 @@ def test_to_dtype_keeps_working() -> None:
     ("options", "message"),
     [
         ({"weights": "int2"}, "weights must be 'ternary', 'binary' or 'int8', got 'int2'"),
-        ({"activation_bits": 16}, "activation_bits must be 8, 4 or None, got 16"),
+        ({"activation_bits": 16}, "activation_bits must be 16, 8, 4 or None, got 16"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive, got nan"),
     ],

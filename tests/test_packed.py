@@ -28,7 +28,7 @@ each_bits = pytest.mark.parametrize("bits", [8, 4, None], ids=["a8", "a4", "floa
 
 def pack(layer: BitLinear, backend: str = "auto") -> PackedBitLinear:
     if backend in BACKENDS and (
-        why := backends.BACKENDS[backend].missing(torch.device("cpu"), layer.spec.activation_bits)
+        why := backends.BACKENDS[backend].missing(torch.device("cpu"), layer.spec.activation_bits, False)
     ):
         pytest.skip(why)
     return PackedBitLinear.from_bit_linear(layer, *quantize_packed(layer), backend=backend)

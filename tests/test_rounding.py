@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import bitnet
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.rounding import exact
+from bitnet.quantize import QuantSpec
 
 QUIET = Console(quiet=True)
 
@@ -29,24 +30,26 @@ def test_codes_times_scale_are_found_whatever_the_dtype(per_row: bool, dtype: to
     codes[7] = 0
     scale = torch.rand(300 if per_row else 1) + 0.01
     floats = (codes * scale[:, None]).to(dtype)
-    found = exact(floats, per_row)
+    found = exact(floats, QuantSpec(per_row=per_row))
     assert found is not None
     assert torch.equal(found.codes, codes)
     kept = torch.ones(len(scale), dtype=torch.bool)
     kept[7:8] = not per_row  # a row of zeros takes any scale
     assert torch.equal(found.scale[kept], scale.to(dtype).float()[kept])
     if per_row:
-        assert exact(floats, per_row=False) is None
+        assert exact(floats, QuantSpec()) is None
     for row, column in ((0, 0), (7, 3), (299, 999)):
         changed = floats.clone()
         changed[row, column] = 1.5
-        assert exact(changed, per_row) is None or (row == 7 and per_row)  # alone in its row, 1.5 is its scale
+        assert exact(changed, QuantSpec(per_row=per_row)) is None or (
+            row == 7 and per_row
+        )  # alone in its row, 1.5 is its scale
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_zeros_and_damage_are_left_to_the_layers_rule(value: float) -> None:
     for per_row in (False, True):
-        assert exact(torch.full((4, 8), value), per_row) is None
+        assert exact(torch.full((4, 8), value), QuantSpec(per_row=per_row)) is None
 
 
 def matrices(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -32,7 +32,7 @@ from bitnet.kernels.gpu import linear as linear  # noqa: E402
 from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8)
+NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8, False)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 

@@ -155,7 +155,7 @@ def _latent(source: Source, weight: Weight) -> Job:
         if weight.name in source.calibrated:
             return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
         floats = source.tensor(weight.key)
-        found = exact(floats, weight.spec.per_row) if weight.name in source.ternary else None
+        found = exact(floats, weight.spec) if weight.name in source.ternary else None
         return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
 
     output = Output(source.file_key(weight.key), dtype, shape)
@@ -179,8 +179,11 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         dtype, shape = "I8", (n, k)
     else:
         dtype, shape = "U8", (n, -(-k // 5)) if base3 else (layout.packed_rows(n), k)
-    scale = (*stack, n) if spec.per_row else stack or (1,)
-    outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", "F32", scale)]
+    scale: tuple[int, ...] = (*stack, n) if spec.per_row else stack or (1,)
+    if spec.group_size is not None:
+        scale = (*stack, n, -(-k // spec.group_size))
+    kind = "F32" if spec.group_size is None else "F16"
+    outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", kind, scale)]
     if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
         outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
 
@@ -223,5 +226,6 @@ def _bfloat16(matrices: Iterable[tuple[Tensor, Tensor]], transposed: bool = Fals
             yield dequantize_weight(codes, scale, torch.bfloat16).T
             continue
         blocks = _blocks(codes)
-        for block, part in zip(blocks, scale.expand(len(codes)).split(len(blocks[0])), strict=True):
+        scales = scale if scale.ndim > 1 else scale.expand(len(codes))
+        for block, part in zip(blocks, scales.split(len(blocks[0])), strict=True):
             yield dequantize_weight(block, part, torch.bfloat16)

@@ -8,11 +8,13 @@ Three stock forms, all of `quant_method: bitnet`, read and (the first two) writt
     autobitlinear   offline             uint8 packed, or the     stored as scale       PackedBitLinear
                                         codes as floats
 
-Models that stock transformers cannot express (per-row scales, other activation bits, binary latent weights,
-N % 4 != 0, int8 heads, layers with different options, low-bit Conv1D or fused experts) carry EXTENDED as linear_class:
-stock transformers refuses it with a message that names this package. Their options stand under "bitnet_toolkit".
-weight_scale is stored as 1 / scale there too. `"bits": 1.6` in that section means that packed weights are stored in the
-base-3 layout (kernels/layout.py), uint8 [N, ceil(K/5)]; in memory they are always in the Hub's.
+Models that stock transformers cannot express (scales of rows or of groups of features, other activation bits, binary
+latent weights, N % 4 != 0, int8 heads, layers with different options, low-bit Conv1D or fused experts) carry EXTENDED
+as linear_class: stock transformers refuses it with a message that names this package. Their options stand under
+"bitnet_toolkit".
+weight_scale is stored as 1 / scale there too, but that of groups, float16 [N, ceil(K / group_size)], as it is.
+`"bits": 1.6` in that section means that packed weights are stored in the base-3 layout (kernels/layout.py), uint8
+[N, ceil(K/5)]; in memory they are always in the Hub's.
 
 In stock forms only nn.Linear layers are low-bit; in EXTENDED also GPT-2's Conv1D and fused experts, unless
 modules_to_not_convert has their name. Their tensors:
@@ -113,6 +115,8 @@ def config_of(model: nn.Module, weight_bits: float = 2) -> BitNetConfig | None:
         and not overrides
         and not ours_only
         and not spec.per_row
+        and spec.group_size is None
+        and spec.centered
         and spec.activation_bits == 8
         and (spec.weights == "ternary" or (packed and spec.weights == "binary"))
         and all(should_convert_module(name, with_fp32(model, skips)) for name in layers)

@@ -89,7 +89,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             module = _pack_float_codes(name, module)
         elif not isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             continue
-        elif divides:
+        elif divides and (isinstance(module, PackedEmbedding) or module.spec.group_size is None):
             module.weight_scale = 1 / module.weight_scale.float()
         if module.weight.is_meta or isinstance(module, PackedEmbedding):
             continue

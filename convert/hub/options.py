@@ -7,7 +7,16 @@ from bitnet.quantize import QuantSpec
 
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
 MODES = ("online", "offline")
-KINDS = {"weights": str, "per_row": bool, "activation_bits": int, "rms_norm": bool, "rms_norm_eps": float}
+KINDS = {
+    "weights": str,
+    "per_row": bool,
+    "group_size": int,
+    "centered": bool,
+    "activation_bits": int,
+    "rms_norm": bool,
+    "rms_norm_eps": float,
+}
+NONE = {"group_size", "activation_bits"}  # may be null
 MAX_PATTERN = 1000  # characters
 
 
@@ -55,7 +64,7 @@ def check_section(section: Any) -> None:
         if not isinstance(spec, dict) or not spec.keys() <= KINDS.keys():
             raise _section_error(f"{name}: spec is {spec!r:.200}, not an object of {', '.join(KINDS)}")
         for key, value in spec.items():
-            if not _is(value, KINDS[key]) and not (key == "activation_bits" and value is None):
+            if not _is(value, KINDS[key]) and not (key in NONE and value is None):
                 raise _section_error(f"{name}: {key} is {value!r:.80}, not of type {KINDS[key].__name__}")
         try:
             QuantSpec(**spec)

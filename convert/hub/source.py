@@ -3,7 +3,6 @@
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.kernels import layout, ops
+from bitnet.kernels import layout
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear
+from bitnet.packing import pack_matrix, quantize_matrix
 from bitnet.quantize import QuantSpec
 
 from ..files.damaged import Damaged
 from ..files.folder import CONFIG, weight_files
 from ..files.json_object import read_json
 from ..files.safetensors import DTYPES, read_headers, read_into
-from ..rounding import Quantized, exact, rounded
+from ..rounding import Quantized, exact, rounded, ternary_spec
 from ..source import PIECE, Source, Weight, naming, uniform
 from ..swap.replace import replace_linear
 from . import tokenizers
@@ -151,37 +151,31 @@ class FolderSource(Source):
             return
         for where, matrix, _ in self._each(weight):
             with naming(where):
-                found = exact(matrix, weight.spec.per_row) if self.plain else None
+                found = exact(matrix, weight.spec) if self.plain else None
                 if found:
                     yield layout.pack_ternary(found.codes), found.scale
                 else:
-                    yield ops.pack_latent(matrix, per_row=weight.spec.per_row)
+                    yield pack_matrix(matrix, weight.spec)
 
     def _rounded(self, matrix: Tensor, spec: QuantSpec) -> Quantized:
         if self.plain:
             return rounded(matrix, spec)
-        return Quantized(*ops.quantize_weight(matrix, kind=spec.weights, per_row=spec.per_row))  # as the layer does
+        return Quantized(*quantize_matrix(matrix, spec))  # as the layer does
 
     def _probe(self) -> set[str]:
-        """The layers whose float weights seem to be ternary, by three of their rows; row by row, if these say so."""
+        """The layers whose float weights seem to be codes * scale, by three of their rows, and how the scales lie."""
         found = set()
         for weight in self._weights.values():
             n, k, header = weight.out_features, weight.in_features, self.headers.get(weight.key)
             module = self.model.get_submodule(weight.name.rpartition(".packed_")[0] or weight.name)
             if not isinstance(module, BitLinear) or header is None or header.shape != (n, k):
                 continue
-            tops = set()
-            for row in (0, n // 2, n - 1):
-                values = torch.empty(1, k, dtype=DTYPES[header.dtype])
+            rows = torch.empty(3, k, dtype=DTYPES[header.dtype])
+            for values, row in zip(rows, (0, n // 2, n - 1), strict=True):
                 read_into(values, header.file, header.offset + row * values.nbytes)
-                one = exact(values, per_row=True)
-                if one is None or int(one.codes.count_nonzero()) < 2:
-                    break
-                tops.add(float(one.scale))
-            else:
+            if (spec := ternary_spec(rows, module.spec)) is not None:
                 found.add(weight.name)
-                if len(tops) > 1:
-                    module.spec = replace(module.spec, per_row=True)
+                module.spec = spec
         return found
 
     def _note(self, where: str, found: Quantized) -> None:

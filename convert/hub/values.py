@@ -17,8 +17,9 @@ def stored_codes(
 
     Raises ValueError for a scale that is not positive and finite, and for bytes or floats that encode no code.
     """
-    scale = scale.float().reshape(-1)
-    scale = scale if config.linear_class == "autobitlinear" else 1 / scale
+    if scale.dtype != torch.float16 or scale.ndim != 2:  # else it is one of groups
+        scale = scale.float().reshape(-1)
+        scale = scale if config.linear_class == "autobitlinear" else 1 / scale
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
     if weight.is_floating_point():
@@ -44,11 +45,12 @@ def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """The float32 r with 1 / r == scale for every scale that was made as 1 / inv, as trained ones are.
+    """The float32 r with 1 / r == scale for every scale that was made as 1 / inv, as trained ones are; float16 ones, of
+    groups, are stored as they are.
 
     1 / (1 / (1 / inv)) == 1 / inv holds in IEEE arithmetic; the tests try every float32 of a binade.
     """
-    return 1 / scale
+    return scale if scale.dtype == torch.float16 else 1 / scale
 
 
 def float_codes(weight: Tensor) -> Tensor:

@@ -28,12 +28,17 @@ _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instructi
 TWO_BITS, BASE3, EIGHT_BITS = 0, 1, 2  # forms; int8 weights get the third whichever is asked for
 
 
-def missing(device: torch.device, activation_bits: int | None = 8, form: int = TWO_BITS) -> str | None:
+def missing(
+    device: torch.device, activation_bits: int | None = 8, groups: bool = False, form: int = TWO_BITS
+) -> str | None:
     """None if this backend can run layers with these activations there, else why not and what to do."""
     if device.type not in ("cpu", "meta"):
         return f"it runs on CPU tensors; on {device.type} choose 'auto'"
     if activation_bits is None:
         return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
+    if groups or activation_bits == 16:
+        what = "scales of groups" if groups else "16-bit activations"
+        return f"it has no kernel for {what}; choose 'auto' or 'torch'"
     library = load()
     if isinstance(library, str):
         return library

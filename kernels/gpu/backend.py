@@ -11,12 +11,15 @@ from ..layout import check_rows
 from .layout import BASE3, planes_of, row_bytes
 
 
-def missing(device: torch.device, activation_bits: int | None = 8) -> str | None:
+def missing(device: torch.device, activation_bits: int | None = 8, groups: bool = False) -> str | None:
     """None if the triton backends can run layers with these activations there, else why not and what to do."""
     if device.type != "cuda":
         return f"it runs on CUDA and ROCm GPUs; on {device.type} choose 'auto'"
     if activation_bits is None:
         return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
+    if groups or activation_bits == 16:
+        what = "scales of groups" if groups else "16-bit activations"
+        return f"it has no kernel for {what}; choose 'auto' or 'torch'"
     if not torch.cuda.is_available():
         return "torch sees no GPU; install a torch built for yours (bitnet info shows which this is)"
     if _triton_version() is None:

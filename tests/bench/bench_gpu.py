@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="gemlite, humming-kernels and torchao, where installed")
     parser.add_argument("--csv", type=Path, default=results.FILE)
     args = parser.parse_args()
-    if missing := backends.BACKENDS["triton"].missing(torch.device("cuda"), 8):
+    if missing := backends.BACKENDS["triton"].missing(torch.device("cuda"), 8, False):
         sys.exit(f"there is nothing to measure here: {missing}")
     shapes, tokens = ([SHAPES[i] for i in (0, 3, 5)], [1, 16, 64, 256, 4096]) if args.quick else (SHAPES, TOKENS)
     candidates = CANDIDATES | (PEERS if args.peers else {})
