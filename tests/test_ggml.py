@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitnet.convert.files import ggml
+from bitnet.kernels import reference
 
 BLOCKED = ["TQ1_0", "TQ2_0", "Q2_0"]  # those with a scale in every block
 
@@ -106,10 +107,37 @@ def test_scales_that_are_none_are_refused(name: str, value: float) -> None:
         ggml.scales(name, data, 5)
 
 
-def test_scales_that_differ_within_a_row_are_refused() -> None:
-    data = gguf.quants.quantize(torch.randn(2, 512).numpy(), gguf.GGMLQuantizationType.TQ2_0).reshape(-1)
-    with pytest.raises(ValueError, match=r"differ within a row.*--to bf16"):
-        ggml.scales("TQ2_0", data, 2)
+@pytest.mark.parametrize("name", BLOCKED)
+def test_scales_that_differ_within_a_row_are_those_of_groups(name: str) -> None:
+    """Files by the gguf package's own quantizer, whose blocks have a scale each."""
+    if name not in gguf.GGMLQuantizationType.__members__:
+        pytest.skip(f"the gguf package has no quantizer for {name}")
+    kind = gguf.GGMLQuantizationType[name]
+    data = gguf.quants.quantize(torch.randn(2, 512).numpy(), kind).reshape(-1)
+    scale = ggml.scales(name, data, 2)
+    assert (scale.dtype, scale.shape) == (torch.float16, (2, 512 // ggml.TERNARY[name].block))
+    codes = ggml.unpack(name, data, 2)
+    expected = gguf.quants.dequantize(data.reshape(2, -1), kind)
+    assert torch.equal(reference.dequantize_weight(codes, scale), torch.from_numpy(expected))
+    assert np.array_equal(ggml.pack(name, codes, scale), data)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_groups_come_back_as_large_as_they_were(size: int) -> None:
+    codes = torch.randint(-1, 2, (3, 768), dtype=torch.int8)
+    codes[0, :64] = 0  # takes any scale
+    scale = (torch.rand(3, 768 // size) + 0.1).half()
+    data = ggml.pack("Q2_0", codes, scale)
+    found = ggml.scales("Q2_0", data, 3)
+    assert torch.equal(found[1:], scale[1:])
+    assert torch.equal(
+        reference.dequantize_weight(ggml.unpack("Q2_0", data, 3), found), reference.dequantize_weight(codes, scale)
+    )
+    if size < 256:
+        with pytest.raises(
+            ValueError, match=f"it has a scale for {size} features, and this type one for 256; take gguf-q2_0"
+        ):
+            ggml.pack("TQ2_0", codes, scale)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

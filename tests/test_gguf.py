@@ -28,6 +28,7 @@ from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.source import GgufSource
 from bitnet.convert.llama_cpp.writer import KINDS, write_gguf
 from bitnet.convert.source import Source
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.packed import PackedBitLinear
 from bitnet.train.data import build_tokenizer
 
@@ -439,15 +440,15 @@ def test_damaged_tensors_are_named(exported: Path, tmp_path: Path) -> None:
         GgufSource(tmp_path / "m.gguf")
 
 
-def test_other_ternary_rules_are_read_as_floats(exported: Path, tmp_path: Path) -> None:
-    """llama-quantize rounds float weights to TQ2_0 by blocks: that is no ternary layer here."""
+def test_blocks_with_scales_of_their_own_are_groups_or_floats(exported: Path, tmp_path: Path) -> None:
+    """llama-quantize rounds float weights to TQ2_0 by blocks."""
     info = read_header(exported)[1]["blk.1.ffn_down.weight"]
     data = bytearray(exported.read_bytes())
     quantized = gguf.quants.quantize(torch.randn(info.shape).numpy(), gguf.GGMLQuantizationType.TQ2_0)
     data[info.offset : info.offset + info.nbytes] = quantized.tobytes()
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ValueError, match=r"tensor blk\.1\.ffn_down\.weight: has scales that differ.*--to bf16"):
-        GgufSource(tmp_path / "m.gguf")
+    grouped = GgufSource(tmp_path / "m.gguf")
+    assert grouped.layers()["model.layers.1.mlp.down_proj"].spec.group_size == 256
     source = GgufSource(tmp_path / "m.gguf", dequantize=True)
     assert source.layers() == {}
     convert_checkpoint(tmp_path / "m.gguf", tmp_path / "floats", "bf16", console=Console(quiet=True))
@@ -455,6 +456,7 @@ def test_other_ternary_rules_are_read_as_floats(exported: Path, tmp_path: Path) 
     assert torch.equal(stored, source.tensor("model.layers.1.mlp.down_proj.weight").bfloat16())
     weight = source.tensor("model.layers.1.mlp.down_proj.weight")
     assert torch.equal(weight, torch.from_numpy(gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.TQ2_0)))
+    assert torch.equal(weight, dequantize_weight(*grouped.quantized("model.layers.1.mlp.down_proj")))
     packed = GgufSource(exported)
     codes, scale = packed.quantized("model.layers.0.self_attn.q_proj")
     assert torch.equal(source.tensor("model.layers.0.self_attn.q_proj.weight"), codes * scale)
@@ -567,3 +569,27 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_an_imported_tokenizer_belongs_to_its_model(exported: Path, llama: Path, tmp_path: Path) -> None:
     GgufSource(exported).copy_other_files(tmp_path)
     same_tokens(AutoTokenizer.from_pretrained(llama), AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(("size", "kind"), [(64, "gguf-q2_0"), (128, "gguf-q2_0"), (256, "gguf-tq2_0")])
+def test_scales_of_groups_come_back(size: int, kind: str, tmp_path: Path) -> None:
+    model = gguf_models.model("llama", hidden_size=512, intermediate_size=1024)
+    bitnet.replace_linear(model, group_size=size)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "m.gguf", kind, tokenizer=False, console=Console(quiet=True))
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "back", tokenizer=False, console=Console(quiet=True))
+    back = bitnet.load(tmp_path / "back")
+    assert next(m for m in back.modules() if isinstance(m, PackedBitLinear)).spec.group_size == size
+    assert torch.equal(logits(back), logits(model))
+
+
+def test_groups_that_a_type_cannot_hold_are_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+    model = gguf_models.model("llama")
+    bitnet.replace_linear(model, group_size=64)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "hf")
+    for kind, message in (("gguf-tq2_0", "take gguf-q2_0"), ("gguf-i2_s", "I2_S has one for the matrix")):
+        with pytest.raises(ValueError, match=message):
+            write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", kind, tokenizer=False)
+    assert not (tmp_path / "m.gguf").exists()

@@ -52,6 +52,12 @@ def add(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="one scale per output row (default with --calibrate; loads with this package only), or one per matrix",
     )
+    swap.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="one scale per output row and N features, 32, 64, 128 or 256 (loads with this package only)",
+    )
     calibrate = parser.add_argument_group(
         "of a float model, rounding that is calibrated on text",
         "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "

@@ -189,6 +189,8 @@ def _check(source: Source, samples: int, length: int) -> None:
         raise ValueError(f"calibrate: {kind} is not a decoder-only language model; convert it without calibration")
     if any(isinstance(layer, PackedBitLinear) for layer in layers.values()) or getattr(source, "settings", None):
         raise ValueError(f"calibrate: {source.path} is low-bit already; start from a float checkpoint")
+    if any(layer.spec.group_size is not None for layer in layers.values()):
+        raise ValueError("calibrate: scales of groups are not calibrated yet; leave out group_size, or the calibration")
     if any(layer.spec.rms_norm for layer in layers.values()):
         raise ValueError(
             "calibrate: rms_norm=True adds norms, which change the model until it is trained; leave it out"

@@ -25,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitnet.kernels.reference import GROUP_SIZES, size_of_groups
+
 Bytes = NDArray[np.uint8]
 
 
@@ -72,9 +74,9 @@ def pack(name: str, codes: Tensor, scale: Tensor) -> Bytes:
 
     name:    one of TERNARY
     codes:   int8 [N, K], values -1, 0, 1; K a multiple of the block
-    scale:   float32 [1] or [N] (I2_S: [1])
+    scale:   float32 [1] or [N] (I2_S: [1]), or float16 [N, G] of groups
     returns: uint8 [nbytes]
-    Raises ValueError for a scale that float16 cannot hold to its full precision.
+    Raises ValueError for a scale that float16 cannot hold to its full precision, or that changes within a block.
     """
     kind = TERNARY[name]
     blocks = codes.numpy().reshape(-1, kind.block)
@@ -83,7 +85,7 @@ def pack(name: str, codes: Tensor, scale: Tensor) -> Bytes:
         trailer = np.zeros(TRAILER, np.uint8)
         trailer[:4] = scale.numpy().astype(np.float32).view(np.uint8)
         return np.concatenate([_planes(fields.reshape(-1, 4, 32), (6, 4, 2, 0)).reshape(-1), trailer])
-    d = _float16(np.repeat(_rows(scale, codes), codes.shape[1] // kind.block) * blocks.any(1))
+    d = _float16(_scales_of_blocks(scale, codes, kind.block) * blocks.any(1))
     packed = np.empty((len(blocks), kind.bytes), np.uint8)
     if name == "Q2_0":
         packed[:, :2] = d
@@ -140,26 +142,34 @@ def unpack(name: str, data: Bytes, rows: int) -> Tensor:
 
 
 def scales(name: str, data: Bytes, rows: int) -> Tensor:
-    """The float32 scale of a ternary tensor: [1] if all rows have the same, else [N]. Rows of zeros take any: 1.
+    """The scale of a ternary tensor: float32 [1] if all rows have the same, [N] if each row has one, else float16
+    [N, G], of the largest groups of features that share one. What is all zeros takes any: 1.
 
     data: uint8 [nbytes]; rows: N
-    Raises ValueError for scales that are not finite or negative, or that differ within a row.
+    Raises ValueError for scales that are not finite or negative.
     """
     d = _block_scales(name, data).reshape(1 if name == "I2_S" else rows, -1)
     if not ((d >= 0) & np.isfinite(d)).all():
         raise ValueError("has a scale that is negative, infinite or NaN; it is corrupt, so convert or fetch it again")
     row = d.max(axis=1)
     if not ((d == row[:, None]) | (d == 0)).all():
-        raise ValueError(
-            "has scales that differ within a row, which a packed layer here cannot hold (one scale a row, or one a "
-            "matrix); convert the file to floats: --to bf16"
-        )
+        return _groups(d, TERNARY[name].block)
     known = row[row > 0]
     if not len(known):
         return torch.ones(1)
     if (known == known[0]).all():
         return torch.from_numpy(known[:1].copy())
     return torch.from_numpy(np.where(row > 0, row, np.float32(1)))
+
+
+def _groups(d: Any, block: int) -> Tensor:
+    """Scales of blocks float32 [N, blocks a row] as those of the largest groups there are: float16 [N, G]."""
+    while block < GROUP_SIZES[-1] and d.shape[1] % 2 == 0:
+        first, second = d[:, ::2], d[:, 1::2]
+        if not ((first == second) | (first == 0) | (second == 0)).all():
+            break
+        d, block = np.maximum(first, second), 2 * block
+    return torch.from_numpy(np.where(d > 0, d, np.float32(1))).half()
 
 
 def dequantize(name: str, data: Bytes, rows: int) -> Tensor:
@@ -193,6 +203,21 @@ def _planes(fields: Any, shifts: tuple[int, ...]) -> Any:
 
 def _rows(scale: Tensor, codes: Tensor) -> Any:
     return np.broadcast_to(scale.numpy().astype(np.float32), (len(codes),))
+
+
+def _scales_of_blocks(scale: Tensor, codes: Tensor, block: int) -> Any:
+    """The scale of each block, float32 [blocks]."""
+    n, k = codes.shape
+    if scale.dtype != torch.float16:
+        return np.repeat(_rows(scale, codes), k // block)
+    size = size_of_groups(k, scale.shape[1])
+    d = scale.float().numpy()
+    if size >= block:
+        return np.repeat(d, size // block, axis=1)[:, : k // block].reshape(-1)
+    parts = d.reshape(n, k // block, block // size)
+    if not (parts == parts[..., :1]).all():
+        raise ValueError(f"it has a scale for {size} features, and this type one for {block}; take gguf-q2_0")
+    return parts[..., 0].reshape(-1)
 
 
 def _float16(scale: Any) -> Any:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from bitnet.kernels import layout
+from bitnet.kernels.reference import size_of_groups
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear
 from bitnet.quantize import QuantSpec
@@ -87,7 +88,11 @@ class GgufSource(Source):
         with naming(f"{self.path}: tensor {name}"):
             scale = ggml.scales(ggml.NAMES[info.kind], map_tensor(self.path, info), info.shape[0])
         self.scales[module] = scale[self.rows[key]] if key in self.rows and len(scale) > 1 else scale
-        PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, QuantSpec(per_row=len(scale) > 1)))
+        if scale.ndim > 1:
+            spec = QuantSpec(group_size=size_of_groups(info.shape[1], scale.shape[1]))
+        else:
+            spec = QuantSpec(per_row=len(scale) > 1)
+        PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         floats = {kind: name for name, kind in ggml.FLOATS.items()}
@@ -97,7 +102,9 @@ class GgufSource(Source):
             described[key] = floats.get(info.kind, "F32"), info.shape
             if module in self.scales:
                 described[key] = "U8", (layout.packed_rows(info.shape[0]), info.shape[1])
-                described[f"{module}.weight_scale"] = "F32", tuple(self.scales[module].shape)
+                scale = self.scales[module]
+                kind = "F16" if scale.ndim > 1 else "F32"
+                described[f"{module}.weight_scale"] = kind, tuple(scale.shape)
         return described
 
     def tensor(self, key: str) -> Tensor:

@@ -236,8 +236,14 @@ def _quantized_entry(source: Source, module: str, ternary: str, rows: Tensor | N
         bits = "float" if spec.activation_bits is None else f"{spec.activation_bits}-bit"
         raise ValueError(f"{module} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
     int8 = spec.weights == "int8"
-    if ternary == "I2_S" and spec.per_row and not int8:
+    if ternary == "I2_S" and (spec.per_row or spec.group_size is not None) and not int8:
         raise ValueError(f"{module} has a scale for each row, and I2_S has one for the matrix")
+    if spec.group_size is not None and spec.group_size % ggml.TERNARY["Q2_0"].block:
+        raise ValueError(
+            f"{module} has scales of groups of {spec.group_size}, and no type of llama.cpp has such small ones"
+        )
+    if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % ggml.TERNARY[ternary].block:
+        raise ValueError(f"{module} has scales of groups of {spec.group_size}, and {ternary} of 256; take gguf-q2_0")
     name = "Q8_0" if int8 else ternary
     kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id
     try:
