@@ -453,7 +453,7 @@ def test_to_dtype_keeps_working() -> None:
     ("options", "message"),
     [
         ({"weights": "int2"}, "weights must be 'ternary', 'binary' or 'int8', got 'int2'"),
-        ({"activation_bits": 16}, "activation_bits must be 16, 8, 4 or None, got 16"),
+        ({"activation_bits": 5}, "activation_bits must be 16, 8, 4 or None, got 5"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive, got nan"),
     ],
@@ -465,8 +465,8 @@ def test_bad_options_raise(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_unknown_option_raises() -> None:
-    with pytest.raises(TypeError, match="group_size"):
-        BitLinear(K, N, group_size=64)
+    with pytest.raises(TypeError, match="block_size"):
+        BitLinear(K, N, block_size=64)
 
 
 def test_printout_names_the_options() -> None:
