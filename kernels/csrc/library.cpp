@@ -99,7 +99,9 @@ void barrier(int threads) {
 #endif
 }
 
-int64_t element_size(int32_t type) { return type == kInt8 ? 1 : type == kBFloat16 || type == kFloat16 ? 2 : 4; }
+int64_t element_size(int32_t type) {
+  return type == kInt8 ? 1 : type == kFloat32 || type == kInt32 ? 4 : 2;
+}
 bool is_float(int32_t type) { return type == kFloat32 || type == kBFloat16 || type == kFloat16; }
 
 struct Call {
@@ -112,32 +114,61 @@ struct Call {
   char* y;
   int32_t y_type;
   int64_t y_stride;  // bytes
+  int32_t activation_bits;
+  int limbs = activation_bits == 16 ? 2 : 1;
+  Groups groups{layer, step_features(layer.layout)};
+  int64_t padded = groups.all_steps() * groups.step;  // codes of a limb, with the zeros that steps add
 
-  int64_t padded() const {
-    const int group = group_features(layer.layout);
-    return ceil_div(layer.k, group) * group;
-  }
+  int64_t row_bytes() const { return limbs * padded + 4 * layer.k; }
 
-  Token quantize(int64_t m, int8_t* codes) const {
-    Token token = isa.quantize(x + m * x_stride, x_type, layer.k, codes);
-    memset(codes + layer.k, 0, padded() - layer.k);
-    if (x_type == kInt8) token.s = s ? s[m] : 1;
-    return token;
+  // Codes of one token: `limbs` rows of `padded` codes, and the sums of its groups; returns s. row: row_bytes().
+  float quantize(int64_t m, int8_t* row, int32_t* sums) const {
+    const int64_t k = layer.k;
+    int8_t* codes = row + limbs * padded;  // before steps come in
+    const float token_s = isa.quantize(x + m * x_stride, x_type, activation_bits, k, codes);
+    isa.sum_groups(codes, activation_bits, k, groups.size, sums);
+    if (limbs == 2) {
+      int8_t* high = codes + 2 * k;
+      isa.split(reinterpret_cast<const int16_t*>(codes), k, high, high + k);
+      codes = high;
+    }
+    memset(row, 0, limbs * padded);
+    for (int limb = 0; limb < limbs; ++limb, row += padded, codes += k) {
+      if (groups.size % groups.step == 0 || groups.count == 1) {
+        memcpy(row, codes, k);
+        continue;
+      }
+      int8_t* to = row;
+      for (int64_t g = 0; g < groups.count; ++g, to += groups.steps(g - 1) * groups.step) {
+        const int64_t at = g * groups.size, here = k - at < groups.size ? k - at : groups.size;
+        memcpy(to + at - groups.first(g) * groups.step, codes + at, here);
+      }
+    }
+    return x_type == kInt8 || x_type == kInt16 ? (s ? s[m] : 1) : token_s;
   }
 };
 
+// Words of 4 codes, `stride` words apart.
+void spread(const int8_t* codes, int64_t count, int64_t stride, int8_t* words) {
+  for (int64_t i = 0; i < count; i += 4, words += 4 * stride) memcpy(words, codes + i, 4);
+}
+
 // One token: every thread quantizes it for itself, which takes less time than waiting for another.
 Status decode(const Call& call, int threads) {
-  const int64_t padded = call.padded(), blocks = ceil_div(call.layer.n, kBlockRows);
+  const int64_t blocks = ceil_div(call.layer.n, kBlockRows), codes_bytes = ceil_div(call.limbs * call.padded, 64) * 64;
   Status status = kOk;
   parallel(threads, [&](int thread, int count) {
-    auto* codes = static_cast<int8_t*>(row_scratch.reserve(padded));
+    auto* codes = static_cast<int8_t*>(row_scratch.reserve(codes_bytes + 4 * call.groups.count + call.row_bytes()));
     if (!codes) {
       __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
       return;
     }
-    const Token token = call.quantize(0, codes);
-    call.isa.gemv(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), codes, token, call.y,
+    auto* sums = reinterpret_cast<int32_t*>(codes + codes_bytes);
+    auto* row = reinterpret_cast<int8_t*>(sums + call.groups.count);
+    const Token token{call.limbs == 2 ? codes : row, sums, call.quantize(0, row, sums), call.limbs};
+    if (call.limbs == 2)
+      for (int limb = 0; limb < 2; ++limb) spread(row + limb * call.padded, call.padded, 2, codes + 4 * limb);
+    call.isa.gemv(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), token, call.y,
                   call.y_type);
   });
   return status;
@@ -145,26 +176,28 @@ Status decode(const Call& call, int threads) {
 
 // Many tokens: the threads share the quantizing, then each multiplies all tokens by its own rows of the weight.
 Status prefill(const Call& call, int64_t m, int threads) {
-  const int64_t padded = call.padded(), blocks = ceil_div(call.layer.n, kBlockRows);
+  const int64_t padded = call.padded, blocks = ceil_div(call.layer.n, kBlockRows), groups = call.groups.count;
   const int64_t slabs = ceil_div(m, kSlab), largest = ceil_div(m, slabs);
-  char* memory = static_cast<char*>(panel_scratch.reserve(largest * (padded + sizeof(Token))));
+  char* memory = static_cast<char*>(panel_scratch.reserve(largest * (call.limbs * padded + 4 * groups + 4)));
   if (!memory) return kNoMemory;
   auto* codes = reinterpret_cast<int8_t*>(memory);
-  auto* token = reinterpret_cast<Token*>(memory + largest * padded);
+  auto* sums = reinterpret_cast<int32_t*>(memory + largest * call.limbs * padded);
+  auto* s = reinterpret_cast<float*>(sums + largest * groups);
   Status status = kOk;
   parallel(threads, [&](int thread, int count) {
-    auto* acc = static_cast<int32_t*>(row_scratch.reserve(largest * kTileRows * sizeof(int32_t) + padded));
-    auto* row = reinterpret_cast<int8_t*>(acc + largest * kTileRows);
+    const int64_t scratch = scratch_bytes(largest, call.limbs, call.layer.group_size);
+    auto* acc = static_cast<int32_t*>(row_scratch.reserve(scratch + call.row_bytes()));
+    auto* row = reinterpret_cast<int8_t*>(acc) + scratch;
     if (!acc) __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
     for (int64_t slab = 0; slab < slabs; ++slab) {
       const int64_t m0 = share(m, slab, slabs), tokens = share(m, slab + 1, slabs) - m0;
-      const Panels panels{codes, token, tokens, ceil_div(tokens, call.isa.max_tokens)};
-      for (int64_t p = share(panels.count, thread, count); acc && p < share(panels.count, thread + 1, count); ++p) {
-        const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
-        for (int64_t t = 0; t < width; ++t) {
-          token[first + t] = call.quantize(m0 + first + t, row);
-          int8_t* word = codes + first * padded + 4 * t;
-          for (int64_t i = 0; i < padded; i += 4, word += 4 * width) memcpy(word, row + i, 4);
+      const Panels panels{codes, sums, s, tokens, ceil_div(tokens * call.limbs, call.isa.max_tokens), call.limbs};
+      for (int64_t t = share(tokens, thread, count); acc && t < share(tokens, thread + 1, count); ++t) {
+        s[t] = call.quantize(m0 + t, row, sums + t * groups);
+        for (int limb = 0; limb < call.limbs; ++limb) {
+          const int64_t i = t * call.limbs + limb, p = panels.of(i), first = panels.first(p);
+          const int64_t width = panels.first(p + 1) - first;
+          spread(row + limb * padded, padded, width, codes + first * padded + 4 * (i - first));
         }
       }
       barrier(count);
@@ -193,8 +226,18 @@ void copy_padded(Words& to, const uint8_t* from, int64_t here, int padding) {
 // One lane of a layout from the bytes of `here` codes, or of a whole group if there are as many; field() leaves code + 1
 // in the low two bits of each byte of a word, and turns `padding` into that of code 0.
 template <class Field>
-uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t layout, int padding, const Field& field) {
+uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t layout, int padding, const Field& field, Status* status) {
   uint32_t t[5];
+  if (layout == kOneBit) {
+    uint32_t bits[8], lane = 0, zeros = 0;
+    copy_padded<32>(bits, from, here, padding);
+    for (int j = 0; j < 8; ++j) {
+      lane |= (field(bits[j]) >> 1 & 0x01010101) << j;
+      zeros |= field(bits[j]);
+    }
+    if (zeros & 0x01010101) *status = kBadCode;
+    return lane;
+  }
   if (layout == kEightBits) {
     copy_padded<4>(t, from, here, 0);
     return t[0] ^ 0x80808080;
@@ -206,7 +249,7 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t layout, int paddin
                           : t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6;
 }
 
-BITNET_EXPORT int32_t bitnet_abi() { return 8; }
+BITNET_EXPORT int32_t bitnet_abi() { return 9; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -222,11 +265,17 @@ BITNET_EXPORT const char* bitnet_isa(int32_t layout, int32_t i) {
 }
 
 BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x_type, int64_t x_stride,
-                                    const float* s, int64_t m, void* y, int32_t y_type, int32_t threads) {
-  const int64_t n = layer->n, k = layer->k;
-  if (n < 1 || k < 1 || k > max_features(layer->layout) || m < 0) return kBadShape;
-  if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
-  if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
+                                    const float* s, int64_t m, void* y, int32_t y_type, int32_t activation_bits,
+                                    int32_t threads) {
+  const int64_t n = layer->n, k = layer->k, size = layer->group_size;
+  const bool codes = x_type == kInt8 || x_type == kInt16;
+  if (codes) activation_bits = x_type == kInt16 ? 16 : 8;
+  if (n < 1 || k < 1 || k > max_features(layer->layout, activation_bits, size) || m < 0) return kBadShape;
+  if (size && (size < 32 || size % 32 || kSpan % size)) return kBadShape;
+  if (activation_bits != 8 && activation_bits != 16) return kBadType;
+  if (layer->layout == kEightBits && (size || activation_bits == 16)) return kBadType;
+  if (codes ? !(is_float(y_type) || (y_type == kInt32 && !size)) : !is_float(x_type) || y_type != x_type) return kBadType;
+  if (codes && is_float(y_type) && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;
   const Isa* isa = find_isa(layer->layout, layer->isa);
   if (!isa) return kBadIsa;
@@ -234,71 +283,78 @@ BITNET_EXPORT int32_t bitnet_linear(const Layer* layer, const void* x, int32_t x
   if (m * n * k < int64_t(1) << 20) threads = 1;  // a few microseconds of work: waking a thread takes as long
   const Call call{*layer, *isa,
                   static_cast<const char*>(x), x_type, x_stride * element_size(x_type), s,
-                  static_cast<char*>(y), y_type, n * element_size(y_type)};
+                  static_cast<char*>(y), y_type, n * element_size(y_type), activation_bits};
   return m == 1 ? decode(call, threads) : prefill(call, m, threads);
 }
 
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t layout, int32_t threads) {
-  if (n < 1 || k < 1 || k > max_features(layout)) return kBadShape;
+  if (n < 1 || k < 1 || k > max_features(layout, 8, false)) return kBadShape;
   const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
-  const int64_t group = group_features(layout), groups = ceil_div(k, group);
+  const int64_t step = step_features(layout), steps = ceil_div(k, step);
   from_codes |= layout == kEightBits;
+  Status status = kOk;
   parallel(threads, [&](int thread, int count) {
+    Status mine = kOk;
     for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
       for (int64_t r = 0; r < kBlockRows; ++r) {
         const int64_t row = b * kBlockRows + r, filled = row < n ? k : 0;
         const auto* from = static_cast<const uint8_t*>(source);
         if (row < n) from += (from_codes ? row : row % hub_rows) * k;
         const int shift = row < n ? int(row / hub_rows * 2) : 0;
-        uint8_t* to = weight + b * groups * kGroupBytes + 4 * r;
+        uint8_t* to = weight + b * steps * kStepBytes + 4 * r;
         const auto of_codes = [](uint32_t t) { return (t & 0x03030303) + 0x01010101; };  // -1 is 3 in two bits
         const auto of_hub_bytes = [=](uint32_t t) { return t >> shift; };
-        for (int64_t g = 0; g < groups; ++g, to += kGroupBytes) {
-          const int64_t here = filled - g * group;
-          const uint32_t lane = from_codes ? pack_lane(from + g * group, here, layout, 0, of_codes)
-                                           : pack_lane(from + g * group, here, layout, 0x55, of_hub_bytes);
+        const bool binary = layout == kOneBit;  // which pads with -1
+        for (int64_t g = 0; g < steps; ++g, to += kStepBytes) {
+          const int64_t here = filled - g * step;
+          const uint32_t lane =
+              from_codes ? pack_lane(from + g * step, here, layout, binary ? 0xff : 0, of_codes, &mine)
+                         : pack_lane(from + g * step, here, layout, binary ? 0 : 0x55, of_hub_bytes, &mine);
           memcpy(to, &lane, 4);
         }
       }
+    if (mine) __atomic_store_n(&status, mine, __ATOMIC_RELAXED);
   });
-  return kOk;
+  return status;
 }
 
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t layout,
                                        int32_t threads) {
-  if (n < 1 || k < 1 || k > max_features(layout)) return kBadShape;
+  if (n < 1 || k < 1 || k > max_features(layout, 8, false)) return kBadShape;
   static constexpr int kPower[] = {1, 3, 9, 27, 84};
-  const int64_t group = group_features(layout), groups = ceil_div(k, group);
+  const int64_t step = step_features(layout), steps = ceil_div(k, step);
   parallel(threads, [&](int thread, int count) {
     for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row) {
-      const uint8_t* from = weight + row / kBlockRows * groups * kGroupBytes + row % kBlockRows * 4;
+      const uint8_t* from = weight + row / kBlockRows * steps * kStepBytes + row % kBlockRows * 4;
       int8_t* to = codes + row * k;
       for (int64_t i = 0; i < k; ++i) {
-        const int64_t field = i % group / 4;
-        const int byte = from[i / group * kGroupBytes + i % 4];
-        if (layout == kEightBits) {
-          to[i] = int8_t(byte - 128);
-          continue;
+        const int64_t field = i % step / 4;
+        const int byte = from[i / step * kStepBytes + i % 4];
+        switch (layout) {
+          case kEightBits: to[i] = int8_t(byte - 128); break;
+          case kOneBit: to[i] = int8_t((byte >> field & 1) * 2 - 1); break;
+          case kTwoBits: to[i] = int8_t((byte >> 2 * field & 3) - 1); break;
+          default: to[i] = int8_t((field < 4 ? byte % 84 : byte) / kPower[field] % 3 - 1);
         }
-        const int code = layout == kTwoBits ? byte >> 2 * field & 3 : (field < 4 ? byte % 84 : byte) / kPower[field] % 3;
-        to[i] = int8_t(code - 1);
       }
     }
   });
   return kOk;
 }
 
-BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int8_t* q,
-                                      float* s, int32_t isa, int32_t threads) {
+BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, void* q,
+                                      float* s, int32_t activation_bits, int32_t isa, int32_t threads) {
   const Isa* target = find_isa(kTwoBits, isa);
   if (!target) return kBadIsa;
-  if (!is_float(x_type)) return kBadType;
+  if (!is_float(x_type) || (activation_bits != 8 && activation_bits != 16)) return kBadType;
   if (m < 0 || k < 1) return kBadShape;
   if (m * k < int64_t(1) << 18) threads = 1;
   parallel(threads, [&](int thread, int count) {
-    for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row)
-      s[row] = target->quantize(static_cast<const char*>(x) + row * x_stride * element_size(x_type), x_type, k, q + row * k).s;
+    for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row) {
+      const char* from = static_cast<const char*>(x) + row * x_stride * element_size(x_type);
+      s[row] = target->quantize(from, x_type, activation_bits, k, static_cast<char*>(q) + row * k * activation_bits / 8);
+    }
   });
   return kOk;
 }

@@ -7,9 +7,9 @@ struct Scalar {
   using Vec = uint32_t;
   using Sum = int32_t;
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4, kZero = 1;
+  static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 4, kPlaneVecs = 32, kTileVecs = 4, kMaxTokens = 4;
-  static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = kMaxFeatures;
+  static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = kMaxFeatures;
 
   static INLINE Vec load(const void* p) {
     Vec v;
@@ -25,6 +25,11 @@ struct Scalar {
   static INLINE Vec plane(Vec w) {
     return w >> 2 * J & 0x03030303;
   }
+  template <int J>
+  static INLINE Vec bit(Vec w) {
+    return w >> J & 0x01010101;
+  }
+  static INLINE void widen(const uint16_t* half, float* values) { widen_scales(half, values); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE Vec field(const uint8_t* p, Packed) {
@@ -42,4 +47,5 @@ bool supported() { return true; }
 }  // namespace
 
 const Isa kScalar = make_isa<Scalar>("scalar", supported);
+const Isa kScalarBinary = make_isa<OneBit<Scalar>>("scalar", supported);
 const Isa kScalarInt8 = make_isa<EightBits<Scalar>>("scalar", supported);
