@@ -10,6 +10,7 @@ namespace {
 struct Avx256 {
   using Vec = __m256i;
   using Sum = __m256i;
+  using Int = __m256i;
   struct Packed {};
   static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 32, kTileVecs = 2;
@@ -24,7 +25,10 @@ struct Avx256 {
   }
   static INLINE Vec load32(const int32_t* p) { return load(p); }
   static INLINE void store32(int32_t* p, Vec v) { store(p, v); }
+  static INLINE Vec splat32(int32_t i) { return _mm256_set1_epi32(i); }
   static INLINE Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+  static INLINE Vec sub32(Vec a, Vec b) { return _mm256_sub_epi32(a, b); }
+  static INLINE Vec times256(Vec v) { return _mm256_slli_epi32(v, 8); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE Vec field(const uint8_t* p, Packed) {
@@ -34,6 +38,10 @@ struct Avx256 {
   template <int J>
   static INLINE Vec bit(Vec w) {
     return _mm256_and_si256(_mm256_srli_epi16(w, J), _mm256_set1_epi8(1));
+  }
+  static INLINE void add_scaled(float* to, Vec i, const float* scale) {
+    const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(i), _mm256_loadu_ps(scale));
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), y));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 8)

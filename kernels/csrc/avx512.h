@@ -9,6 +9,7 @@ namespace {
 struct Avx512 {
   using Vec = __m512i;
   using Sum = __m512i;  // 16 x int32
+  using Int = __m512i;
   static constexpr int kBytes = 64, kPlaneVecs = 2, kTileVecs = 4;
   static constexpr int kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
   static constexpr int64_t kSumSteps = kMaxFeatures;
@@ -22,7 +23,10 @@ struct Avx512 {
   }
   static INLINE Vec load32(const int32_t* p) { return load(p); }
   static INLINE void store32(int32_t* p, Vec v) { store(p, v); }
+  static INLINE Vec splat32(int32_t i) { return _mm512_set1_epi32(i); }
   static INLINE Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static INLINE Vec sub32(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
+  static INLINE Vec times256(Vec v) { return _mm512_slli_epi32(v, 8); }
   template <int J>
   static INLINE Vec plane(Vec w) {
     return _mm512_and_si512(_mm512_srli_epi16(w, 2 * J), _mm512_set1_epi8(3));
@@ -30,6 +34,10 @@ struct Avx512 {
   template <int J>
   static INLINE Vec bit(Vec w) {
     return _mm512_and_si512(_mm512_srli_epi16(w, J), _mm512_set1_epi8(1));
+  }
+  static INLINE void add_scaled(float* to, Vec i, const float* scale) {
+    const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(i), _mm512_loadu_ps(scale));
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 16)

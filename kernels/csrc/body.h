@@ -1,8 +1,10 @@
 // The kernels, written once over a small set of primitives that each instruction set's file defines as struct I:
 //
 //   Vec, kBytes               a vector of kBytes bytes, or of kBytes/4 int32
-//   load, store, splat, load32, store32, add32      splat repeats 4 bytes
+//   load, store, splat        splat repeats 4 bytes
+//   Int, load32, store32, splat32, add32, sub32, times256    vectors of int32
 //   widen                     a block's scales, from float16 to float32
+//   add_scaled(to, i, scale)  float32 [vector]: to += i * scale, rounded twice
 //   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumSteps            a partial accumulator, and how many steps it holds before it could overflow
@@ -19,72 +21,87 @@ namespace {
 
 // One token. Weights are read once, linearly; all that matters is that the loads never wait.
 
-template <class I, int kLimbs>
-INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, int32_t (*acc)[kBlockRows]) {
+// take(v, sums): what the limbs of a token make with vector v of a block's rows, int32.
+template <class I, int kLimbs, class Take>
+INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, const Take& take) {
   constexpr int kVecs = kStepBytes / I::kBytes, kTogether = I::kPlaneVecs / kLimbs ? I::kPlaneVecs / kLimbs : 1;
   for (int v0 = 0; v0 < kVecs; v0 += kTogether) {
-    typename I::Planes planes[kTogether][kLimbs] = {};
     const uint8_t* p = w + v0 * I::kBytes;
     const int8_t* word = q;
-    for (int64_t step = 0; step < steps; ++step, p += kStepBytes, word += 4 * I::kFields * kLimbs) {
-      // the hardware's prefetcher stops at every 4 KB page
-      for (int byte = 0; byte < kTogether * I::kBytes; byte += 64) __builtin_prefetch(p + 8192 + byte);
-      typename I::Vec s[kLimbs][I::kFields];
-      UNROLL for (int j = 0; j < I::kFields * kLimbs; ++j) s[j % kLimbs][j / kLimbs] = I::splat(word + 4 * j);
-      UNROLL for (int v = 0; v < kTogether; ++v) {
-        const typename I::Vec packed = I::load(p + v * I::kBytes);
-        UNROLL for (int l = 0; l < kLimbs; ++l) planes[v][l].add(packed, s[l]);
+    typename I::Int sum[kTogether][kLimbs] = {};
+    for (int64_t left = steps; left > 0; left -= I::kPlaneSteps) {
+      typename I::Planes planes[kTogether][kLimbs] = {};
+      for (int64_t here = smaller(left, I::kPlaneSteps); here > 0; --here) {
+        // the hardware's prefetcher stops at every 4 KB page
+        for (int byte = 0; byte < kTogether * I::kBytes; byte += 64) __builtin_prefetch(p + 8192 + byte);
+        typename I::Vec s[kLimbs][I::kFields];
+        UNROLL for (int j = 0; j < I::kFields * kLimbs; ++j) s[j % kLimbs][j / kLimbs] = I::splat(word + 4 * j);
+        UNROLL for (int v = 0; v < kTogether; ++v) {
+          const typename I::Vec packed = I::load(p + v * I::kBytes);
+          UNROLL for (int l = 0; l < kLimbs; ++l) planes[v][l].add(packed, s[l]);
+        }
+        p += kStepBytes;
+        word += 4 * I::kFields * kLimbs;
       }
+      UNROLL for (int v = 0; v < kTogether; ++v)
+        UNROLL for (int l = 0; l < kLimbs; ++l) sum[v][l] = I::add32(sum[v][l], planes[v][l].total());
     }
-    UNROLL for (int v = 0; v < kTogether; ++v) {
-      UNROLL for (int l = 0; l < kLimbs; ++l) {
-        int32_t* a = acc[l] + (v0 + v) * I::kBytes / 4;
-        I::store32(a, I::add32(I::load32(a), planes[v][l].total()));
-      }
-    }
+    UNROLL for (int v = 0; v < kTogether; ++v) take(v0 + v, sum[v]);
   }
 }
 
 template <class I, int kLimbs>
-void gemv_limbs(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
-  constexpr int kStep = 4 * I::kFields;
-  const Groups groups(layer, kStep);
-  const int64_t block_bytes = (layer.k + kStep - 1) / kStep * kStepBytes;
-  const auto* scale = static_cast<const uint16_t*>(layer.scale) + first * groups.count * kBlockRows;
+void gemv_rows(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
+  constexpr int kStep = 4 * I::kFields, kLanes = I::kBytes / 4;
+  const int64_t steps = (layer.k + kStep - 1) / kStep;
   for (int64_t block = first; block < last; ++block) {
     alignas(64) int32_t acc[kLimbs][kBlockRows] = {};
-    alignas(64) float part[kBlockRows] = {}, total[kBlockRows] = {};
+    for (int64_t at = 0; at < steps; at += I::kPlaneSteps)
+      multiply_planes<I, kLimbs>(layer.weight + (block * steps + at) * kStepBytes, token.codes + at * kStep * kLimbs,
+                                 smaller(steps - at, I::kPlaneSteps), [&](int v, const auto& sum) INLINE_LAMBDA {
+                                   UNROLL for (int l = 0; l < kLimbs; ++l) {
+                                     int32_t* a = acc[l] + v * kLanes;
+                                     I::store32(a, I::add32(I::load32(a), sum[l]));
+                                   }
+                                 });
+    join_rows<I, kLimbs, kBlockRows>(acc[0], token.sums[0]);
+    finish<kBlockRows>(layer, acc[0], token.s, block * kBlockRows, y, block * kBlockRows, y_type);
+  }
+}
+
+template <class I, int kLimbs>
+void gemv_groups(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
+  constexpr int kStep = 4 * I::kFields, kLanes = I::kBytes / 4;
+  const Groups groups(layer, kStep);
+  const int64_t steps = (layer.k + kStep - 1) / kStep;
+  const auto* scale = static_cast<const uint16_t*>(layer.scale) + first * groups.count * kBlockRows;
+  for (int64_t block = first; block < last; ++block) {
+    Sums<kBlockRows> sums = {};
     const int8_t* q = token.codes;
-    for (int64_t g = 0; g < groups.count; ++g) {
-      const uint8_t* w = layer.weight + block * block_bytes + groups.first(g) * kStepBytes;
-      for (int64_t left = groups.steps(g); left > 0; left -= I::kPlaneSteps) {
-        const int64_t here = smaller(left, I::kPlaneSteps);
-        multiply_planes<I, kLimbs>(w, q, here, acc);
-        w += here * kStepBytes;
-        q += here * kStep * kLimbs;
-      }
-      join<I, kLimbs, kBlockRows>(acc[0], kBlockRows, token.sums[g]);
-      if (!layer.group_size) continue;
+    for (int64_t g = 0; g < groups.count; ++g, scale += kBlockRows) {
       alignas(64) float values[kBlockRows];
       I::widen(scale, values);
-      scale += kBlockRows;
-      const bool span_ends = (g + 1) * groups.size % kSpan == 0 || g + 1 == groups.count;
-      add_group<kBlockRows>(acc[0], values, span_ends, part, total);
-      memset(acc, 0, sizeof(acc));
+      __builtin_prefetch(scale + 2048);
+      const auto off = I::splat32(I::kZero * token.sums[g]);
+      multiply_planes<I, kLimbs>(layer.weight + (block * steps + groups.first(g)) * kStepBytes, q, groups.steps(g),
+                                 [&](int v, const auto& sum) INLINE_LAMBDA {
+                                   I::add_scaled(sums.part + v * kLanes, join<I, kLimbs>(sum, off), values + v * kLanes);
+                                 });
+      q += groups.steps(g) * kStep * kLimbs;
+      if (groups.span_ends(g)) end_span(sums.part, sums.total, kBlockRows);
     }
-    const int64_t n0 = block * kBlockRows;
-    if (layer.group_size) finish_groups<kBlockRows>(layer, total, token.s, n0, y, n0, y_type);
-    else finish<kBlockRows>(layer, acc[0], token.s, n0, y, n0, y_type);
+    finish_groups<kBlockRows>(layer, sums.total, token.s, block * kBlockRows, y, block * kBlockRows, y_type);
   }
 }
 
 template <class I>
 void gemv(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
-  if (token.limbs == 2) {
-    if constexpr (I::kLayout != kEightBits) gemv_limbs<I, 2>(layer, first, last, token, y, y_type);
-  } else {
-    gemv_limbs<I, 1>(layer, first, last, token, y, y_type);
+  if constexpr (I::kLayout != kEightBits) {
+    if (layer.group_size && token.limbs == 2) return gemv_groups<I, 2>(layer, first, last, token, y, y_type);
+    if (layer.group_size) return gemv_groups<I, 1>(layer, first, last, token, y, y_type);
+    if (token.limbs == 2) return gemv_rows<I, 2>(layer, first, last, token, y, y_type);
   }
+  gemv_rows<I, 1>(layer, first, last, token, y, y_type);
 }
 
 // Many tokens. A slice of V vectors of rows goes through K in chunks. Where there are several panels of tokens, the weights
@@ -121,9 +138,9 @@ INLINE void multiply_fields(const uint8_t* const (&w)[R], const typename W::Pack
   if constexpr (J + 1 < I::kFields) multiply_fields<I, W, J + 1>(w, packed, q, sum);
 }
 
-// acc [T][V vectors] += a panel's share of a chunk, for R vectors from v on. w: the weights, a block's after the other's.
-template <class I, class W, int V, int R, int T>
-void multiply(const uint8_t* weight, int64_t block_bytes, int v, int64_t steps, const int8_t* q, int32_t* acc) {
+// A panel's share of a chunk, for R vectors from v on. w: the weights, a block's after the other's; take: where it goes.
+template <class I, class W, int V, int R, int T, class Take>
+void multiply(const uint8_t* weight, int64_t block_bytes, int v, int64_t steps, const int8_t* q, const Take& take) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes;
   const uint8_t* w[R];
   UNROLL for (int r = 0; r < R; ++r)
@@ -135,24 +152,57 @@ void multiply(const uint8_t* weight, int64_t block_bytes, int v, int64_t steps, 
     multiply_fields<I, W, 0>(w, packed, q, sum);
     UNROLL for (int r = 0; r < R; ++r) w[r] += W::kStride;
   }
-  UNROLL for (int t = 0; t < T; ++t) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      int32_t* a = acc + (t * V + v + r) * I::kBytes / 4;
-      I::store32(a, I::add32(I::load32(a), I::total(sum[r][t])));
-    }
-  }
+  take.template operator()<R, T>(v, sum);
 }
 
-template <class I, class W, int V, int T = I::kMaxTokens>
-INLINE void multiply_panel(const uint8_t* w, int64_t block_bytes, int64_t steps, const int8_t* q, int tokens,
-                           int32_t* acc) {
-  if (tokens < T) {
-    if constexpr (T > 1) multiply_panel<I, W, V, T - 1>(w, block_bytes, steps, q, tokens, acc);
+template <class I, class W, int V, int T, class Take>
+INLINE void multiply_panel(const uint8_t* w, int64_t block_bytes, int64_t steps, const int8_t* q, int limbs,
+                           const Take& take) {
+  if (limbs < T) {
+    if constexpr (T > Take::kLimbs)
+      multiply_panel<I, W, V, T - Take::kLimbs>(w, block_bytes, steps, q, limbs, take);
     return;
   }
   constexpr int R = I::kTileVecs < V ? I::kTileVecs : V;
-  for (int v = 0; v < V; v += R) multiply<I, W, V, R, T>(w, block_bytes, v, steps, q, acc);
+  for (int v = 0; v < V; v += R) multiply<I, W, V, R, T>(w, block_bytes, v, steps, q, take);
 }
+
+// Sums go to int32 accumulators [limbs of the panel][V vectors].
+template <class I, int V, int L>
+struct ToRows {
+  static constexpr int kLimbs = L;
+  int32_t* acc;
+  template <int R, int T>
+  INLINE void operator()(int v, const typename I::Sum (&sum)[R][T]) const {
+    UNROLL for (int t = 0; t < T; ++t) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        int32_t* a = acc + (t * V + v + r) * I::kBytes / 4;
+        I::store32(a, I::add32(I::load32(a), I::total(sum[r][t])));
+      }
+    }
+  }
+};
+
+// Sums are those of one group, and go, times its scales, to float32 [tokens of the panel][V vectors].
+template <class I, int V, int L>
+struct ToGroups {
+  static constexpr int kLimbs = L;
+  const float* scale;   // [V vectors]
+  const int32_t* sums;  // of the codes: one token's lie `stride` after another's
+  int64_t stride;
+  float* part;
+  template <int R, int T>
+  INLINE void operator()(int v, const typename I::Sum (&sum)[R][T]) const {
+    UNROLL for (int t = 0; t < T / L; ++t) {
+      const auto off = I::splat32(I::kZero * sums[t * stride]);
+      UNROLL for (int r = 0; r < R; ++r) {
+        typename I::Int limbs[L];
+        UNROLL for (int l = 0; l < L; ++l) limbs[l] = I::total(sum[r][t * L + l]);
+        I::add_scaled(part + (t * V + v + r) * I::kBytes / 4, join<I, L>(limbs, off), scale + (v + r) * I::kBytes / 4);
+      }
+    }
+  }
+};
 
 template <class I, int V, int J>
 INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* u) {
@@ -160,90 +210,101 @@ INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* 
   if constexpr (J + 1 < I::kFields) unpack_fields<I, V, J + 1>(w, packed, u);
 }
 
-// The sums of a slice's groups: [tokens][rows] of each kind.
-template <class I, int kLimbs, int kRows>
-void add_groups(const Panels& panels, int64_t g, const Groups& groups, const float* scale, int32_t* acc, float* part,
-                float* total) {
-  const bool span_ends = (g + 1) * groups.size % kSpan == 0 || g + 1 == groups.count;
-  for (int64_t t = 0; t < panels.tokens; ++t, acc += kLimbs * kRows, part += kRows, total += kRows) {
-    join<I, kLimbs, kRows>(acc, kRows, panels.sums[t * groups.count + g]);
-    add_group<kRows>(acc, scale, span_ends, part, total);
-    memset(acc, 0, kLimbs * kRows * sizeof(*acc));
+// One chunk of a slice times all tokens. take(token): where those of a panel that begins there go.
+template <class I, int L, int V, class Take>
+INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps, const Panels& panels, int64_t done,
+                           int64_t all_steps, uint8_t* unpacked, const Take& take) {
+  constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields, kWidest = I::kMaxTokens / L * L;
+  if (panels.count == 1) {
+    const int64_t limbs = panels.tokens * L;
+    const int8_t* q = panels.codes + done * kStep * limbs;
+    return multiply_panel<I, AsStored<I>, V, kWidest>(w, block_bytes, steps, q, int(limbs), take(0));
   }
-}
-
-template <class I, int kLimbs, int V>
-void slice(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
-  constexpr int kRows = V * I::kBytes / 4, kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields;
-  constexpr int64_t kChunk = I::kSumSteps < kChunkFeatures / kStep ? I::kSumSteps : kChunkFeatures / kStep;
-  alignas(64) uint8_t unpacked[kChunk * Unpacked<I, V>::kStride];
-  const Groups groups(layer, kStep);
-  const int64_t block_bytes = (layer.k + kStep - 1) / kStep * kStepBytes, all_steps = groups.all_steps();
-  const int64_t n0 = block * kBlockRows, limbs = panels.tokens * kLimbs;
-  auto* part = reinterpret_cast<float*>(acc + limbs * kRows);
-  float* total = part + panels.tokens * kRows;
-  memset(acc, 0, limbs * kRows * sizeof(*acc));
-  if (layer.group_size) memset(part, 0, 2 * panels.tokens * kRows * sizeof(*part));
-  int64_t done = 0;  // steps of the codes
-  for (int64_t g = 0; g < groups.count; ++g) {
-    const uint8_t* w = layer.weight + block * block_bytes + groups.first(g) * kStepBytes;
-    for (int64_t left = groups.steps(g); left > 0; left -= kChunk) {
-      const int64_t here = smaller(kChunk, left);
-      if (panels.count == 1) {
-        const int8_t* q = panels.codes + done * kStep * limbs;
-        multiply_panel<I, AsStored<I>, V>(w, block_bytes, here, q, int(limbs), acc);
-      } else {
-        for (int64_t step = 0; step < here; ++step)
-          for (int v = 0; v < V; ++v) {
-            const uint8_t* from = w + v / kBlockVecs * block_bytes + step * kStepBytes + v % kBlockVecs * I::kBytes;
-            unpack_fields<I, V, 0>(from, I::unpack(from), unpacked + step * Unpacked<I, V>::kStride + v * I::kBytes);
-          }
-        for (int64_t p = 0; p < panels.count; ++p) {
-          const int64_t first = panels.first(p), width = panels.first(p + 1) - first;
-          const int8_t* q = panels.codes + (first * all_steps + done * width) * kStep;
-          multiply_panel<I, Unpacked<I, V>, V>(unpacked, kBlockVecs * I::kBytes, here, q, int(width),
-                                               acc + first * kRows);
-        }
-      }
-      w += here * kStepBytes;
-      done += here;
+  for (int64_t step = 0; step < steps; ++step)
+    for (int v = 0; v < V; ++v) {
+      const uint8_t* from = w + v / kBlockVecs * block_bytes + step * kStepBytes + v % kBlockVecs * I::kBytes;
+      unpack_fields<I, V, 0>(from, I::unpack(from), unpacked + step * Unpacked<I, V>::kStride + v * I::kBytes);
     }
-    if (!layer.group_size) continue;
-    alignas(64) float scale[kRows];
-    for (int b = 0; b < kRows / kBlockRows; ++b)
-      I::widen(static_cast<const uint16_t*>(layer.scale) + ((block + b) * groups.count + g) * kBlockRows,
-               scale + b * kBlockRows);
-    add_groups<I, kLimbs, kRows>(panels, g, groups, scale, acc, part, total);
+  for (int64_t p = 0; p < panels.count; ++p) {
+    const int64_t token = panels.first(p), limbs = (panels.first(p + 1) - token) * L;
+    const int8_t* q = panels.codes + (token * L * all_steps + done * limbs) * kStep;
+    multiply_panel<I, Unpacked<I, V>, V, kWidest>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs), take(token));
   }
-  for (int64_t t = 0; t < panels.tokens; ++t) {
-    const int64_t at = t * layer.n + n0;
-    int32_t* a = acc + t * kLimbs * kRows;
-    if (layer.group_size) {
-      finish_groups<kRows>(layer, total + t * kRows, panels.s[t], n0, y, at, y_type);
-    } else {
-      join<I, kLimbs, kRows>(a, kRows, panels.sums[t]);
-      finish<kRows>(layer, a, panels.s[t], n0, y, at, y_type);
-    }
-  }
-}
-
-template <class I, int kLimbs>
-void gemm_limbs(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
-                int32_t y_type) {
-  constexpr int kBlockVecs = kStepBytes / I::kBytes, V = I::kTileVecs > kBlockVecs ? I::kTileVecs : kBlockVecs;
-  for (; first + V / kBlockVecs <= last; first += V / kBlockVecs)
-    slice<I, kLimbs, V>(layer, first, panels, acc, y, y_type);
-  for (; first < last; ++first) slice<I, kLimbs, kBlockVecs>(layer, first, panels, acc, y, y_type);
 }
 
 template <class I>
-void gemm(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
-          int32_t y_type) {
-  if (panels.limbs == 2) {
-    if constexpr (I::kLayout != kEightBits) gemm_limbs<I, 2>(layer, first, last, panels, acc, y, y_type);
-  } else {
-    gemm_limbs<I, 1>(layer, first, last, panels, acc, y, y_type);
+constexpr int64_t chunk_steps() {  // so many that a group fits
+  constexpr int64_t kStep = 4 * I::kFields, kChunk = (kChunkFeatures + kStep - 1) / kStep + (kChunkFeatures % kStep > 0);
+  static_assert(I::kLayout == kEightBits || kChunk <= I::kSumSteps, "");
+  return kChunk < I::kSumSteps ? kChunk : I::kSumSteps;
+}
+
+template <class I, int L, int V>
+void slice_rows(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
+  constexpr int kRows = V * I::kBytes / 4, kStep = 4 * I::kFields;
+  alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
+  const int64_t steps = (layer.k + kStep - 1) / kStep, n0 = block * kBlockRows;
+  memset(acc, 0, panels.tokens * L * kRows * sizeof(*acc));
+  for (int64_t at = 0; at < steps; at += chunk_steps<I>())
+    multiply_chunk<I, L, V>(layer.weight + (block * steps + at) * kStepBytes, steps * kStepBytes,
+                            smaller(chunk_steps<I>(), steps - at), panels, at, steps, unpacked,
+                            [=](int64_t token) { return ToRows<I, V, L>{acc + token * L * kRows}; });
+  for (int64_t t = 0; t < panels.tokens; ++t, acc += L * kRows) {
+    join_rows<I, L, kRows>(acc, panels.sums[t]);
+    finish<kRows>(layer, acc, panels.s[t], n0, y, t * layer.n + n0, y_type);
   }
+}
+
+template <class I, int L, int V>
+void slice_groups(const Layer& layer, int64_t block, const Panels& panels, float* part, void* y, int32_t y_type) {
+  constexpr int kRows = V * I::kBytes / 4, kStep = 4 * I::kFields;
+  alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
+  alignas(64) float scale[kRows];
+  const Groups groups(layer, kStep);
+  const int64_t steps = (layer.k + kStep - 1) / kStep, all_steps = groups.all_steps(), n0 = block * kBlockRows;
+  float* total = part + panels.tokens * kRows;
+  memset(part, 0, 2 * panels.tokens * kRows * sizeof(*part));
+  int64_t done = 0;  // steps of the codes
+  for (int64_t g = 0; g < groups.count; ++g) {
+    for (int b = 0; b < kRows / kBlockRows; ++b)
+      I::widen(static_cast<const uint16_t*>(layer.scale) + ((block + b) * groups.count + g) * kBlockRows,
+               scale + b * kBlockRows);
+    const float* values = scale;
+    multiply_chunk<I, L, V>(layer.weight + (block * steps + groups.first(g)) * kStepBytes, steps * kStepBytes,
+                            groups.steps(g), panels, done, all_steps, unpacked, [&, values](int64_t token) {
+                              return ToGroups<I, V, L>{values, panels.sums + token * groups.count + g, groups.count,
+                                                       part + token * kRows};
+                            });
+    done += groups.steps(g);
+    if (groups.span_ends(g)) end_span(part, total, panels.tokens * kRows);
+  }
+  for (int64_t t = 0; t < panels.tokens; ++t)
+    finish_groups<kRows>(layer, total + t * kRows, panels.s[t], n0, y, t * layer.n + n0, y_type);
+}
+
+template <class I, int L, int V>
+void slice(const Layer& layer, int64_t block, const Panels& panels, void* scratch, void* y, int32_t y_type) {
+  if constexpr (I::kLayout != kEightBits)
+    if (layer.group_size)
+      return slice_groups<I, L, V>(layer, block, panels, static_cast<float*>(scratch), y, y_type);
+  slice_rows<I, L, V>(layer, block, panels, static_cast<int32_t*>(scratch), y, y_type);
+}
+
+template <class I, int L>
+void gemm_limbs(const Layer& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
+                int32_t y_type) {
+  constexpr int kBlockVecs = kStepBytes / I::kBytes, V = I::kTileVecs > kBlockVecs ? I::kTileVecs : kBlockVecs;
+  for (; first + V / kBlockVecs <= last; first += V / kBlockVecs)
+    slice<I, L, V>(layer, first, panels, scratch, y, y_type);
+  for (; first < last; ++first) slice<I, L, kBlockVecs>(layer, first, panels, scratch, y, y_type);
+}
+
+template <class I>
+void gemm(const Layer& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
+          int32_t y_type) {
+  if constexpr (I::kLayout != kEightBits)
+    if (panels.limbs == 2) return gemm_limbs<I, 2>(layer, first, last, panels, scratch, y, y_type);
+  gemm_limbs<I, 1>(layer, first, last, panels, scratch, y, y_type);
 }
 
 // Planes of an instruction set that has nothing better than to unpack plane<j>(w) and multiply each.

@@ -4,25 +4,38 @@
 
 namespace {
 
-// Accumulators to products of codes: limbs joined (the low one's lie `low` further), and what was added to every
-// weight's code taken off. Unsigned, because on the way, not in the end, values may wrap around.
+// Accumulators to products of codes: limbs joined, and off = kZero * (sum of the activation's codes) taken off. Values
+// may wrap around on the way, but not in the end.
+
+template <class I, int kLimbs>
+INLINE typename I::Int join(const typename I::Int (&limbs)[kLimbs], typename I::Int off) {
+  typename I::Int dot = limbs[0];
+  if constexpr (kLimbs == 2) dot = I::add32(I::times256(dot), limbs[1]);
+  if constexpr (I::kFactor == 2) dot = I::add32(dot, dot);
+  return I::sub32(dot, off);
+}
+
+// The same for kLimbs rows of accumulators in memory; the first becomes the products.
 template <class I, int kLimbs, int kRows>
-INLINE void join(int32_t* acc, int64_t low, int32_t sum) {
-  const uint32_t off = uint32_t(I::kZero) * uint32_t(sum);
-  for (int i = 0; i < kRows; ++i) {
-    uint32_t dot = uint32_t(acc[i]);
-    if (kLimbs == 2) dot = 256 * dot + uint32_t(acc[low + i]);
-    acc[i] = int32_t(I::kFactor * dot - off);
+INLINE void join_rows(int32_t* acc, int32_t sum) {
+  const auto off = I::splat32(I::kZero * sum);
+  for (int i = 0; i < kRows; i += I::kBytes / 4) {
+    typename I::Int limbs[kLimbs];
+    for (int l = 0; l < kLimbs; ++l) limbs[l] = I::load32(acc + l * kRows + i);
+    I::store32(acc + i, join<I, kLimbs>(limbs, off));
   }
 }
 
-// One group: part += product * scale, two roundings. After the last group of a span part goes to total.
 template <int kRows>
-INLINE void add_group(const int32_t* product, const float* scale, bool span_ends, float* part, float* total) {
-  for (int i = 0; i < kRows; ++i) part[i] += float(product[i]) * scale[i];
-  if (!span_ends) return;
-  for (int i = 0; i < kRows; ++i) total[i] += part[i];
-  memset(part, 0, kRows * sizeof(*part));
+struct Sums {
+  alignas(64) float part[kRows], total[kRows];  // of the groups of a span; of spans
+};
+
+INLINE void end_span(float* part, float* total, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    total[i] += part[i];
+    part[i] = 0;
+  }
 }
 
 template <class F>

@@ -34,6 +34,7 @@ struct Groups {
     const int64_t end = (g + 1) * size < k ? (g + 1) * size : k;
     return (end + step - 1) / step - first(g);
   }
+  bool span_ends(int64_t g) const { return (g + 1) * size % kSpan == 0 || g + 1 == count; }
   int64_t all_steps() const {
     if (size % step == 0 || count == 1) return (k + step - 1) / step;
     int64_t sum = 0;
@@ -57,13 +58,12 @@ struct Panels {
   const float* s;
   int64_t tokens, count;
   int limbs;
-  int64_t first(int64_t panel) const { return tokens * limbs * panel / count; }  // limb of a panel
-  int64_t of(int64_t limb) const { return ((limb + 1) * count - 1) / (tokens * limbs); }  // panel of a limb
+  int64_t first(int64_t panel) const { return tokens * panel / count; }  // token of a panel
 };
 
-// Scratch of gemm, in bytes: accumulators of each limb, and two sums of each token.
+// Scratch of gemm, in bytes: an accumulator of each limb, or two float32 sums.
 constexpr int64_t scratch_bytes(int64_t tokens, int limbs, bool groups) {
-  return tokens * kTileRows * 4 * (limbs + (groups ? 2 : 0));
+  return tokens * kTileRows * 4 * (groups ? 2 : limbs);
 }
 
 struct Isa {
@@ -90,7 +90,7 @@ struct Isa {
   void (*gemv)(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type);
 
   // The same for many tokens. scratch: of scratch_bytes(), aligned to 64 bytes.
-  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const Panels& panels, int32_t* scratch, void* y,
+  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
                int32_t y_type);
 };
 

@@ -191,13 +191,14 @@ Status prefill(const Call& call, int64_t m, int threads) {
     if (!acc) __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
     for (int64_t slab = 0; slab < slabs; ++slab) {
       const int64_t m0 = share(m, slab, slabs), tokens = share(m, slab + 1, slabs) - m0;
-      const Panels panels{codes, sums, s, tokens, ceil_div(tokens * call.limbs, call.isa.max_tokens), call.limbs};
-      for (int64_t t = share(tokens, thread, count); acc && t < share(tokens, thread + 1, count); ++t) {
-        s[t] = call.quantize(m0 + t, row, sums + t * groups);
-        for (int limb = 0; limb < call.limbs; ++limb) {
-          const int64_t i = t * call.limbs + limb, p = panels.of(i), first = panels.first(p);
-          const int64_t width = panels.first(p + 1) - first;
-          spread(row + limb * padded, padded, width, codes + first * padded + 4 * (i - first));
+      const int64_t widest = call.isa.max_tokens / call.limbs;
+      const Panels panels{codes, sums, s, tokens, ceil_div(tokens, widest), call.limbs};
+      for (int64_t p = share(panels.count, thread, count); acc && p < share(panels.count, thread + 1, count); ++p) {
+        const int64_t first = panels.first(p), width = (panels.first(p + 1) - first) * call.limbs;
+        int8_t* words = codes + first * call.limbs * padded;
+        for (int64_t t = first; t < panels.first(p + 1); ++t) {
+          s[t] = call.quantize(m0 + t, row, sums + t * groups);
+          for (int limb = 0; limb < call.limbs; ++limb, words += 4) spread(row + limb * padded, padded, width, words);
         }
       }
       barrier(count);

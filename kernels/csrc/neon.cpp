@@ -11,6 +11,7 @@ namespace {
 
 struct Neon {
   using Vec = int8x16_t;
+  using Int = int32x4_t;
   struct Packed {};
   static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 16, kPlaneVecs = 8, kTileVecs = 4;
@@ -24,7 +25,10 @@ struct Neon {
   }
   static INLINE int32x4_t load32(const int32_t* p) { return vld1q_s32(p); }
   static INLINE void store32(int32_t* p, int32x4_t v) { vst1q_s32(p, v); }
+  static INLINE int32x4_t splat32(int32_t i) { return vdupq_n_s32(i); }
   static INLINE int32x4_t add32(int32x4_t a, int32x4_t b) { return vaddq_s32(a, b); }
+  static INLINE int32x4_t sub32(int32x4_t a, int32x4_t b) { return vsubq_s32(a, b); }
+  static INLINE int32x4_t times256(int32x4_t v) { return vshlq_n_s32(v, 8); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE Vec field(const uint8_t* p, Packed) {
@@ -42,6 +46,9 @@ struct Neon {
     if constexpr (J == 0) return vandq_s8(w, vdupq_n_s8(1));
     else if constexpr (J == 7) return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 7));
     else return vandq_s8(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), J)), vdupq_n_s8(1));
+  }
+  static INLINE void add_scaled(float* to, int32x4_t i, const float* scale) {
+    vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_f32(vcvtq_f32_s32(i), vld1q_f32(scale))));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 4)

@@ -6,6 +6,7 @@ namespace {
 struct Scalar {
   using Vec = uint32_t;
   using Sum = int32_t;
+  using Int = int32_t;
   struct Packed {};
   static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 4, kPlaneVecs = 32, kTileVecs = 4, kMaxTokens = 4;
@@ -20,7 +21,10 @@ struct Scalar {
   static INLINE Vec splat(const int8_t* p) { return load(p); }
   static INLINE int32_t load32(const int32_t* p) { return *p; }
   static INLINE void store32(int32_t* p, int32_t v) { *p = v; }
-  static INLINE int32_t add32(int32_t a, int32_t b) { return a + b; }
+  static INLINE int32_t splat32(int32_t i) { return i; }
+  static INLINE int32_t add32(int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+  static INLINE int32_t sub32(int32_t a, int32_t b) { return int32_t(uint32_t(a) - uint32_t(b)); }
+  static INLINE int32_t times256(int32_t v) { return int32_t(uint32_t(v) << 8); }
   template <int J>
   static INLINE Vec plane(Vec w) {
     return w >> 2 * J & 0x03030303;
@@ -29,6 +33,7 @@ struct Scalar {
   static INLINE Vec bit(Vec w) {
     return w >> J & 0x01010101;
   }
+  static INLINE void add_scaled(float* to, int32_t i, const float* scale) { *to += float(i) * *scale; }
   static INLINE void widen(const uint16_t* half, float* values) { widen_scales(half, values); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
