@@ -140,7 +140,7 @@ INLINE void multiply_fields(const uint8_t* const (&w)[R], const typename W::Pack
 
 // A panel's share of a chunk, for R vectors from v on. w: the weights, a block's after the other's; take: where it goes.
 template <class I, class W, int V, int R, int T, class Take>
-void multiply(const uint8_t* weight, int64_t block_bytes, int v, int64_t steps, const int8_t* q, const Take& take) {
+__attribute__((noinline)) void multiply(const uint8_t* weight, int64_t block_bytes, int v, int64_t steps, const int8_t* q, const Take& take) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes;
   const uint8_t* w[R];
   UNROLL for (int r = 0; r < R; ++r)
