@@ -20,7 +20,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .convert.checkpoint import load, save
-    from .convert.conversion.stream import convert_checkpoint
+    from .convert.conversion.convert import convert_checkpoint
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
     from .convert.swap.pack import pack
     from .convert.swap.replace import replace_linear
@@ -31,29 +31,30 @@ if TYPE_CHECKING:
     from .linear import BitConv1D, BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
+    from .train.muon import Muon
+    from .train.strength import set_strength, strength_at
     from .train.trainer import StrengthCallback
-    from .train.training import Muon, set_strength, strength_at
 
 _HOME = {
     "BitConv1D": "bitnet.linear",
     "BitExperts": "bitnet.experts",
     "BitLinear": "bitnet.linear",
-    "Muon": "bitnet.train.training",
+    "Muon": "bitnet.train.muon",
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
     "QuantSpec": "bitnet.quantize",
     "Report": "bitnet.convert.swap.report",
     "StrengthCallback": "bitnet.train.trainer",
     "backends": "bitnet.kernels.backends",
-    "convert_checkpoint": "bitnet.convert.conversion.stream",
+    "convert_checkpoint": "bitnet.convert.conversion.convert",
     "diff_checkpoints": "bitnet.convert.inspection",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
     "pack": "bitnet.convert.swap.pack",
     "replace_linear": "bitnet.convert.swap.replace",
     "save": "bitnet.convert.checkpoint",
-    "set_strength": "bitnet.train.training",
-    "strength_at": "bitnet.train.training",
+    "set_strength": "bitnet.train.strength",
+    "strength_at": "bitnet.train.strength",
     "unpack": "bitnet.convert.swap.unpack",
 }
 
@@ -82,6 +83,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("bitnet.functional")
     if name not in _HOME:
         raise AttributeError(f"module 'bitnet' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -94,11 +97,11 @@ def __dir__() -> list[str]:
 
 
 class _Ours:
-    """A class of bitnet.convert.hub.hf that is imported when it is used; it and transformers take seconds."""
+    """A class of ours that is imported when it is used; it and transformers take seconds."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, module: str, name: str) -> None:
         self.name = name
-        self.__module__ = "bitnet.convert.hub.hf"
+        self.__module__ = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._found()(*args, **kwargs)
@@ -136,8 +139,8 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
 
 
 def _register(mappings: Any) -> None:
-    mappings.AUTO_QUANTIZER_MAPPING["bitnet"] = _Ours("BitNetQuantizer")
-    mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = _Ours("BitNetConfig")
+    mappings.AUTO_QUANTIZER_MAPPING["bitnet"] = _Ours("bitnet.convert.hub.quantizer", "BitNetQuantizer")
+    mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = _Ours("bitnet.convert.hub.config", "BitNetConfig")
 
 
 sys.meta_path.insert(0, _RegisterWithTransformers())

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import BitConv1D, BitLayer, BitLinear, Matrices, become, cast_for_autocast, describe
-from .packed import Packed, PackedBitLinear, check_backend, pack_matrix, packed_zeros
+from .deprecated import renamed
+from .kernels import reference
+from .linear import BitLayer, LatentWeight, become, cast_for_autocast, describe
+from .packed import Packed, PackedBitLinear, check_backend, packed_zeros
 from .quantize import QuantSpec, bit_linear
 
 Product = Callable[[int, Tensor], Tensor]  # (expert, x [M, K]) -> [M, N]
@@ -40,7 +42,7 @@ class _Experts(nn.Module):
 
     spec: QuantSpec
     origin: Any
-    stacks: list[Matrices]
+    stacks: list[LatentWeight]
     # attributes that the model has given them
     has_gate: bool
     act_fn: Any
@@ -95,19 +97,19 @@ class BitExperts(_Experts, BitLayer):
             count, n, k = experts.get_parameter(name).shape
             if experts.is_transposed:
                 n, k = k, n
-            stacks.append(Matrices(name, n, k, bool(experts.is_transposed), count, f"packed_{name}"))
+            stacks.append(LatentWeight(name, n, k, bool(experts.is_transposed), count, f"packed_{name}"))
         layer = become(experts, BitExperts)
         layer.spec, layer.strength, layer.origin, layer.stacks = spec, 1.0, origin, stacks
         return layer
 
-    def matrices(self) -> list[Matrices]:
+    def latent_weights(self) -> list[LatentWeight]:
         return self.stacks
 
     def _products(self) -> tuple[Product, Product]:
         up, down = map(self._product, self.stacks)
         return up, down
 
-    def _product(self, stack: Matrices) -> Product:
+    def _product(self, stack: LatentWeight) -> Product:
         weights = stack.views(getattr(self, stack.parameter))
         bias = getattr(self, f"{stack.parameter}_bias", None)
         biases = [None] * len(weights) if bias is None else bias.unbind()
@@ -147,7 +149,7 @@ class PackedStack(Packed):
         out_features: int,
         spec: QuantSpec,
         backend: str = "auto",
-        bits: float = 2,
+        weight_bits: float = 2,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = weight.shape[-1], out_features, spec
@@ -155,7 +157,7 @@ class PackedStack(Packed):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self._drop_derived()
-        self.set_backend(backend, bits)
+        self.set_backend(backend, weight_bits)
 
     def forward(self, expert: int, input: Tensor) -> Tensor:
         return self.layers()[expert](input)
@@ -164,12 +166,13 @@ class PackedStack(Packed):
         self._layers: list[PackedBitLinear] = []
         self._made_of: list[tuple[Tensor | None, int, int]] = []  # the buffers, their versions and where they are
 
-    def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
+    @renamed(bits="weight_bits")
+    def set_backend(self, backend: str = "auto", weight_bits: float = 2) -> None:
         """See PackedBitLinear.set_backend."""
-        check_backend(backend, bits)
-        self.backend, self.bits = backend, bits
+        check_backend(backend, weight_bits)
+        self.backend, self.weight_bits = backend, weight_bits
         for layer in self._layers:
-            layer.set_backend(backend, bits)
+            layer.set_backend(backend, weight_bits)
 
     def layers(self) -> list[PackedBitLinear]:
         """One layer for each matrix, over the same memory; each prepacks at its first call.
@@ -185,7 +188,7 @@ class PackedStack(Packed):
             scales = scale.view(len(weight), -1)
             biases = [None] * len(weight) if bias is None else bias.unbind()
             self._layers = [
-                PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.bits)
+                PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.weight_bits)
                 for tensors in zip(weight, scales, biases, strict=True)
             ]
             self._made_of = present
@@ -227,7 +230,7 @@ class PackedExperts(_Experts):
             module.add_module(m.packed, stack.train(module.training))
         return module
 
-    def stack(self, m: Matrices) -> PackedStack:
+    def stack(self, m: LatentWeight) -> PackedStack:
         """The packed form of one of `stacks`."""
         return getattr(self, m.packed)
 
@@ -239,7 +242,9 @@ class PackedExperts(_Experts):
         del self.spec, self.origin, self.stacks
         module: nn.Module = become(self, origin)
         for m, stack in stacks:
-            weight = torch.stack([layer.codes() * layer.weight_scale[:, None] for layer in stack.layers()]).to(dtype)
+            weight = torch.stack(
+                [reference.dequantize_weight(layer.codes(), layer.weight_scale, dtype) for layer in stack.layers()]
+            )
             module.register_parameter(m.parameter, nn.Parameter((weight.mT if m.transposed else weight).contiguous()))
             if stack.bias is not None:
                 module.register_parameter(f"{m.parameter}_bias", nn.Parameter(stack.bias.to(dtype)))
@@ -250,40 +255,7 @@ class PackedExperts(_Experts):
         return lambda e, x: up[e](x), lambda e, x: down[e](x)
 
 
-def _zero_stack(m: Matrices, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
+def _zero_stack(m: LatentWeight, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
     packed, scale = packed_zeros(m.in_features, m.out_features, spec, device)
     count = m.experts or 0
     return packed.repeat(count, 1, 1), scale.repeat(count, 1) if spec.per_row else scale.repeat(count)
-
-
-def pack_layer(layer: BitLayer) -> list[tuple[Tensor, Tensor]]:
-    """The latent weights of a layer as they are stored: for each of layer.matrices() the packed bytes and the scale.
-
-    A stack's are [E, ceil(N/4), K] and float32 [E] ([E, N] with per_row). Raises ValueError for NaN or Inf weights.
-    """
-    return [pack_parameter(layer.get_parameter(m.parameter), m, layer.spec) for m in layer.matrices()]
-
-
-def pack_parameter(values: Tensor, m: Matrices, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """One parameter of pack_layer, from its values."""
-    pairs = []
-    for e, matrix in enumerate(m.views(values)):
-        try:
-            pairs.append(pack_matrix(matrix, spec))
-        except ValueError as error:
-            raise ValueError(f"{m.parameter}, expert {e}: {error}" if m.experts is not None else str(error)) from None
-    if m.experts is None:
-        return pairs[0]
-    packed, scales = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-    return packed, scales if spec.per_row else scales.squeeze(-1)
-
-
-def to_packed(
-    layer: BitLayer, packed: list[tuple[Tensor, Tensor]] | None = None, backend: str = "auto"
-) -> PackedBitLinear | PackedExperts:
-    """Turn any layer in training into its packed form, in place; without `packed` it holds zeros, to be loaded."""
-    if isinstance(layer, BitExperts):
-        return PackedExperts.from_bit_experts(layer, packed, backend)
-    assert isinstance(layer, BitLinear | BitConv1D)
-    weight, scale = packed[0] if packed else (None, None)
-    return PackedBitLinear.from_bit_linear(layer, weight, scale, backend)

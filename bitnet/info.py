@@ -1,4 +1,4 @@
-"""What `bitnet info` prints: versions, hardware, backends."""
+"""What results depend on: versions, hardware, backends; `bitnet info` shows them."""
 
 import os
 import platform
@@ -6,9 +6,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
-from . import __version__
 from .kernels import backends, products
+from .tables import grid, wide
+from .version import __version__
 
 
 def hardware() -> dict[str, str]:
@@ -34,29 +36,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def info() -> str:
-    """The text of `bitnet info`."""
-    lines = ["versions"]
-    lines += [f"  {name:<16}{version}" for name, version in versions().items()]
-    lines += ["", "hardware"]
-    lines += [f"  {name:<16}{value}" for name, value in hardware().items()]
+def show(console: Console | None = None) -> None:
+    """Print versions, hardware, rates of exact products, and which backends are ready and why others are not."""
+    console = console or wide()
+    found = hardware()
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        why = "torch sees no GPU" if built else "this torch is a CPU build"
-        lines.append(f"  {'gpu':<16}none: {why}")
-    lines += [
-        "",
-        "exact products of codes on cpu, GOP/s: training takes the first, backend `torch` the first but native",
-    ]
+        found["gpu"] = f"none: {'torch sees no GPU' if built else 'this torch is a CPU build'}"
     native = backends.choose_backend("auto", torch.device("cpu")) == "cpu"
-    for tokens, what in ((64, "many tokens"), (1, "one token")):
-        rates = products.rates(tokens, native)
-        lines.append(f"  {what:<16}{', '.join(f'{name} {rate:,.0f}' for name, rate in rates.items())}")
+    rates = {what: products.rates(tokens, native) for what, tokens in (("many tokens", 64), ("one token", 1))}
+    sections = {
+        "versions": versions(),
+        "hardware": found,
+        "exact products of codes on cpu, GOP/s: training takes the first, backend `torch` the first but native": {
+            what: ", ".join(f"{name} {rate:,.0f}" for name, rate in found.items()) for what, found in rates.items()
+        },
+    }
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        lines += ["", f'backends on {device} (the first that is ready is what "auto" takes)']
-        for row in backends.backends(device):
-            lines.append(f"  {row.name:<16}{'ready' if row.ready else 'missing'}: {row.detail}")
-    return "\n".join(lines)
+        sections[f'backends on {device} (the first that is ready is what "auto" takes)'] = {
+            row.name: f"{'ready' if row.ready else 'missing'}: {row.detail}" for row in backends.backends(device)
+        }
+    for title, rows in sections.items():
+        console.print(title, markup=False, highlight=False)
+        console.print(grid((f"  {name}", value) for name, value in rows.items()))
 
 
 def _cpu_name() -> str:

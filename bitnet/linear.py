@@ -21,10 +21,10 @@ def become(module: nn.Module, cls: type[M]) -> M:
     return module  # type: ignore[return-value]
 
 
-class Matrices(NamedTuple):
+class LatentWeight(NamedTuple):
     """A parameter of a layer in training that is quantized: one matrix [N, K], or a stack of them, one per expert.
 
-    Every matrix has a scale of its own (one, or one a row) and is packed by itself; see BitLayer.matrices.
+    Every matrix has a scale of its own (one, or one a row) and is packed by itself; see BitLayer.latent_weights.
     """
 
     parameter: str  # its name in the layer
@@ -56,7 +56,7 @@ class BitLayer(nn.Module):
     spec: QuantSpec
     strength: float | Tensor  # a 0-d tensor strictly between 0 and 1, so that a compiled ramp is one graph
 
-    def matrices(self) -> list[Matrices]:
+    def latent_weights(self) -> list[LatentWeight]:
         """The parameters that are quantized; also right on the meta device."""
         raise NotImplementedError
 
@@ -80,8 +80,8 @@ class _OneMatrix(BitLayer):
                 self.in_features, spec.rms_norm_eps, device=self.weight.device, dtype=self.weight.dtype
             )
 
-    def matrices(self) -> list[Matrices]:
-        return [Matrices("weight", self.out_features, self.in_features, self.transposed)]
+    def latent_weights(self) -> list[LatentWeight]:
+        return [LatentWeight("weight", self.out_features, self.in_features, self.transposed)]
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
@@ -140,12 +140,15 @@ class BitConv1D(_OneMatrix):
 
     nf: int
     nx: int
+    origin: type[nn.Module]  # unpacking gives it back
     transposed = True
 
     @staticmethod
     def from_conv1d(conv1d: nn.Module, spec: QuantSpec | None = None) -> "BitConv1D":
         """Turn a transformers.pytorch_utils.Conv1D into a BitConv1D *in place* and return it."""
+        origin = type(conv1d)
         layer = become(conv1d, BitConv1D)
+        layer.origin = origin
         layer.in_features, layer.out_features = layer.nx, layer.nf
         layer._configure(spec or QuantSpec())
         return layer

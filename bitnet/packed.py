@@ -1,12 +1,14 @@
 """PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight (or eight, for heads)."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import backends, layout, ops
+from .deprecated import renamed
+from .kernels import backends, layout, observed, ops, reference
 from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
 from .quantize import QuantSpec
 
@@ -37,7 +39,8 @@ class PackedBitLinear(Packed):
     """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
 
     Takes nn.Linear's arguments, then the options of QuantSpec, `backend` ("auto" or a name that bitnet.backends()
-    lists), and `bits`: 2, or 1.6 for a fifth less memory traffic where the backend can (elsewhere 2 with a warning).
+    lists), and `weight_bits`: 2, or 1.6 for a fifth less memory traffic where the backend can (elsewhere 2 with a
+    warning).
     Freshly built it holds zeros. Buffers:
 
     weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"
@@ -53,6 +56,7 @@ class PackedBitLinear(Packed):
     bias: Tensor | None
     transposed = False  # made from a layer whose float weight is [K, N]; the packed one is the same
 
+    @renamed(bits="weight_bits")
     def __init__(
         self,
         in_features: int,
@@ -62,7 +66,7 @@ class PackedBitLinear(Packed):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
-        bits: float = 2,
+        weight_bits: float = 2,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class PackedBitLinear(Packed):
         packed, scale = packed_zeros(in_features, out_features, spec, device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
-        self._configure(in_features, out_features, spec, packed, scale, b, norm, backend, bits)
+        self._configure(in_features, out_features, spec, packed, scale, b, norm, backend, weight_bits)
 
     @staticmethod
     def from_bit_linear(
@@ -100,12 +104,12 @@ class PackedBitLinear(Packed):
         out_features: int,
         spec: QuantSpec,
         backend: str = "auto",
-        bits: float = 2,
+        weight_bits: float = 2,
     ) -> "PackedBitLinear":
         """A layer around tensors that exist already, which it shares."""
         module = PackedBitLinear.__new__(PackedBitLinear)
         nn.Module.__init__(module)
-        module._configure(packed.shape[-1], out_features, spec, packed, scale, bias, None, backend, bits)
+        module._configure(packed.shape[-1], out_features, spec, packed, scale, bias, None, backend, weight_bits)
         return module
 
     def _configure(
@@ -118,7 +122,7 @@ class PackedBitLinear(Packed):
         bias: Tensor | None,
         rms_norm: nn.RMSNorm | None,
         backend: str,
-        bits: float = 2,
+        weight_bits: float = 2,
     ) -> None:
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.register_buffer("weight", packed)
@@ -126,18 +130,19 @@ class PackedBitLinear(Packed):
         self.register_buffer("bias", bias)
         self.rms_norm = rms_norm
         self._drop_derived()
-        self.backend, self.bits = "auto", 2.0
-        self.set_backend(backend, bits)
+        self.backend, self.weight_bits = "auto", 2.0
+        self.set_backend(backend, weight_bits)
 
     def _drop_derived(self) -> None:
         self._prepacked: _Prepacked | None = None
         self._bound: _Bound | None = None
 
-    def set_backend(self, backend: str = "auto", bits: float = 2) -> None:
+    @renamed(bits="weight_bits")
+    def set_backend(self, backend: str = "auto", weight_bits: float = 2) -> None:
         """Choose the backend and its bits a weight; see the class. Raises ValueError for values there are not."""
-        check_backend(backend, bits)
-        if (self.backend, self.bits) != (backend, bits):
-            self.backend, self.bits = backend, bits
+        check_backend(backend, weight_bits)
+        if (self.backend, self.weight_bits) != (backend, weight_bits):
+            self.backend, self.weight_bits = backend, weight_bits
             self._drop_derived()
 
     def prepack(self) -> tuple[Tensor, str]:
@@ -150,7 +155,9 @@ class PackedBitLinear(Packed):
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             self._check_scale()
-            backend = backends.choose_backend(self.backend, self.weight.device, self.spec.activation_bits, self.bits)
+            backend = backends.choose_backend(
+                self.backend, self.weight.device, self.spec.activation_bits, self.weight_bits
+            )
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
                 prepacked = ops.prepack(weight, self.out_features, backend=backend)
@@ -167,7 +174,7 @@ class PackedBitLinear(Packed):
 
     def _check_scale(self) -> None:
         scale = self.weight_scale
-        unseen = scale.is_meta or ops.is_observed()
+        unseen = scale.is_meta or observed.is_observed()
         if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
             raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
 
@@ -181,6 +188,35 @@ class PackedBitLinear(Packed):
         """The weight as integers, int8 [N, K]."""
         return layout.codes_of(self.weight, self.out_features)
 
+    @property
+    def bits(self) -> float:
+        """The old name of weight_bits."""
+        warnings.warn("PackedBitLinear.bits is now weight_bits", DeprecationWarning, stacklevel=2)
+        return self.weight_bits
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Module:
+        """Turn it back into what it was made of, in place: nn.Linear or a class like it, with the weight codes * scale.
+
+        Raises ValueError for a layer with an RMSNorm inside, which no such class can express.
+        """
+        if self.rms_norm is not None:
+            raise ValueError("it has an RMSNorm inside, which an nn.Linear cannot express")
+        weight, bias, transposed = (
+            reference.dequantize_weight(self.codes(), self.weight_scale, dtype),
+            self.bias,
+            self.transposed,
+        )
+        origin = vars(self).pop("origin", nn.Linear)
+        for buffer in ("weight", "weight_scale", "bias"):
+            delattr(self, buffer)
+        del self.rms_norm, self.spec, self.backend, self.weight_bits, self._prepacked, self._bound
+        if transposed:
+            del self.in_features, self.out_features, self.transposed
+        linear: nn.Module = become(self, origin)
+        linear.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype)))
+        return linear
+
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.rms_norm is not None:
@@ -191,10 +227,9 @@ class PackedBitLinear(Packed):
         buffers = self._buffers  # a third of the cost of looking a buffer up as an attribute
         scale, bias = buffers["weight_scale"], buffers["bias"]
         assert scale is not None
-        if ops.needs_operator(x, scale, bias):
+        if observed.needs_operator(x, scale, bias):
             weight, backend = self.prepack()
-            bits = self.spec.activation_bits
-            return ops.linear_prepacked(x, weight, scale, bias, self.out_features, bits, backend)
+            return ops.linear_prepacked(x, weight, scale, bias, self.out_features, self.spec.activation_bits, backend)
         bound = self._bound
         if (
             bound is None
@@ -208,8 +243,8 @@ class PackedBitLinear(Packed):
 
     def _bind(self, scale: Tensor, bias: Tensor | None) -> "_Bound":
         weight, backend = self.prepack()
-        bits = self.spec.activation_bits
-        run = ops.bind(weight, scale, bias, self.out_features, self.in_features, bits, backend)
+        n, k = self.out_features, self.in_features
+        run = ops.bind(weight, scale, bias, n, k, self.spec.activation_bits, backend)
         made = self._prepacked
         assert made is not None
         return run, made.source, made.tracked, made.version, scale, bias
@@ -235,14 +270,14 @@ class _Prepacked(NamedTuple):
 _NEVER_WRITTEN = torch.empty(0, device="cpu")
 
 # the layer as a function of x; source, tracked and version of _Prepacked; the scale and the bias it is bound to
-_Bound = tuple[ops.Linear, Tensor, Tensor, int, Tensor, Tensor | None]
+_Bound = tuple[backends.Linear, Tensor, Tensor, int, Tensor, Tensor | None]
 
 
-def check_backend(backend: str, bits: float) -> None:
-    """Raise ValueError for a backend or bits a weight that there are not."""
+def check_backend(backend: str, weight_bits: float) -> None:
+    """Raise ValueError for a backend or bits of a weight that there are not."""
     backends.check_backend(backend)
-    if bits not in (2, 1.6):
-        raise ValueError(f"bits must be 2 or 1.6, got {bits!r}")
+    if weight_bits not in (2, 1.6):
+        raise ValueError(f"weight_bits must be 2 or 1.6, got {weight_bits!r}")
 
 
 def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
@@ -253,23 +288,6 @@ def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: A
         rows = layout.packed_rows(out_features)
         packed = torch.full((rows, in_features), layout.ZEROS, dtype=torch.uint8, device=device)
     return packed, torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
-
-
-def pack_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """A latent weight [N, K] as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale [1] or [N].
-
-    Raises ValueError for NaN or Inf weights.
-    """
-    if spec.weights == "ternary":
-        return ops.pack_latent(weight.detach(), per_row=spec.per_row)
-    codes, scale = ops.quantize_weight(weight.detach(), kind=spec.weights, per_row=spec.per_row)
-    return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
-
-
-def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:
-    """pack_matrix for the weight of a layer."""
-    (weight,) = layer.matrices()[0].views(layer.weight)
-    return pack_matrix(weight, layer.spec)
 
 
 class PackedEmbedding(Packed):
@@ -312,7 +330,7 @@ class PackedEmbedding(Packed):
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """Turn it back into what it was, in place, with the weight codes * scale."""
         dtype, origin, multiplier = dtype or self.dtype_of.dtype, self.origin, self.multiplier
-        weight = (self.weight * self.weight_scale[:, None]).to(dtype)
+        weight = reference.dequantize_weight(self.weight, self.weight_scale, dtype)
         del self.weight, self.weight_scale, self.dtype_of, self.origin, self.multiplier
         embedding = become(self, origin)
         embedding.weight = nn.Parameter(weight)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import ops, reference
+from .kernels import quantizers, reference
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def bit_linear(
         return y.reshape(*x.shape[:-1], y.shape[-1])  # a view made in the function could not be written to in place
     w = weight
     if isinstance(strength, Tensor) or strength != 0:
-        codes, scale = ops.quantize_latent(weight.detach(), spec.weights, spec.per_row)
+        codes, scale = quantizers.quantize_latent(weight.detach(), spec.weights, spec.per_row)
         w = _blend(weight, codes.float().mul_(scale[:, None]), strength)
         if spec.activation_bits is not None:
-            q, s = ops.quantize_tokens(x.detach().reshape(-1, x.shape[-1]), spec.activation_bits)
-            x = _blend(x, ops.dequantize(q, s, torch.float32).view(x.shape), strength)
+            q, s = quantizers.quantize_tokens(x.detach().reshape(-1, x.shape[-1]), spec.activation_bits)
+            x = _blend(x, quantizers.dequantize(q, s, torch.float32).view(x.shape), strength)
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -93,16 +93,16 @@ class _QuantizedLinear(torch.autograd.Function):
         bias: Tensor | None,
         kind: str,
         per_row: bool,
-        bits: int | None,
+        activation_bits: int | None,
     ) -> Tensor:
-        codes, scale = ops.quantize_latent(weight, kind, per_row)
-        if bits is None:
+        codes, scale = quantizers.quantize_latent(weight, kind, per_row)
+        if activation_bits is None:
             ctx.save_for_backward(x2, None, codes, scale)
             y = reference.float_linear(x2, codes, scale, bias)
         else:
-            q, s = ops.quantize_tokens(x2, bits)
+            q, s = quantizers.quantize_tokens(x2, activation_bits)
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
-            y = ops.int_linear(q, s, codes, scale, bias, x2.dtype, kind == "int8")
+            y = quantizers.int_linear(q, s, codes, scale, bias, x2.dtype, kind == "int8")
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         # torch 2.11's compiler drops the gradient of a result that its last operation returned unchanged, as y += bias
         # and y.to(y.dtype) do. A view would do as well, but could not be written to in place.
@@ -116,7 +116,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = reference.grad_input(gy, codes, scale)
         if ctx.needs_input_grad[1]:
-            xq = q if s is None else ops.dequantize(q, s, gy.dtype)
+            xq = q if s is None else quantizers.dequantize(q, s, gy.dtype)
             grad_w = (gy.T @ xq).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_b = gy.sum(0).to(ctx.bias_dtype)

@@ -9,16 +9,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
+
+from bitnet.deprecated import renamed
+from bitnet.experts import PackedStack
+from bitnet.packed import PackedBitLinear
 
 from .files.folder import CONFIG, WEIGHTS, variant, weight_files
 from .files.folder import INDEX as INDEX
 from .files.json_object import read_json
 from .files.safetensors import read_headers
+from .hub.config import config_of, module_config
+from .hub.legacy import modernize
+from .hub.loading import compare_all, finish_loading, swap_for_loading
 from .hub.match import computed
+from .hub.models import model_config, refusals, skeleton
+from .hub.quantizer import attach
+from .hub.values import stored_state
+from .hub.wrappers import unwrapped
 from .writing import replacing
 
 
-def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: Any) -> Path:
+@renamed(bits="weight_bits")
+def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **kwargs: Any) -> Path:
     """Write a model's weights and config to `directory`, packed or in training; returns it.
 
     A Hugging Face model becomes a checkpoint that from_pretrained reads, stock transformers' included wherever
@@ -26,37 +39,31 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     load(directory, model). Whatever happens, a full disk, an interrupt or a kill, the directory holds the earlier
     save, if there was one, or this one, whole; other files in it stay. Two saves to one directory take turns.
 
-    bits:   of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
-    kwargs: passed to save_pretrained, for instance max_shard_size="2GB"
+    weight_bits: of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
+    kwargs:      passed to save_pretrained, for instance max_shard_size="2GB"
     """
-    from transformers import PreTrainedModel
-
-    from bitnet.experts import PackedStack
-    from bitnet.packed import PackedBitLinear
-
-    from .hub import hf
-
-    if bits not in (2, 1.6):
-        raise ValueError(f"save: bits must be 2 or 1.6, got {bits!r}")
-    if bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
-        raise ValueError("save: bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
-    model = hf.unwrapped(model)
+    if weight_bits not in (2, 1.6):
+        raise ValueError(f"save: weight_bits must be 2 or 1.6, got {weight_bits!r}")
+    if weight_bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
+        raise ValueError("save: weight_bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
+    model = unwrapped(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
     with replacing(directory) as new:
         if isinstance(model, PreTrainedModel):
-            hf.attach(model, bits)
+            attach(model, weight_bits)
             try:
                 model.save_pretrained(new, **kwargs)
             finally:
-                hf.attach(model)
+                attach(model)
         else:
-            config = hf.config_of(model, bits)
+            config = config_of(model, weight_bits)
             if config is None:
                 raise ValueError("save: the model has no BitLinear or PackedBitLinear layers; nothing here needs us")
             state = {
-                key: tensor.detach().cpu().contiguous().clone() for key, tensor in hf.stored_state(model, bits).items()
+                key: tensor.detach().cpu().contiguous().clone()
+                for key, tensor in stored_state(model, weight_bits).items()
             }
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
@@ -64,6 +71,7 @@ def save(model: nn.Module, directory: str | Path, *, bits: float = 2, **kwargs: 
     return directory
 
 
+@renamed(bits="weight_bits")
 def load(
     directory: str | Path,
     model: nn.Module | None = None,
@@ -71,7 +79,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
-    bits: float = 2,
+    weight_bits: float = 2,
 ) -> Any:
     """Read what save wrote, or any Hugging Face `bitnet` checkpoint; returns the model in evaluation mode.
 
@@ -80,17 +88,11 @@ def load(
     device:    where the weights go
     dtype:     of the float weights; "auto" takes the stored one
     backend:   of the packed layers (see bitnet.backends)
-    bits:      a packed weight takes in the backend's memory: 2, or 1.6 where the CPU can (see PackedBitLinear)
+    weight_bits: a packed weight takes in the backend's memory: 2, or 1.6 where the CPU can (see PackedBitLinear)
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
     """
-    from bitnet.experts import PackedStack
-    from bitnet.packed import PackedBitLinear
-
-    from .hub import hf
-    from .hub.models import model_config, refusals, skeleton
-
     files = weight_files(directory)
     headers = read_headers(files)
     file = Path(directory) / CONFIG
@@ -100,11 +102,11 @@ def load(
             raise ValueError(
                 f"load: {directory} is not a Hugging Face model; pass the module to fill: load(path, model)"
             )
-        modern, names = hf.modernize(config, headers)
+        modern, names = modernize(config, headers)
         described = model_config(file, modern, len(headers))
         empty = skeleton(described, file, len(headers))  # what transformers cannot build or fill is found here
         renamed = {name: headers[key] for key, name in names.items()}
-        hf.compare_all(directory, empty, renamed, modern.get("quantization_config"))
+        compare_all(directory, empty, renamed, modern.get("quantization_config"))
         options: dict[str, Any] = {"dtype": dtype, "device_map": device, "variant": variant(Path(directory))}
         if modern is not config:
             options["config"] = described
@@ -114,9 +116,9 @@ def load(
         assert model is not None
         _complete(directory, (key for key in info["missing_keys"] if not computed(model, key)))
     else:
-        settings = hf.module_config(file, config)
-        hf.swap_for_loading(model, settings, headers)
-        hf.compare_all(directory, model, headers)
+        settings = module_config(file, config)
+        swap_for_loading(model, settings, headers)
+        compare_all(directory, model, headers)
         _complete(directory, model.state_dict().keys() - headers.keys())
         if unknown := sorted(headers.keys() - model.state_dict().keys()):
             raise ValueError(f"{directory}: has a tensor {unknown[0]}, which {type(model).__name__} does not")
@@ -127,10 +129,10 @@ def load(
         model.to(device)
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
-        hf.finish_loading(model, settings)
+        finish_loading(model, settings)
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
-            module.set_backend(backend, bits)
+            module.set_backend(backend, weight_bits)
             for layer in module.layers() if isinstance(module, PackedStack) else [module]:
                 if not layer.weight.is_meta:  # offloaded
                     layer.prepack()

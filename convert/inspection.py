@@ -9,20 +9,25 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bitnet import tables
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import describe
 from bitnet.progress import track
 
-from .source import DTYPES, Quantized, Source, Weight, open_source, uniform
+from .files.safetensors import DTYPES
+from .opening import open_source
+from .rounding import Quantized
+from .source import Source, Weight, uniform
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixReport:
     """One low-bit layer, or one other tensor."""
 
     name: str
     kind: str  # "packed", "latent", "float" or "integer"
     shape: tuple[int, ...]
-    bits: float  # a weight takes in the files, its scale included
+    weight_bits: float  # a weight takes in the files, its scale included
     what: str  # the layer's options, or the tensor's dtype
     scale: tuple[float, float] | None = None  # least and greatest
     shares: tuple[float, float, float] | None = None  # of -1, 0 and +1, where codes are ternary
@@ -38,7 +43,7 @@ class Inspection:
     """What inspect_checkpoint found; print it for a table."""
 
     path: Path
-    matrices: list[Matrix] = field(default_factory=list)
+    matrices: list[MatrixReport] = field(default_factory=list)
     other_bytes: int = 0  # norms, biases and other vectors
     problems: list[str] = field(default_factory=list)
 
@@ -52,16 +57,8 @@ class Inspection:
             shares = [f"{100 * p:.1f} %" for p in m.shares] if m.shares else ["", "", ""]
             entropy = "" if m.entropy is None else f"{m.entropy:.3f}"
             shape = "x".join(map(str, m.shape))
-            lines.append((m.name, m.kind, shape, f"{m.bits:.3g}", scale, *shares, entropy, m.what))
-        widths = [max(len(line[i]) for line in lines) for i in range(10)]
-        left = (0, 1, 2, 9)  # columns of words; numbers are aligned on the right
-        table = "\n".join(
-            "  ".join(
-                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-        return f"{table}\n{self.totals()}\n{self.verdict()}"
+            lines.append((m.name, m.kind, shape, f"{m.weight_bits:.3g}", scale, *shares, entropy, m.what))
+        return f"{tables.text(lines, right=range(3, 9))}\n{self.totals()}\n{self.verdict()}"
 
     def totals(self) -> str:
         """Weights and bytes by kind, in a line each."""
@@ -69,7 +66,7 @@ class Inspection:
         for kind in ("packed", "latent", "float", "integer"):
             some = [m for m in self.matrices if m.kind == kind]
             weights = sum(math.prod(m.shape) for m in some)
-            size = sum(math.prod(m.shape) * m.bits / 8 for m in some)
+            size = sum(math.prod(m.shape) * m.weight_bits / 8 for m in some)
             if some:
                 lines.append(f"{kind}: {len(some)} matrices, {weights:,} weights, {size / 1e6:,.2f} MB")
         return "\n".join([*lines, f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB"])
@@ -84,7 +81,7 @@ class Inspection:
         """Share of zeros, entropy and scale of every ternary layer by depth, one line a kind of layer, as a picture."""
         from matplotlib.figure import Figure
 
-        groups: dict[str, list[tuple[int, Matrix]]] = {}
+        groups: dict[str, list[tuple[int, MatrixReport]]] = {}
         for m in self.matrices:
             depth = re.search(r"(?<![^.])\d+(?=\.)", m.name)
             if m.shares:
@@ -131,7 +128,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
                 _check_floats(source, key, found.problems)
             if len(shape) > 1:
                 kind = "float" if DTYPES[dtype].is_floating_point else "integer"
-                found.matrices.append(Matrix(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
+                found.matrices.append(MatrixReport(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
             else:
                 found.other_bytes += source.nbytes(key)
         except ValueError as error:
@@ -141,7 +138,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     return found
 
 
-def _matrix(source: Source, weight: Weight, problems: list[str]) -> Matrix:
+def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport:
     size = weight.out_features * weight.in_features
     total, counts, scales = 0, [0.0, 0.0, 0.0], []
     for expert, (codes, scale) in enumerate(source.matrices(weight)):
@@ -157,7 +154,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> Matrix:
     kind, limits = "latent" if weight.latent else "packed", (float(scale.min()), float(scale.max()))
     minus, zero, plus = (count / total for count in counts)
     shares = None if weight.spec.weights == "int8" else (minus, zero, plus)
-    return Matrix(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
+    return MatrixReport(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
 
 
 def _check_floats(source: Source, key: str, problems: list[str]) -> None:
@@ -199,8 +196,7 @@ class Comparison:
     differences: dict[str, str]  # by name
 
     def __str__(self) -> str:
-        width = max(map(len, self.differences), default=0)
-        lines = [f"{name.ljust(width)}  {what}" for name, what in self.differences.items()]
+        lines = [tables.text(self.differences.items())] if self.differences else []
         return "\n".join([*lines, f"{self.equal} equal, {len(self.differences)} different"])
 
 
@@ -248,7 +244,7 @@ def _values(source: Source, weights: dict[str, Weight], key: str) -> Quantized |
 
 def _floats(weight: Quantized, transposed: bool) -> Tensor:
     """codes * scale as the float model has it."""
-    floats = weight.codes * weight.scale[..., None]
+    floats = dequantize_weight(weight.codes, weight.scale)
     return floats.mT if transposed else floats
 
 

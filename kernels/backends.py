@@ -1,6 +1,6 @@
 """Which backends there are, which of them can run here and are right, and which one a layer takes.
 
-Every backend keeps a layer's weight in a layout of its own, made once from the Hub bytes by `prepack` and never
+Every backend keeps a layer's weight in a form of its own, made once from the Hub bytes by `prepack` and never
 saved, and implements one function: `bind`, which takes all that a layer consists of and returns the function of x.
 The plain-torch definitions in reference.py say what that function must return; proof.py sees whether it does.
 """
@@ -13,8 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, int8, proof, reference, triton_layout
-from .layout import codes_of, pack_ternary
+from . import proof, reference
+from . import torch_int8 as int8
+from .cpu import latent as cpu_latent
+from .cpu import library as cpu_library
+from .cpu import linear as cpu_linear
+from .gpu import backend as gpu_backend
+from .gpu import layout as gpu_layout
+from .layout import check_rows, check_stored, codes_of, pack_ternary
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
@@ -25,10 +31,14 @@ class Backend(NamedTuple):
     description: Callable[[], str]
     missing: Callable[[torch.device, int | None], str | None]
     # (device, activation_bits) -> None where it can run, else why not and what to do
-    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own layout, one tensor
-    unprepack: Callable[[Tensor, int, int], Tensor]  # (own layout, N, K) -> int8 codes [N, K]
+    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own form, one tensor
+    unprepack: Callable[[Tensor, int, int], Tensor]  # (own form, N, K) -> int8 codes [N, K]
     bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
-    # bind(own layout, scale, bias, N, K, activation_bits)
+    # bind(own form, scale, bias, N, K, activation_bits)
+    check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
+    # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
+    weights: tuple[str, ...] = ("ternary", "int8")  # kinds it multiplies
+    grouped: bool = False  # whether it takes scales of groups and 16-bit activations
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
 
@@ -36,41 +46,57 @@ class Backend(NamedTuple):
 # Converters that graphs may hold, registered with torch; ops.py has all else.
 
 _LIBRARY = torch.library.Library("bitnet", "DEF")
-_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int layout) -> Tensor")
-_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int layout) -> Tensor")
-_LIBRARY.impl("cpu_prepack", cpu.prepack, "CPU")
-_LIBRARY.impl("cpu_unprepack", cpu.unprepack, "CPU")
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int form) -> Tensor")
+_LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int form) -> Tensor")
+_LIBRARY.impl("cpu_prepack", cpu_linear.prepack, "CPU")
+_LIBRARY.impl("cpu_unprepack", cpu_linear.unprepack, "CPU")
 
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
-def _(packed: Tensor, n: int, layout: int) -> Tensor:
-    return packed.new_empty(cpu.layout_shape(n, packed.shape[1], cpu.layout_of(packed, layout)))
+def _(packed: Tensor, n: int, form: int) -> Tensor:
+    return packed.new_empty(cpu_linear.form_shape(n, packed.shape[1], cpu_linear.form_of(packed, form)))
 
 
 @torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
-def _(weight: Tensor, n: int, k: int, layout: int) -> Tensor:
+def _(weight: Tensor, n: int, k: int, form: int) -> Tensor:
     return weight.new_empty(n, k, dtype=torch.int8)
 
 
-def _bind_torch(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, bits).reshape(*x.shape[:-1], n)
+def _bind_torch(
+    codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None
+) -> Linear:
+    return lambda x: int8.linear(x.reshape(-1, k), codes, scale, bias, activation_bits).reshape(*x.shape[:-1], n)
 
 
-def _bind_reference(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None) -> Linear:
-    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, bits)
+def _bind_reference(
+    packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None
+) -> Linear:
+    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, activation_bits)
+
+
+def _check_codes(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> None:
+    if tuple(codes.shape) != (n, k):
+        raise ValueError(f"the weight's codes are {list(codes.shape)}, not {n} x {k}")
+    check_rows(scale, bias, n)
+
+
+def _check_packed(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> None:
+    if check_stored(packed, n) and packed.shape[1] != k:
+        raise ValueError(f"packed weight has {packed.shape[1]} features, not {k}")
+    check_rows(scale, bias, n)
 
 
 def _quantizers(
-    device: torch.device, quantize: Callable, ternary_codes: Callable, magnitudes: Callable
+    device: torch.device, quantize: Callable, ternary_codes: Callable, magnitudes: Callable, widths: tuple[int, ...]
 ) -> proof.Results:
     """Results of what a library has in common with the others: activation codes, ternary codes, sums of magnitudes."""
-    for dtype in cpu.FLOATS:
+    for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         here = x.to(device)
-        for what, got, expected in zip(
-            ("codes", "scales"), quantize(here), reference.quantize_activation(x), strict=True
-        ):
-            yield f"{what} of tokens of {dtype}", got, expected
+        for bits in widths:
+            pairs = zip(quantize(here, bits), reference.quantize_activation(x, bits), strict=True)
+            for what, (got, expected) in zip(("codes", "scales"), pairs, strict=True):
+                yield f"{bits}-bit {what} of tokens of {dtype}", got, expected
         codes, _ = reference.quantize_weight(x, per_row=True)
         inv = reference.inverse_scale(x, per_row=True)
         yield f"ternary codes of {dtype}", ternary_codes(here, inv.to(device)), codes
@@ -78,25 +104,26 @@ def _quantizers(
 
 
 def _cpu_quantizers(device: torch.device) -> proof.Results:
-    yield from _quantizers(device, cpu.quantize_tokens, cpu.ternary_codes, cpu.magnitudes)
-    for dtype in cpu.FLOATS:
+    functions = cpu_latent.quantize_tokens, cpu_latent.ternary_codes, cpu_latent.magnitudes
+    yield from _quantizers(device, *functions, widths=(16, 8, 4))
+    for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         inv = reference.inverse_scale(x, per_row=True)
         expected = pack_ternary(reference.quantize_weight(x, per_row=True)[0])
-        yield f"packed codes of {dtype}", cpu.pack_ternary(x, inv), expected
+        yield f"packed codes of {dtype}", cpu_latent.pack_ternary(x, inv), expected
     codes, scale, bias = proof.example()
     q, s = reference.quantize_activation(proof.tokens(5, torch.float32))
-    weight = cpu.prepack_codes(codes, eight_bits=False)
+    weight = cpu_linear.prepack_codes(codes, eight_bits=False)
     expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.float32)
-    yield "codes times codes", cpu.codes_linear(q, s, weight, scale, bias, len(codes), torch.float32), expected
+    yield "codes times codes", cpu_linear.codes_linear(q, s, weight, scale, bias, len(codes), torch.float32), expected
 
 
 def _triton_quantizers(device: torch.device) -> proof.Results:
-    from .triton_linear import int_linear
-    from .triton_quantize import dequantize, magnitudes, quantize_activation, ternary_codes
+    from .gpu.linear import int_linear
+    from .gpu.quantize import dequantize, magnitudes, quantize_activation, ternary_codes
 
-    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes)
-    for dtype in cpu.FLOATS:
+    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes, widths=(8, 4))
+    for dtype in cpu_library.FLOATS:
         q, s = reference.quantize_activation(proof.tokens(5, dtype))
         yield f"tokens from codes as {dtype}", dequantize(q.to(device), s.to(device), dtype), (q / s).to(dtype)
     codes, scale, bias = proof.example()
@@ -106,49 +133,58 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
     yield "codes times codes", int_linear(q, s, codes, scale, bias, torch.bfloat16), expected
 
 
-def _cpu(layout: int) -> Backend:
+def _cpu(form: int) -> Backend:
     return Backend(
-        partial(cpu.description, layout),
-        missing=partial(cpu.missing, layout=layout),
-        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, layout),
-        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, layout),
-        bind=partial(cpu.bind, layout=layout),
-        hardware=lambda device: cpu.isas(layout)[0],
-        others=_cpu_quantizers if layout == cpu.TWO_BITS else lambda device: iter(()),
+        partial(cpu_library.description, form),
+        missing=partial(cpu_library.missing, form=form),
+        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, form),
+        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
+        bind=partial(cpu_linear.bind, form=form),
+        check=partial(cpu_linear.check_prepacked, form=form),
+        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, ("ternary", "int8")),
+        grouped=True,
+        hardware=lambda device: cpu_library.isas(form)[0],
+        others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),
     )
 
 
 def _triton(planes: int) -> Backend:
     return Backend(
-        partial(triton_layout.description, planes),
-        missing=triton_layout.missing,
-        prepack=partial(triton_layout.prepack, planes=planes),
-        unprepack=partial(triton_layout.unprepack, planes=planes),
-        bind=partial(triton_layout.bind, planes=planes),
-        hardware=triton_layout.hardware,
-        others=_triton_quantizers if planes == triton_layout.TWO_BITS else lambda device: iter(()),
+        partial(gpu_backend.description, planes),
+        missing=gpu_backend.missing,
+        prepack=partial(gpu_layout.prepack, planes=planes),
+        unprepack=partial(gpu_layout.unprepack, planes=planes),
+        bind=partial(gpu_backend.bind, planes=planes),
+        check=partial(gpu_backend.check, planes=planes),
+        weights=("ternary", "int8") if planes == gpu_layout.TWO_BITS else ("ternary",),
+        hardware=gpu_backend.hardware,
+        others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
     )
 
 
-# In the order in which "auto" prefers them. NAME-base3, which stores 1.6 bits a weight, is taken by name only.
+# In the order in which "auto" prefers them. NAME-base3 and NAME-binary store 1.6 bits a weight and 1: by name only.
+_SUFFIXES = {1.6: "-base3", 1: "-binary"}  # by weight_bits
 BACKENDS = {
-    "cpu": _cpu(cpu.TWO_BITS),
-    "cpu-base3": _cpu(cpu.BASE3),
-    "triton": _triton(triton_layout.TWO_BITS),
-    "triton-base3": _triton(triton_layout.BASE3),
+    "cpu": _cpu(cpu_library.TWO_BITS),
+    "cpu-base3": _cpu(cpu_library.BASE3),
+    "cpu-binary": _cpu(cpu_library.ONE_BIT),
+    "triton": _triton(gpu_layout.TWO_BITS),
+    "triton-base3": _triton(gpu_layout.BASE3),
     "torch": Backend(
         lambda: "int8 codes kept in memory, torch's fastest exact product",
-        missing=lambda device, bits: None,
+        missing=lambda device, activation_bits: None,
         prepack=codes_of,
         unprepack=lambda codes, n, k: codes,
         bind=_bind_torch,
+        check=_check_codes,
     ),
     "reference": Backend(
         lambda: "the plain-torch definition; unpacks on every call",
-        missing=lambda device, bits: None,
+        missing=lambda device, activation_bits: None,
         prepack=lambda packed, n: packed,
         unprepack=lambda packed, n, k: codes_of(packed, n),
         bind=_bind_reference,
+        check=_check_packed,
     ),
 }
 
@@ -181,21 +217,26 @@ def check_backend(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
-def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, bits: float = 2) -> str:
+def choose_backend(backend: str, device: torch.device, activation_bits: int | None = 8, weight_bits: float = 2) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
-    bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
+    weight_bits: 1.6 turns a backend into its "-base3" form if that can run, 1 into its "-binary" form, and either warns
+        if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
     name = _choose(backend, device, activation_bits)
-    if bits == 1.6 and not name.endswith("-base3"):
-        base3 = BACKENDS.get(f"{name}-base3")
-        why = base3.missing(device, activation_bits) if base3 else "that backend has no such form"
-        why = why or _fault(f"{name}-base3", device)
+    suffix = _SUFFIXES.get(weight_bits, "")
+    if suffix and not name.endswith(suffix):
+        form = BACKENDS.get(name + suffix)
+        why = form.missing(device, activation_bits) if form else "that backend has no such form"
+        why = why or _fault(name + suffix, device)
         if why is None:
-            return f"{name}-base3"
-        warnings.warn(f"bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2)
+            return name + suffix
+        warnings.warn(
+            f"weight_bits={weight_bits}: {why.partition(';')[0]}; weights keep the form of backend {name!r}",
+            stacklevel=2,
+        )
     return name
 
 
@@ -204,7 +245,7 @@ def _choose(backend: str, device: torch.device, activation_bits: int | None) -> 
     check_backend(backend)
     if backend == "auto":
         for name, one in BACKENDS.items():
-            if name.endswith("-base3") or one.missing(device, activation_bits):
+            if name.endswith(tuple(_SUFFIXES.values())) or one.missing(device, activation_bits):
                 continue
             if (fault := _fault(name, device)) is None:
                 return name
@@ -235,8 +276,8 @@ _FAULTS: dict[tuple[str, str], str | None] = {}  # by backend and hardware, of w
 
 def _prove(name: str, hardware: str, device: torch.device) -> str | None:
     backend = BACKENDS[name]
-    eight_bits = not name.endswith("-base3")
-    for results in (proof.layers(backend.prepack, backend.bind, eight_bits), backend.others):
+    layers = proof.layers(backend.prepack, backend.bind, backend.weights, backend.grouped)
+    for results in (layers, backend.others):
         if fault := proof.fault(results, device):
             return f"its results are wrong on this hardware ({hardware}): {fault}; choose 'auto'"
     return None

@@ -9,8 +9,8 @@ byte. With R = ceil(N/4) packed rows, byte [r, k] holds
 Field value 3 never occurs in a valid tensor. Transformers itself only knows N % 4 == 0; other N are padded
 with rows of zeros at the end, and readers cut them off again.
 
-Base-3 layout (files only, `bitnet.save(..., bits=1.6)`): 1.6 bits a weight, five *features* to a byte. Byte [n, b] is
-the sum of (code of feature 5b + i, + 1) * 3^i over i = 0..4, so 0 to 242; features beyond K count as code 0.
+Base-3 layout (files only, `bitnet.save(..., weight_bits=1.6)`): 1.6 bits a weight, five *features* to a byte. Byte
+[n, b] is the sum of (code of feature 5b + i, + 1) * 3^i over i = 0..4, so 0 to 242; features beyond K count as code 0.
 
 Binary layout (for weights without zeros): 1 bit a weight, eight *features* to a byte, the first in the
 lowest bit: 1 for the code +1, 0 for -1. Features beyond K count as -1.
@@ -139,6 +139,17 @@ def check_stored(weight: Tensor, out_features: int | None = None) -> int:
     if out_features not in (None, len(weight)):
         raise ValueError(f"8-bit weight has {len(weight)} rows, but out_features={out_features}")
     return len(weight)
+
+
+def check_rows(scale: Tensor | None, bias: Tensor | None, out_features: int) -> None:
+    """Raise ValueError unless there are scales, float16 [N, G] for groups, else one or N, and a bias for each row."""
+    if scale is not None and scale.dtype == torch.float16:
+        fits = scale.ndim == 2 and len(scale) == out_features
+    else:
+        fits = scale is None or scale.numel() in (1, out_features)
+    if not fits or (bias is not None and bias.numel() != out_features):
+        sizes = [None if t is None else t.numel() if t.ndim < 2 else list(t.shape) for t in (scale, bias)]
+        raise ValueError(f"scale and bias of sizes {sizes} do not fit {out_features} rows")
 
 
 def codes_of(weight: Tensor, out_features: int) -> Tensor:

@@ -19,7 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import reference
+from .cpu import linear as cpu_linear
 from .proof import aside
 
 _FEW = 8  # tokens; for fewer, getting at the weight takes longer than the product
@@ -84,7 +85,7 @@ def _int8_is_exact() -> bool:
 def _by_native(
     q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, eight_bits: bool
 ) -> Tensor:
-    return cpu.codes_linear(q, s, cpu.prepack_codes(codes, eight_bits), scale, bias, len(codes), dtype)
+    return cpu_linear.codes_linear(q, s, cpu_linear.prepack_codes(codes, eight_bits), scale, bias, len(codes), dtype)
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 EPS = 1e-5  # lower bound of mean|W| and max|x|: keeps scales finite (The Era of 1-bit LLMs: Training Tips, p. 5)
 GROUP_SIZES = (32, 64, 128, 256)  # features that may share a scale in a row
-SPAN = 1024  # features whose groups are summed before the sum goes to the total: see rescale_groups
+SPAN = 1024  # features whose groups are summed before the sum goes to the total: see group_linear
 MAX_16 = 127 * 256 + 127  # of 16-bit activations: the largest integer that is two int8 limbs, 256 h + l
 
 
@@ -122,33 +122,32 @@ def _mean(t: Tensor, dim: int | None) -> Tensor:
     return t.mean(dtype=wide) if dim is None else t.mean(dim=dim, keepdim=True, dtype=wide)
 
 
-def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, activation_bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantize activations per token (the last dimension is one token).
 
-    x:       floating [..., K]
-    bits:    8: s = 127 / max|x|,      codes = clamp(round(x s), -128, 127)   (arXiv 2402.17764; b1.58 code)
-             4: s = sqrt(7) / mean|x|, codes = clamp(round(x s), -8, 7)       (BitNet a4.8, arXiv 2411.04965, eq. 3)
-            16: s = MAX_16 / max|x|,   codes = clamp(round(x s), -MAX_16, MAX_16): within 2^-15.99 of the largest, where
-                bfloat16 is within 2^-9 of each
-    returns: codes int8 (int16 for 16 bits) [..., K] and s float32 [..., 1]. Note that s *divides*: x ~ codes / s.
+    x:               floating [..., K]
+    activation_bits: 8: s = 127 / max|x|,      codes = clamp(round(x s), -128, 127)   (arXiv 2402.17764; b1.58 code)
+                     4: s = sqrt(7) / mean|x|, codes = clamp(round(x s), -8, 7)       (a4.8, arXiv 2411.04965, eq. 3)
+                     16: s = MAX_16 / max|x|,  codes = clamp(round(x s), -MAX_16, MAX_16)
+    returns:         codes int8 (16 bits: int16) [..., K] and s float32 [..., 1], which *divides*: x ~ codes / s
 
     A token that holds NaN or Inf yields an s that makes every product with it NaN; others are not affected.
     """
     x = x.float()
-    if bits == 8:
+    if activation_bits == 8:
         # as a reciprocal and a product: bit for bit what torch computes for 127 / a, and GPU kernels can follow
         s = 127 * x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
         low, high = -128, 127
-    elif bits == 4:
+    elif activation_bits == 4:
         s = 7**0.5 * _mean(x.abs(), dim=-1).float().clamp(min=EPS).reciprocal()
         low, high = -8, 7
-    elif bits == 16:
+    elif activation_bits == 16:
         s = MAX_16 * x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
         low, high = -MAX_16, MAX_16
     else:
-        raise ValueError(f"bits must be 16, 8 or 4, got {bits!r}")
+        raise ValueError(f"activation_bits must be 16, 8 or 4, got {activation_bits!r}")
     codes = (x * s).round_().clamp_(low, high).nan_to_num_(0)
-    return codes.to(torch.int16 if bits == 16 else torch.int8), s
+    return codes.to(torch.int16 if activation_bits == 16 else torch.int8), s
 
 
 def limbs(q: Tensor) -> tuple[Tensor, Tensor]:

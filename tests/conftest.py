@@ -2,7 +2,7 @@ import pytest
 import torch
 from machine import hold
 
-from bitnet.kernels import cpu
+from bitnet.kernels.cpu import library as cpu_library
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,8 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    missing = cpu.missing(torch.device("cpu"))
-    return f"native kernels: {missing or ', '.join(dict.fromkeys(cpu.isas() + cpu.isas(cpu.BASE3)))}"
+    missing = cpu_library.missing(torch.device("cpu"))
+    found = missing or ", ".join(dict.fromkeys(cpu_library.isas() + cpu_library.isas(cpu_library.BASE3)))
+    return f"native kernels: {found}"
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import bitnet
-from bitnet.convert.llama_cpp import gguf_tokenizer
+from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
 
 CLASSES: dict[str, Any] = {
     "llama": LlamaForCausalLM,

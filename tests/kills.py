@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 import bitnet
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 
 STEPS = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 EXTRA = {"README.md": b"mine", "notes.ipynb": b"{}", "model-ema.safetensors": b"mine, too"}

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.kernels import backends, cpu
+from bitnet.kernels import backends
+from bitnet.kernels.cpu import library as cpu_library
 
 
 def hold(isa: str) -> None:
@@ -14,19 +15,19 @@ def hold(isa: str) -> None:
 
     Raises ValueError if this CPU does not have it.
     """
-    every = cpu.isas
+    every = cpu_library.isas
     if isa not in every():
         raise ValueError(f"this CPU has {', '.join(every())}, but not {isa}")
 
-    def isas(layout: int = cpu.TWO_BITS) -> list[str]:
+    def isas(layout: int = cpu_library.TWO_BITS) -> list[str]:
         names = every(layout)
         return names[names.index(isa) :] if isa in names else []
 
-    cpu.isas = isas
+    cpu_library.isas = isas
 
 
 def said(bits: float) -> AbstractContextManager[Any]:
     """Expects the warning for layers of 1.6 bits a weight where no kernel has them, and none elsewhere."""
     if bits != 1.6 or backends.BACKENDS["cpu-base3"].missing(torch.device("cpu"), 8) is None:
         return nullcontext()
-    return pytest.warns(UserWarning, match=r"bits=1\.6: .*; weights keep the form of backend")
+    return pytest.warns(UserWarning, match=r"weight_bits=1\.6: .*; weights keep the form of backend")

@@ -10,11 +10,14 @@ from torch import Tensor
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import backends, cpu, ops, products, proof, reference
+from bitnet.kernels import backends, ops, products, proof, reference
+from bitnet.kernels.cpu import latent as cpu_latent
+from bitnet.kernels.cpu import library as cpu_library
+from bitnet.kernels.cpu import linear as cpu_linear
 
 CPU = torch.device("cpu")
-NATIVE = cpu.missing(CPU) is None
-needs_native = pytest.mark.skipif(not NATIVE, reason=str(cpu.missing(CPU)))
+NATIVE = cpu_library.missing(CPU) is None
+needs_native = pytest.mark.skipif(not NATIVE, reason=str(cpu_library.missing(CPU)))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,7 @@ def off_by_one(tokens: int) -> Callable[[Callable[..., Any]], Callable[..., Any]
 @pytest.mark.parametrize("m", [1, 2, 5, 67])
 def test_a_kernel_that_is_wrong_in_one_output_is_not_used(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if any of the kernels of one, few or many tokens goes without proof."""
-    isa = cpu.isas()[0]
+    isa = cpu_library.isas()[0]
     monkeypatch.setitem(
         backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(bind=off_by_one(m)(backends.BACKENDS["cpu"].bind))
     )
@@ -77,7 +80,8 @@ def test_a_kernel_that_is_wrong_in_one_output_is_not_used(m: int, monkeypatch: p
 @pytest.mark.parametrize("name", ["ternary_codes", "pack_ternary", "magnitudes", "quantize_tokens", "codes_linear"])
 def test_training_does_without_native_kernels_of_which_one_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if one of the kernels that training uses goes without proof."""
-    right = getattr(cpu, name)
+    module = cpu_linear if hasattr(cpu_linear, name) else cpu_latent
+    right = getattr(module, name)
 
     def wrong(*args: Any) -> Any:
         result = right(*args)
@@ -85,7 +89,7 @@ def test_training_does_without_native_kernels_of_which_one_is_wrong(name: str, m
         first[-1] += 1
         return result
 
-    monkeypatch.setattr(cpu, name, wrong)
+    monkeypatch.setattr(module, name, wrong)
     layer, x = BitLinear(40, 6), torch.randn(3, 40)
     with pytest.warns(UserWarning, match="backend 'cpu' is not used"):
         y = layer(x)
@@ -129,7 +133,7 @@ def test_every_way_to_a_product_gives_the_definitions_bits(
     way: str, eight_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "native" and not NATIVE:
-        pytest.skip(str(cpu.missing(CPU)))
+        pytest.skip(str(cpu_library.missing(CPU)))
     if way == "int8" and not products._int8_is_exact():
         pytest.skip("torch._int_mm is not exact on this machine")
     monkeypatch.setattr(products, "fastest", lambda m, native: way if native or way != "native" else "float32")

@@ -31,12 +31,12 @@ from transformers import (
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear, cli
-from bitnet.commands.quickstart import build_tokenizer
 from bitnet.convert.calibration import gptq
 from bitnet.convert.calibration.calibrate import calibrate, calibrated, latent_weight, read_text
-from bitnet.convert.conversion.stream import convert_checkpoint
-from bitnet.convert.source import FolderSource
+from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.convert.hub.source import FolderSource
 from bitnet.kernels import layout, reference
+from bitnet.train.data import build_tokenizer
 
 TEXT = "".join(f"def f{i}(x):\n    return {i * i} * x + {i}\n\n\n" for i in range(60))
 OPTIONS: dict[str, Any] = {"samples": 8, "length": 16}
@@ -44,7 +44,7 @@ OPTIONS: dict[str, Any] = {"samples": 8, "length": 16}
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to more, above all on a busy machine."""
+    """LatentWeight this small only lose time to more, above all on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

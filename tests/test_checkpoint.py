@@ -90,7 +90,7 @@ def test_load_takes_dtype_device_and_backend(backend: str, tmp_path: Path) -> No
 def test_a_base3_save_gives_the_same_model_from_a_fifth_fewer_bytes(options: dict[str, Any], tmp_path: Path) -> None:
     model = packed(llama(hidden_size=160, intermediate_size=330), **options)
     bitnet.save(model, tmp_path / "two_bits")
-    bitnet.save(model, tmp_path / "base3", bits=1.6)
+    bitnet.save(model, tmp_path / "base3", weight_bits=1.6)
     sizes = {}
     for name in ("two_bits", "base3"):
         headers = checkpoint.read_headers([tmp_path / name / checkpoint.WEIGHTS])
@@ -138,13 +138,13 @@ def test_load_derives_each_layers_layout_once(tmp_path: Path, monkeypatch: pytes
 
 def test_a_plain_module_comes_back_from_base3(tmp_path: Path) -> None:
     model = packed(Mlp().eval())
-    bitnet.save(model, tmp_path, bits=1.6)
+    bitnet.save(model, tmp_path, weight_bits=1.6)
     assert load_file(tmp_path / checkpoint.WEIGHTS)["down.weight"].shape == (6, 5)
     assert torch.equal(bitnet.load(tmp_path, Mlp())(X), model(X))
 
 
 def test_a_damaged_base3_byte_is_named(tmp_path: Path) -> None:
-    bitnet.save(packed(Mlp()), tmp_path, bits=1.6)
+    bitnet.save(packed(Mlp()), tmp_path, weight_bits=1.6)
     tensors = load_file(tmp_path / checkpoint.WEIGHTS)
     tensors["down.weight"][2, 1] = 250
     save_file(tensors, tmp_path / checkpoint.WEIGHTS, metadata={"format": "pt"})
@@ -153,7 +153,7 @@ def test_a_damaged_base3_byte_is_named(tmp_path: Path) -> None:
 
 
 def test_a_config_that_lies_about_the_bits_is_refused(tmp_path: Path) -> None:
-    bitnet.save(packed(Mlp()), tmp_path, bits=1.6)
+    bitnet.save(packed(Mlp()), tmp_path, weight_bits=1.6)
     config = json.loads((tmp_path / checkpoint.CONFIG).read_text())
     for bits, message in ((2, r"up\.weight is U8 \[24, 4\]"), (1.5, r"section is missing or damaged \(bits is 1\.5\)")):
         config["quantization_config"]["bitnet_toolkit"]["bits"] = bits
@@ -165,10 +165,10 @@ def test_a_config_that_lies_about_the_bits_is_refused(tmp_path: Path) -> None:
 def test_base3_is_refused_for_latent_weights_and_other_bits_altogether(tmp_path: Path) -> None:
     model = Mlp()
     bitnet.replace_linear(model)
-    with pytest.raises(ValueError, match=r"bits=1\.6 is a form of packed weights; call bitnet\.pack"):
-        bitnet.save(model, tmp_path / "out", bits=1.6)
-    with pytest.raises(ValueError, match=r"bits must be 2 or 1\.6, got 1\.58"):
-        bitnet.save(model, tmp_path / "out", bits=1.58)
+    with pytest.raises(ValueError, match=r"weight_bits=1\.6 is a form of packed weights; call bitnet\.pack"):
+        bitnet.save(model, tmp_path / "out", weight_bits=1.6)
+    with pytest.raises(ValueError, match=r"weight_bits must be 2 or 1\.6, got 1\.58"):
+        bitnet.save(model, tmp_path / "out", weight_bits=1.58)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitnet
 from bitnet import cli
-from bitnet.commands.quickstart import VOCABULARY, build_tokenizer
-from bitnet.commands.tune import shapes_of
 from bitnet.experts import PackedStack
-from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
+from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 from bitnet.packed import PackedBitLinear
+from bitnet.train.data import VOCABULARY, build_tokenizer
+from bitnet.tuning import shapes_of
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def test_info_names_every_backend_with_its_state(capsys: pytest.CaptureFixture[s
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     for row in bitnet.backends():
-        assert f"{row.name:<16}{'ready' if row.ready else 'missing'}: {row.detail}" in text
+        state = "ready" if row.ready else "missing"
+        assert re.search(rf"^  {row.name} +{state}: {re.escape(row.detail)} *$", text, re.M)
     assert torch.__version__ in text
 
 
@@ -116,7 +117,7 @@ def test_tune_finds_the_shapes_of_a_checkpoint(checkpoint: Path, tmp_path: Path)
     bitnet.pack(model, head="int8")
     assert set(shapes_of(str(bitnet.save(model, tmp_path / "head")), TWO_BITS)) == {*shapes, (VOCABULARY, 16, INT8)}
     assert shapes_of("512x40", BASE3) == [(512, 40, BASE3)]
-    base3 = bitnet.save(bitnet.load(checkpoint), tmp_path / "base3", bits=1.6)
+    base3 = bitnet.save(bitnet.load(checkpoint), tmp_path / "base3", weight_bits=1.6)
     with pytest.raises(ValueError, match=r"give the shapes instead.*bitnet tune 14336x4096"):
         shapes_of(str(base3), TWO_BITS)
 
@@ -136,12 +137,13 @@ def test_tune_finds_the_shapes_that_layers_and_experts_have_when_they_run(tmp_pa
 def test_quickstart_leaves_models_report_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitnet.commands import quickstart
+    from bitnet.quickstart import run
+    from bitnet.train import loop
 
-    monkeypatch.setattr(quickstart, "EVALUATION_BYTES", 1024)
-    tiny = quickstart.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)
-    monkeypatch.setattr(quickstart, "Settings", lambda **changes: quickstart_settings(tiny, changes))
-    report = quickstart.run(tmp_path, seed=1, steps=4)
+    monkeypatch.setattr(loop, "EVALUATION_BYTES", 1024)
+    tiny = loop.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)
+    monkeypatch.setattr(run, "Settings", lambda **changes: quickstart_settings(tiny, changes))
+    report = run.run(tmp_path, seed=1, steps=4)
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert report["settings"]["seed"] == 1

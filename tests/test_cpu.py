@@ -26,16 +26,24 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.kernels import backends, cpu, ops, reference
+from bitnet.kernels import backends, ops, quantizers, reference
+from bitnet.kernels.cpu import arena
+from bitnet.kernels.cpu import latent as cpu_latent
+from bitnet.kernels.cpu import library as cpu_library
+from bitnet.kernels.cpu import linear as cpu_linear
 from bitnet.kernels.layout import pack_ternary
 
-MISSING = cpu.missing(torch.device("cpu"))
+MISSING = cpu_library.missing(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-TARGETS = [] if MISSING else [(layout, isa) for layout in (cpu.TWO_BITS, cpu.BASE3) for isa in cpu.isas(layout)]
-each_isa = pytest.mark.parametrize(("layout", "isa"), TARGETS, ids=[isa for _, isa in TARGETS])
-LAYOUTS = sorted({layout for layout, _ in TARGETS})
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+TARGETS = (
+    []
+    if MISSING
+    else [(form, isa) for form in (cpu_library.TWO_BITS, cpu_library.BASE3) for isa in cpu_library.isas(form)]
+)
+each_isa = pytest.mark.parametrize(("form", "isa"), TARGETS, ids=[isa for _, isa in TARGETS])
+FORMS = sorted({form for form, _ in TARGETS})
+each_form = pytest.mark.parametrize("form", FORMS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 
 
@@ -43,8 +51,8 @@ def ternary(n: int, k: int) -> Tensor:
     return torch.randint(-1, 2, (n, k), dtype=torch.int8)
 
 
-def prepack(codes: Tensor, layout: int = cpu.TWO_BITS) -> Tensor:
-    return cpu.prepack(pack_ternary(codes), len(codes), layout)
+def prepack(codes: Tensor, form: int = cpu_library.TWO_BITS) -> Tensor:
+    return cpu_linear.prepack(pack_ternary(codes), len(codes), form)
 
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
@@ -62,18 +70,24 @@ def shapes(count: int) -> list[tuple[int, int, int]]:
 
 
 @each_isa
-def test_accumulators_are_exact(layout: int, isa: str) -> None:
+def test_accumulators_are_exact(form: int, isa: str) -> None:
     """Fails for a wrong tail, tile, panel or field at any shape."""
     for m, n, k in [*shapes(400), (300, 70, 40), (1, 3, 5000), (5, 2, 5000), (257, 33, 17), (600, 1, 1)]:
         q, codes = torch.randint(-128, 128, (m, k), dtype=torch.int8), ternary(n, k)
-        assert torch.equal(cpu.int_matmul(q, prepack(codes, layout), n, layout, isa), product(q, codes)), (m, n, k)
+        assert torch.equal(cpu_linear.int_matmul(q, prepack(codes, form), n, form, isa), product(q, codes)), (
+            m,
+            n,
+            k,
+        )
 
 
-@pytest.mark.parametrize("isa", [] if MISSING else cpu.isas(cpu._EIGHT_BITS))
+@pytest.mark.parametrize("isa", [] if MISSING else cpu_library.isas(cpu_library.EIGHT_BITS))
 def test_8_bit_accumulators_are_exact(isa: str) -> None:
     for m, n, k in [*shapes(150), (300, 70, 40), (1, 3, 5000), (2, 3, 65536)]:
         q, codes = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (n, k)))
-        assert torch.equal(cpu.int_matmul(q, ops.prepack(codes, backend="cpu"), n, isa=isa), product(q, codes)), (
+        assert torch.equal(
+            cpu_linear.int_matmul(q, ops.prepack(codes, backend="cpu"), n, isa=isa), product(q, codes)
+        ), (
             m,
             n,
             k,
@@ -83,14 +97,14 @@ def test_8_bit_accumulators_are_exact(isa: str) -> None:
 @each_isa
 @pytest.mark.parametrize("m", [1, 2, 9])
 @pytest.mark.parametrize("k", [16384, 600_001])
-def test_accumulators_are_exact_at_the_extremes(layout: int, isa: str, m: int, k: int) -> None:
+def test_accumulators_are_exact_at_the_extremes(form: int, isa: str, m: int, k: int) -> None:
     """Fails if 16 bits overflow or saturate, or 32 bits do because the partial sums of large K are never reduced."""
     codes = torch.ones(3, k, dtype=torch.int8)
     codes[1] = -1
     codes[2, ::2] = 0
     for value in (-128, 127):
         q = torch.full((m, k), value, dtype=torch.int8)
-        assert torch.equal(cpu.int_matmul(q, prepack(codes, layout), 3, layout, isa), product(q, codes))
+        assert torch.equal(cpu_linear.int_matmul(q, prepack(codes, form), 3, form, isa), product(q, codes))
 
 
 @each_isa
@@ -98,27 +112,27 @@ def test_accumulators_are_exact_at_the_extremes(layout: int, isa: str, m: int, k
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
 @pytest.mark.parametrize("bias_dtype", [None, *DTYPES, torch.float64], ids=["no_bias", "fp32", "bf16", "fp16", "fp64"])
 def test_output_has_the_oracles_bits(
-    layout: int, isa: str, dtype: torch.dtype, per_row: bool, bias_dtype: torch.dtype | None
+    form: int, isa: str, dtype: torch.dtype, per_row: bool, bias_dtype: torch.dtype | None
 ) -> None:
     """Fails for a fused multiply-add, a second rounding, an approximate division, or ties rounded away from zero."""
     for m, n, k in shapes(40):
         x, codes, scale = torch.randn(m, k).to(dtype), ternary(n, k), torch.rand(n if per_row else 1) + 0.1
         bias = None if bias_dtype is None else torch.randn(n, dtype=torch.float64).to(bias_dtype)
-        y = cpu.bind(prepack(codes, layout), scale, bias, n, k, 8, layout, isa)(x)
+        y = cpu_linear.bind(prepack(codes, form), scale, bias, n, k, 8, form, isa)(x)
         assert y.dtype == dtype
         assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, 8)), (m, n, k)
 
 
 @each_isa
 @each_dtype
-def test_outputs_of_every_size_round_like_torch(layout: int, isa: str, dtype: torch.dtype) -> None:
+def test_outputs_of_every_size_round_like_torch(form: int, isa: str, dtype: torch.dtype) -> None:
     """Fails for wrong subnormals, overflow to Inf or ties of float16 and bfloat16."""
     n, x = 4096, torch.ones(1, 1).to(dtype)
     scale = torch.cat([torch.logspace(-46, 38, n // 2, base=10), torch.logspace(-9, 5, n // 2, base=10)])
     scale[:64] = (torch.arange(64) + 0.5) * 2.0**-24  # ties among float16's subnormals
     scale[64:70] = torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 2.0**-14, 2.0**-14 - 2.0**-25])
     codes = ternary(n, 1)
-    y = cpu.bind(prepack(codes, layout), scale, None, n, 1, 8, layout, isa)(x)
+    y = cpu_linear.bind(prepack(codes, form), scale, None, n, 1, 8, form, isa)(x)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), None, 8)
     assert torch.equal(y, expected)
@@ -126,7 +140,7 @@ def test_outputs_of_every_size_round_like_torch(layout: int, isa: str, dtype: to
 
 @each_isa
 @each_dtype
-def test_every_bit_pattern_of_an_activation_has_the_references_code(layout: int, isa: str, dtype: torch.dtype) -> None:
+def test_every_bit_pattern_of_an_activation_has_the_references_code(form: int, isa: str, dtype: torch.dtype) -> None:
     """Fails for subnormals, NaN, Inf, or values where the order of operations of the scale shows."""
     size = torch.finfo(dtype).bits
     if size == 16:
@@ -135,7 +149,7 @@ def test_every_bit_pattern_of_an_activation_has_the_references_code(layout: int,
         patterns = torch.randint(-(2**31), 2**31 - 1, (1 << 16,)).to(torch.int32).view(dtype)
     x = torch.stack([patterns, patterns.roll(1), torch.zeros_like(patterns)], 1)  # tokens of 3
     codes, scale = torch.eye(3, dtype=torch.int8), torch.ones(1)
-    y = cpu.bind(prepack(codes, layout), scale, None, 3, 3, 8, layout, isa)(x)
+    y = cpu_linear.bind(prepack(codes, form), scale, None, 3, 3, 8, form, isa)(x)
     expected = ops.ternary_linear(x, pack_ternary(codes), scale, out_features=3, backend="reference")
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y[~y.isnan()], expected[~y.isnan()])
@@ -153,11 +167,11 @@ def test_every_bit_pattern_of_an_activation_has_the_references_code(layout: int,
     ],
     ids=["columns", "every_other_row", "expanded", "transposed"],
 )
-def test_strided_x_is_read_where_it_is(layout: int, isa: str, m: int, view: Callable[[Tensor], Tensor]) -> None:
+def test_strided_x_is_read_where_it_is(form: int, isa: str, m: int, view: Callable[[Tensor], Tensor]) -> None:
     """Fails if a row stride is ignored or taken in the wrong unit."""
     for dtype in DTYPES:
         x, codes = view(grid(2 * m, 50).to(dtype)), ternary(5, 40)
-        y = cpu.bind(prepack(codes, layout), torch.ones(1), None, 5, 40, 8, layout, isa)(x)
+        y = cpu_linear.bind(prepack(codes, form), torch.ones(1), None, 5, 40, 8, form, isa)(x)
         assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), np.ones(1, np.float32), None, 8))
 
 
@@ -170,7 +184,7 @@ def test_any_number_of_threads_gives_the_same(threads: int, m: int) -> None:
     try:
         torch.set_num_threads(threads)
         for _ in range(5):
-            assert torch.equal(cpu.int_matmul(q, prepack(codes), 1000), product(q, codes))
+            assert torch.equal(cpu_linear.int_matmul(q, prepack(codes), 1000), product(q, codes))
     finally:
         torch.set_num_threads(before)
 
@@ -185,7 +199,7 @@ def test_python_threads_do_not_share_scratch() -> None:
     def work(seed: int) -> bool:
         draw = random.Random(seed)
         picks = [draw.randrange(len(inputs)) for _ in range(50)]
-        return all(torch.equal(cpu.int_matmul(inputs[i], weight, 640), expected[i]) for i in picks)
+        return all(torch.equal(cpu_linear.int_matmul(inputs[i], weight, 640), expected[i]) for i in picks)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(8)))
@@ -204,7 +218,7 @@ def test_models_may_die_while_others_run() -> None:
     other = threading.Thread(target=churn)
     other.start()
     try:
-        assert all(torch.equal(cpu.int_matmul(q, weight, 256), expected) for _ in range(300))
+        assert all(torch.equal(cpu_linear.int_matmul(q, weight, 256), expected) for _ in range(300))
     finally:
         stop.set()
         other.join()
@@ -215,25 +229,25 @@ def test_models_may_die_while_others_run() -> None:
 def test_a_forked_child_computes_and_does_not_wait_for_lost_threads(m: int) -> None:
     codes, q = ternary(1024, 1100), torch.randint(-128, 128, (m, 1100), dtype=torch.int8)
     weight, expected = prepack(codes), product(q, codes)
-    assert torch.equal(cpu.int_matmul(q, weight, 1024), expected)  # the pool exists now
+    assert torch.equal(cpu_linear.int_matmul(q, weight, 1024), expected)  # the pool exists now
     child = os.fork()
     if child == 0:
         signal_after = threading.Timer(20, lambda: os._exit(2))
         signal_after.start()
-        y = cpu.int_matmul(q, weight, 1024)
-        honest = torch.get_num_threads() == 1 or "1 thread, not" in cpu.description()
+        y = cpu_linear.int_matmul(q, weight, 1024)
+        honest = torch.get_num_threads() == 1 or "1 thread, not" in cpu_library.description()
         os._exit(0 if honest and y.flatten().tolist() == expected.flatten().tolist() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
 def test_a_fork_while_another_thread_allocates_does_not_lock_the_child_out() -> None:
-    with cpu._arena._lock:
+    with arena.arena._lock:
         child = os.fork()
         if child == 0:
             threading.Timer(20, lambda: os._exit(2)).start()
             codes = ternary(64, 64)
-            os._exit(0 if torch.equal(cpu.unprepack(prepack(codes), 64, 64), codes) else 1)
+            os._exit(0 if torch.equal(cpu_linear.unprepack(prepack(codes), 64, 64), codes) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -266,23 +280,23 @@ def test_a_kernel_without_large_pages_is_no_obstacle(monkeypatch: pytest.MonkeyP
         def madvise(self, option: int, *args: int) -> None:
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(cpu.mmap, "mmap", Refusing)
-    tensor = cpu._Arena().empty(5, 7).fill_(3)
+    monkeypatch.setattr(arena.mmap, "mmap", Refusing)
+    tensor = arena._Arena().empty(5, 7).fill_(3)
     assert tensor.shape == (5, 7)
     assert bool((tensor == 3).all())
 
 
 def test_prepacked_weights_do_not_overlap_and_die_one_by_one() -> None:
     """Fails if a tensor overlaps its neighbour, or if a chunk dies before its last tensor or survives it."""
-    arena = cpu._Arena()
-    tensors = [arena.empty(size) for size in (1, 100, 5 << 20, 70 << 20, 3, 9)]
+    memory = arena._Arena()
+    tensors = [memory.empty(size) for size in (1, 100, 5 << 20, 70 << 20, 3, 9)]
     for i, t in enumerate(tensors):
         t.fill_(i)
     assert all(bool((t == i).all()) for i, t in enumerate(tensors))
     del tensors[:5], t
     gc.collect()
     assert tensors[0].tolist() == [5] * 9
-    chunk = arena._chunk
+    chunk = memory._chunk
     assert chunk() is not None
     tensors.clear()
     gc.collect()
@@ -315,7 +329,7 @@ def test_a_default_device_does_not_move_what_the_kernels_write() -> None:
     with torch.device("meta"):
         assert layer(x).device.type == "cpu"
         packed, scale = ops.pack_latent(weight)
-        codes = cpu.unprepack(cpu.prepack(packed, 6), 6, 40)
+        codes = cpu_linear.unprepack(cpu_linear.prepack(packed, 6), 6, 40)
         expected(x).sum().backward()
     assert torch.equal(codes * scale, torch.mul(*ops.quantize_weight(weight)))
 
@@ -333,11 +347,11 @@ def test_layers_without_a_plain_tensor_go_through_the_operator() -> None:
     assert torch.equal(exported.module()(x), expected)
 
 
-@each_layout
-def test_unpacking_inverts_prepacking_at_any_shape(layout: int) -> None:
+@each_form
+def test_unpacking_inverts_prepacking_at_any_shape(form: int) -> None:
     for _, n, k in shapes(100):
         codes = ternary(n, k)
-        assert torch.equal(cpu.unprepack(prepack(codes, layout), n, k, layout), codes)
+        assert torch.equal(cpu_linear.unprepack(prepack(codes, form), n, k, form), codes)
 
 
 # Refusals
@@ -350,37 +364,37 @@ def test_float_activations_are_refused_with_the_remedy() -> None:
     assert layer.prepack()[1] == "torch"
 
 
-@pytest.mark.skipif(not MISSING and not cpu.isas(cpu.BASE3), reason="this CPU has no AVX512-VBMI")
+@pytest.mark.skipif(not MISSING and not cpu_library.isas(cpu_library.BASE3), reason="this CPU has no AVX512-VBMI")
 def test_1_6_bits_take_the_base3_kernel_and_give_the_same(tmp_path: Path) -> None:
-    layer, x = PackedBitLinear(100, 64, bits=1.6), grid(3, 100)
+    layer, x = PackedBitLinear(100, 64, weight_bits=1.6), grid(3, 100)
     layer.weight.copy_(pack_ternary(ternary(64, 100)))
     assert layer.prepack()[1] == "cpu-base3"
     expected = PackedBitLinear(100, 64)
     expected.load_state_dict(layer.state_dict())
     assert expected.prepack()[1] == "cpu"
     assert torch.equal(layer(x), expected(x))
-    expected.set_backend(bits=1.6)
+    expected.set_backend(weight_bits=1.6)
     assert expected.prepack()[1] == "cpu-base3"
     assert torch.equal(copy.deepcopy(layer)(x), expected(x))
     bitnet.save(nn.Sequential(layer), tmp_path)
-    loaded = bitnet.load(tmp_path, nn.Sequential(nn.Linear(100, 64)), bits=1.6)
+    loaded = bitnet.load(tmp_path, nn.Sequential(nn.Linear(100, 64)), weight_bits=1.6)
     assert loaded[0].prepack()[1] == "cpu-base3"
     assert torch.equal(loaded(x), expected(x))
 
 
 def test_1_6_bits_that_cannot_be_had_are_said_and_done_in_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    isas = cpu.isas
-    monkeypatch.setattr(cpu, "isas", lambda layout=0: [] if layout == cpu.BASE3 else isas(layout))
-    layer = PackedBitLinear(8, 4, bits=1.6)
+    isas = cpu_library.isas
+    monkeypatch.setattr(cpu_library, "isas", lambda form=0: [] if form == cpu_library.BASE3 else isas(form))
+    layer = PackedBitLinear(8, 4, weight_bits=1.6)
     with pytest.warns(
-        UserWarning, match="bits=1.6: this CPU has no AVX512-VBMI; weights keep the form of backend 'cpu'"
+        UserWarning, match="weight_bits=1.6: this CPU has no AVX512-VBMI; weights keep the form of backend 'cpu'"
     ):
         assert layer.prepack()[1] == "cpu"
-    layer.set_backend("torch", bits=1.6)
+    layer.set_backend("torch", weight_bits=1.6)
     with pytest.warns(UserWarning, match="weights keep the form of backend 'torch'"):
         assert layer.prepack()[1] == "torch"
-    with pytest.raises(ValueError, match=r"bits must be 2 or 1\.6, got 1\.5"):
-        layer.set_backend(bits=1.5)
+    with pytest.raises(ValueError, match=r"weight_bits must be 2 or 1\.6, got 1\.5"):
+        layer.set_backend(weight_bits=1.5)
 
 
 def test_a_cuda_device_is_refused_with_the_remedy() -> None:
@@ -388,25 +402,25 @@ def test_a_cuda_device_is_refused_with_the_remedy() -> None:
         backends.choose_backend("cpu", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("layout", [cpu.TWO_BITS, cpu._EIGHT_BITS])
+@pytest.mark.parametrize("form", [cpu_library.TWO_BITS, cpu_library.EIGHT_BITS])
 @pytest.mark.parametrize(("n", "k"), [(65, 40), (64, 60), (4096, 40)], ids=["row_more", "group_more", "rows_more"])
-def test_a_layer_larger_than_its_weight_is_refused_before_memory_is_read(layout: int, n: int, k: int) -> None:
+def test_a_layer_larger_than_its_weight_is_refused_before_memory_is_read(form: int, n: int, k: int) -> None:
     codes = ternary(64, 40)
-    weight = ops.prepack(codes if layout == cpu._EIGHT_BITS else pack_ternary(codes), backend="cpu")
+    weight = ops.prepack(codes if form == cpu_library.EIGHT_BITS else pack_ternary(codes), backend="cpu")
     with pytest.raises(ValueError, match=rf"weight is prepacked as \[2, .*\], but {n} x {k} needs"):
-        cpu.bind(weight, torch.ones(1), None, n, k, 8)
+        cpu_linear.bind(weight, torch.ones(1), None, n, k, 8)
     for scale, bias in ((torch.ones(2), None), (torch.ones(1), torch.ones(63))):
         with pytest.raises(ValueError, match=r"scale and bias of sizes \[.*\] do not fit 64 rows"):
-            cpu.bind(weight, scale, bias, 64, 40, 8)
+            cpu_linear.bind(weight, scale, bias, 64, 40, 8)
 
 
 def test_bad_arguments_come_back_as_errors_not_crashes() -> None:
     weight, x, y = prepack(ternary(4, 8)), torch.zeros(1, 8), torch.zeros(1, 4)
-    layer = cpu._layer(weight, torch.ones(1), None, 4, 8)
+    layer = cpu_linear.prepared(weight, torch.ones(1), None, 4, 8)
 
     def status(m: int = 1, x_type: int = 0, y_type: int = 0) -> int:
         args = (ctypes.byref(layer), x.data_ptr(), x_type, 8, None, m, y.data_ptr(), y_type, 1)
-        return cpu._library().bitnet_linear(*args)
+        return cpu_library.native().bitnet_linear(*args)
 
     assert (status(), status(m=0), status(m=-1), status(x_type=9), status(y_type=1)) == (0, 0, 2, 1, 1)
     assert status(x_type=3) == 1, "codes without scales"
@@ -415,7 +429,7 @@ def test_bad_arguments_come_back_as_errors_not_crashes() -> None:
     layer.isa, layer.k = -1, 1 << 24
     assert status() == 2
     with pytest.raises(RuntimeError, match="native CPU kernel: unsupported shape"):
-        cpu._check(2)
+        cpu_library.check(2)
 
 
 @pytest.fixture
@@ -427,15 +441,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("bitnet.__path__", [str(tmp_path)])
     monkeypatch.setattr(metadata, "distribution", none)
-    for cache in (cpu._load, backends._choose):
+    for cache in (cpu_library.load, backends._choose):
         cache.cache_clear()
     yield tmp_path
-    for cache in (cpu._load, backends._choose):
+    for cache in (cpu_library.load, backends._choose):
         cache.cache_clear()
 
 
 def reason() -> str:
-    cpu._load.cache_clear()
+    cpu_library.load.cache_clear()
     row = backends.backends()[0]
     assert (row.name, row.ready) == ("cpu", False)
     return row.detail
@@ -468,7 +482,7 @@ def test_a_missing_library_says_why_and_what_to_do(elsewhere: Path, monkeypatch:
 
 def test_a_library_from_other_sources_is_refused(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(cpu, "_ABI", -1)
+    monkeypatch.setattr(cpu_library, "_ABI", -1)
     assert "was built from other sources; build it again: pip install -e" in reason()
 
 
@@ -494,7 +508,7 @@ def test_no_access_outside_of_any_buffer(tmp_path: Path) -> None:
     """Fails if any kernel reads or writes beyond its operands, or relies on undefined behaviour."""
     program = build_selfcheck(tmp_path, "-DCMAKE_CXX_FLAGS=-g -fsanitize=address,undefined -fno-sanitize-recover")
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*(isa for _, isa in TARGETS), *cpu.isas(cpu._EIGHT_BITS), "agree"]
+    assert output.split() == [*(isa for _, isa in TARGETS), *cpu_library.isas(cpu_library.EIGHT_BITS), "agree"]
 
 
 @pytest.mark.slow
@@ -532,13 +546,13 @@ def test_codes_of_a_latent_weight_are_the_references(dtype: torch.dtype, per_row
         w = torch.randn(n, k)
         w[0, 0] = 1e30 if dtype != torch.float16 else 6e4
         for weight in (w.to(dtype), (grid(n, k) + 0.5).to(dtype), torch.full((n, k), 0.5, dtype=dtype)):
-            codes, scale = ops.quantize_latent(weight, "ternary", per_row)
+            codes, scale = quantizers.quantize_latent(weight, "ternary", per_row)
             expected_codes, expected_scale = reference.quantize_weight(weight, "ternary", per_row)
             assert codes.dtype == torch.int8
             assert torch.equal(codes, expected_codes)
             assert torch.equal(scale, expected_scale)
     ties = torch.tensor([[0.5, -0.5, 1.5, -1.5, 0.75, -0.25, 2.5, 0.0]])
-    assert cpu.ternary_codes(ties, torch.ones(1, 1)).tolist() == [[0, 0, 1, -1, 1, 0, 1, 0]]
+    assert cpu_latent.ternary_codes(ties, torch.ones(1, 1)).tolist() == [[0, 0, 1, -1, 1, 0, 1, 0]]
 
 
 @each_dtype
@@ -579,12 +593,12 @@ def test_the_mean_does_not_depend_on_the_number_of_threads_or_the_order() -> Non
 
 def test_a_training_step_takes_the_native_codes_and_strided_weights_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    native = cpu.ternary_codes
-    monkeypatch.setattr(cpu, "ternary_codes", lambda *args: calls.append(args) or native(*args))
+    native = cpu_latent.ternary_codes
+    monkeypatch.setattr(cpu_latent, "ternary_codes", lambda *args: calls.append(args) or native(*args))
     layer = bitnet.BitLinear(8, 6)
     layer(torch.randn(2, 8)).sum().backward()
     assert len(calls) == 1
-    ops.quantize_latent(torch.randn(6, 8).T, "ternary", False)
-    ops.quantize_latent(torch.randn(6, 8), "binary", False)
-    ops.quantize_latent(torch.randn(6, 8, device="meta"), "ternary", False)
+    quantizers.quantize_latent(torch.randn(6, 8).T, "ternary", False)
+    quantizers.quantize_latent(torch.randn(6, 8), "binary", False)
+    quantizers.quantize_latent(torch.randn(6, 8, device="meta"), "ternary", False)
     assert len(calls) == 1

@@ -26,10 +26,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import bitnet
-from bitnet.convert.hub import hf
-from bitnet.experts import BitExperts, PackedExperts, PackedStack, pack_layer, stacks_of, to_packed
+from bitnet.convert.hub import values
+from bitnet.experts import BitExperts, PackedExperts, PackedStack, stacks_of
 from bitnet.kernels import backends
 from bitnet.linear import BitConv1D
+from bitnet.packing import pack_layer, to_packed
 from bitnet.quantize import QuantSpec
 
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
@@ -178,7 +179,7 @@ def test_gradients_are_not_those_of_the_formula(kind: Kind, strength: float, per
         return y + layer.get_parameter(f"{name}_bias")[e] if layer.has_bias else y
 
     x2, weights2 = x.detach().requires_grad_(), weights.detach().requires_grad_()
-    up, down = (m.parameter for m in layer.matrices())
+    up, down = (m.parameter for m in layer.latent_weights())
     rows = []
     for token, chosen in enumerate(index.tolist()):
         z = [product(kind.gate(product(x2[token : token + 1], up, e)), down, e) for e in chosen]
@@ -247,7 +248,7 @@ def test_the_swap_moves_parameters_or_keys(kind: Kind) -> None:
     assert model.experts is experts
     assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
     assert list(model.state_dict()) == keys
-    assert [row.name for row in report.rows] == [f"experts.{m.parameter}" for m in model.experts.matrices()]
+    assert [row.name for row in report.rows] == [f"experts.{m.parameter}" for m in model.experts.latent_weights()]
     rows = {row.name: (row.kind, row.shape, row.action) for row in bitnet.pack(model).rows}
     for name in (m.parameter for m in model.experts.stacks):
         assert rows[f"experts.{name}"] == ("PackedExperts", tuple(before[f"experts.{name}"].shape), "packed")
@@ -514,7 +515,7 @@ def test_damaged_packed_experts_are_not_named(
     model = mixtral()
     bitnet.replace_linear(model)
     bitnet.pack(model)
-    bitnet.save(model, tmp_path, bits=bits)
+    bitnet.save(model, tmp_path, weight_bits=bits)
     key = f"{EXPERT}.{leaf}" if f"{EXPERT}.{leaf}" in load_file(tmp_path / "model.safetensors") else f"{ON_DISK}.{leaf}"
 
     def apply(tensors: dict[str, Tensor]) -> None:
@@ -567,9 +568,9 @@ def test_options_and_mixtures_of_layers_do_not_come_back(build: Any, bits: float
     with torch.no_grad():
         expected = model(IDS).logits
         assert torch.equal(loaded(IDS).logits, expected)
-        bitnet.save(model, tmp_path / "packed", bits=bits, max_shard_size=3000)
+        bitnet.save(model, tmp_path / "packed", weight_bits=bits, max_shard_size=3000)
         with said(bits):
-            result = bitnet.load(tmp_path / "packed", bits=bits)(IDS).logits
+            result = bitnet.load(tmp_path / "packed", weight_bits=bits)(IDS).logits
         assert torch.equal(result, expected)
 
 
@@ -595,5 +596,5 @@ def test_stored_expert_scales_lose_a_bit() -> None:
         parameter.data = torch.randn_like(parameter)
     for _, scale in pack_layer(layer):
         assert scale.shape == (E,)
-        assert torch.equal(1 / hf.stored_scale(scale), scale)
+        assert torch.equal(1 / values.stored_scale(scale), scale)
         assert np.isfinite(scale.numpy()).all()

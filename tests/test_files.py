@@ -25,12 +25,14 @@ from transformers import (
 )
 
 import bitnet
+from bitnet.convert.files import ggml
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
+from bitnet.convert.files.gguf import TensorInfo, padded, read_header
 from bitnet.convert.files.safetensors import read_headers
 from bitnet.convert.hub.models import model_config
-from bitnet.convert.llama_cpp import ggml, gguf_file
-from bitnet.convert.source import FolderSource
+from bitnet.convert.hub.source import FolderSource
+from bitnet.convert.llama_cpp.header import header_bytes
 
 QUIET = Console(quiet=True)
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -539,25 +541,25 @@ def test_a_gguf_file_whose_numbers_cannot_be_is_one_error(exported: Path, name: 
 
 
 def test_a_gguf_alignment_that_is_none_is_one_error(exported: Path, tmp_path: Path) -> None:
-    metadata, _ = gguf_file.read_header(exported)
+    metadata, _ = read_header(exported)
     for value in (0, 3, "32", [32]):
-        head = gguf_file.header_bytes(metadata | {"general.alignment": value}, {})
+        head = header_bytes(metadata | {"general.alignment": value}, {})
         (tmp_path / "m.gguf").write_bytes(head)
         with pytest.raises(Damaged, match=r"general\.alignment is"):
-            gguf_file.read_header(tmp_path / "m.gguf")
+            read_header(tmp_path / "m.gguf")
 
 
 def test_gguf_tensors_that_overlap_are_refused(exported: Path, tmp_path: Path) -> None:
     """As llama.cpp does; and Q2_0 in blocks of 128, which older files have, shows by the sizes of its tensors."""
-    metadata, tensors = gguf_file.read_header(exported)
+    metadata, tensors = read_header(exported)
     for shift in (-32, 32):
         infos, end = {}, 0
         for number, (name, info) in enumerate(tensors.items()):
-            infos[name] = gguf_file.TensorInfo(info.kind, info.shape, end + shift * (number == 3), info.nbytes)
-            end += gguf_file.padded(info.nbytes)
-        (tmp_path / "m.gguf").write_bytes(gguf_file.header_bytes(metadata, infos) + bytes(end + 64))
+            infos[name] = TensorInfo(info.kind, info.shape, end + shift * (number == 3), info.nbytes)
+            end += padded(info.nbytes)
+        (tmp_path / "m.gguf").write_bytes(header_bytes(metadata, infos) + bytes(end + 64))
         with pytest.raises(Damaged, match="is the next free"):
-            gguf_file.read_header(tmp_path / "m.gguf")
+            read_header(tmp_path / "m.gguf")
 
 
 def test_an_expert_of_another_shape_is_one_error(tmp_path: Path) -> None:
@@ -571,12 +573,12 @@ def test_an_expert_of_another_shape_is_one_error(tmp_path: Path) -> None:
 
 
 def test_a_gguf_type_that_nothing_here_reads_is_one_error(exported: Path, tmp_path: Path) -> None:
-    metadata, tensors = gguf_file.read_header(exported)
+    metadata, tensors = read_header(exported)
     infos, end = {}, 0
     for name, info in tensors.items():
         kind = 9 if name == "output.weight" else info.kind  # Q8_1, which only llama.cpp's kernels use
-        infos[name] = gguf_file.TensorInfo(kind, info.shape, end, ggml.nbytes(kind, info.shape))
-        end += gguf_file.padded(infos[name].nbytes)
-    (tmp_path / "m.gguf").write_bytes(gguf_file.header_bytes(metadata, infos) + bytes(end))
+        infos[name] = TensorInfo(kind, info.shape, end, ggml.nbytes(kind, info.shape))
+        end += padded(infos[name].nbytes)
+    (tmp_path / "m.gguf").write_bytes(header_bytes(metadata, infos) + bytes(end))
     with pytest.raises(ValueError, match=r"tensor output\.weight is Q8_1, which is not read here"):
         bitnet.inspect_checkpoint(tmp_path / "m.gguf", QUIET)

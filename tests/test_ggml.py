@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet.convert.llama_cpp import ggml
+from bitnet.convert.files import ggml
 
 BLOCKED = ["TQ1_0", "TQ2_0", "Q2_0"]  # those with a scale in every block
 

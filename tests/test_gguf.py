@@ -18,12 +18,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import bitnet
-from bitnet.commands.quickstart import build_tokenizer
-from bitnet.convert.conversion.stream import convert_checkpoint
-from bitnet.convert.llama_cpp import ggml, gguf_file, gguf_tokenizer
-from bitnet.convert.llama_cpp.gguf import FAMILIES, KINDS, GgufSource, write_gguf
-from bitnet.convert.source import FolderSource, Source
+from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.convert.files import ggml
+from bitnet.convert.files.gguf import padded, read_header, read_tensor
+from bitnet.convert.hub.source import FolderSource
+from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
+from bitnet.convert.llama_cpp.families import FAMILIES
+from bitnet.convert.llama_cpp.header import header_bytes
+from bitnet.convert.llama_cpp.source import GgufSource
+from bitnet.convert.llama_cpp.writer import KINDS, write_gguf
+from bitnet.convert.source import Source
 from bitnet.packed import PackedBitLinear
+from bitnet.train.data import build_tokenizer
 
 IDS = torch.tensor([[3, 41, 5, 17, 200, 511]])
 
@@ -149,7 +155,7 @@ def test_floats_keep_their_type(tmp_path: Path) -> None:
     bitnet.pack(model)
     bitnet.save(model, tmp_path / "hf")
     tokenizer().save_pretrained(tmp_path / "hf")
-    _, tensors = gguf_file.read_header(write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-tq2_0"))
+    _, tensors = read_header(write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-tq2_0"))
     kinds = {name.rsplit(".", 2)[-2]: ggml.NAMES[info.kind] for name, info in tensors.items()}
     assert kinds["token_embd"] == kinds["output"] == "BF16"
     assert kinds["attn_norm"] == kinds["output_norm"] == "F32"
@@ -158,7 +164,7 @@ def test_floats_keep_their_type(tmp_path: Path) -> None:
 
 def test_the_gguf_package_reads_the_file(exported: Path) -> None:
     reader = gguf.GGUFReader(exported)
-    metadata, tensors = gguf_file.read_header(exported)
+    metadata, tensors = read_header(exported)
     assert {t.name: (t.tensor_type, t.data_offset, t.n_bytes) for t in reader.tensors} == {
         name: (info.kind, info.offset, info.nbytes) for name, info in tensors.items()
     }
@@ -304,7 +310,7 @@ def test_a_run_killed_anywhere_can_be_resumed(
     llama: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, file, source = exported.read_bytes(), tmp_path / "m.gguf", FolderSource(llama)
-    first = min(info.offset for info in gguf_file.read_header(exported)[1].values())
+    first = min(info.offset for info in read_header(exported)[1].values())
     for size in (0, 100, first, first + 1, len(whole) // 2, len(whole) - 1, len(whole)):
         (tmp_path / ".m.gguf.partial").write_bytes(whole[:size])
         (tmp_path / ".m.gguf.partial.json").write_text(json.dumps({"fingerprint": "a"}))
@@ -359,16 +365,16 @@ def test_a_full_disk_keeps_the_earlier_file(
 
 def rewritten(exported: Path, file: Path, metadata: dict[str, Any] | None = None, without: str = "-") -> Path:
     """The file with other metadata or a tensor less."""
-    before, tensors = gguf_file.read_header(exported)
+    before, tensors = read_header(exported)
     infos, parts, end = {}, [], 0
     for name, info in tensors.items():
         if name != without:
             infos[name] = info._replace(offset=end)
-            data = gguf_file.read_tensor(exported, info).tobytes()
-            parts.append(data.ljust(gguf_file.padded(len(data)), b"\0"))
+            data = read_tensor(exported, info).tobytes()
+            parts.append(data.ljust(padded(len(data)), b"\0"))
             end += len(parts[-1])
     entries = {key: value for key, value in (before | (metadata or {})).items() if value is not None}
-    file.write_bytes(gguf_file.header_bytes(entries, infos) + b"".join(parts))
+    file.write_bytes(header_bytes(entries, infos) + b"".join(parts))
     return file
 
 
@@ -421,7 +427,7 @@ def test_a_missing_tensor_is_named(exported: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_tensors_are_named(exported: Path, tmp_path: Path) -> None:
-    info = gguf_file.read_header(exported)[1]["blk.1.ffn_up.weight"]
+    info = read_header(exported)[1]["blk.1.ffn_up.weight"]
     data = bytearray(exported.read_bytes())
     data[info.offset] = 0xFF
     (tmp_path / "m.gguf").write_bytes(data)
@@ -435,7 +441,7 @@ def test_damaged_tensors_are_named(exported: Path, tmp_path: Path) -> None:
 
 def test_other_ternary_rules_are_read_as_floats(exported: Path, tmp_path: Path) -> None:
     """llama-quantize rounds float weights to TQ2_0 by blocks: that is no ternary layer here."""
-    info = gguf_file.read_header(exported)[1]["blk.1.ffn_down.weight"]
+    info = read_header(exported)[1]["blk.1.ffn_down.weight"]
     data = bytearray(exported.read_bytes())
     quantized = gguf.quants.quantize(torch.randn(info.shape).numpy(), gguf.GGMLQuantizationType.TQ2_0)
     data[info.offset : info.offset + info.nbytes] = quantized.tobytes()

@@ -128,7 +128,7 @@ def test_a_saved_int8_head_comes_back(name: str, shards: dict[str, Any], bits: f
     model = neox() if name == "bias" else llama(tie_word_embeddings=name != "untied")
     with_head(model.to(torch.bfloat16) if name == "bf16" else model)
     expected = logits(model)
-    bitnet.save(model, tmp_path / "out", bits=bits, **shards)
+    bitnet.save(model, tmp_path / "out", weight_bits=bits, **shards)
     for loaded in (bitnet.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
         head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
         assert head.weight.dtype == torch.int8
@@ -136,7 +136,7 @@ def test_a_saved_int8_head_comes_back(name: str, shards: dict[str, Any], bits: f
         assert isinstance(embedding, PackedEmbedding) == (name in ("tied", "bf16"))
         assert not isinstance(embedding, PackedEmbedding) or embedding.weight is head.weight
         assert torch.equal(logits(loaded), expected)
-        bitnet.save(loaded, tmp_path / "again", bits=bits, **shards)
+        bitnet.save(loaded, tmp_path / "again", weight_bits=bits, **shards)
         for file in (tmp_path / "out").glob("*.safetensors"):
             first, again = load_file(file), load_file(tmp_path / "again" / file.name)
             assert first.keys() == again.keys()

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, BitNetQuantConfig, PreTrainedMode
 from transformers.pytorch_utils import Conv1D
 
 import bitnet
-from bitnet.convert.conversion.stream import convert_checkpoint
-from bitnet.convert.hub import hf
+from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.convert.hub import values
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.linear import BitConv1D, BitLayer
 
@@ -351,13 +351,13 @@ def test_offline_becomes_a_format_that_stock_can_save(written: Written, tmp_path
 def test_stored_scale_is_lossless_over_a_binade() -> None:
     inv = torch.arange(2**23, 2**24, dtype=torch.int32).float() / 2**23  # every float32 in [1, 2)
     scale = 1 / inv
-    assert torch.equal(1 / hf.stored_scale(scale), scale)
+    assert torch.equal(1 / values.stored_scale(scale), scale)
 
 
 def test_stored_scale_is_lossless_for_trained_scales() -> None:
     scale = 1 / (1 / torch.rand(100_000).clamp(min=1e-5))
-    assert torch.equal(1 / hf.stored_scale(scale), scale)
-    assert hf.stored_scale(scale).dtype == torch.float32
+    assert torch.equal(1 / values.stored_scale(scale), scale)
+    assert values.stored_scale(scale).dtype == torch.float32
 
 
 @pytest.fixture

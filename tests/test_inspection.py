@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bitnet
 from bitnet import cli
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.inspection import diff_checkpoints, inspect_checkpoint
 
 QUIET = Console(quiet=True)
@@ -63,7 +63,7 @@ def test_shares_scale_entropy_and_bits_are_those_of_the_codes(forms: Path, form:
     assert row.scale == (layer.weight_scale.item(), layer.weight_scale.item())
     assert row.kind == ("latent" if form == "latent" else "packed")
     assert row.shape == codes.shape
-    assert row.bits == pytest.approx(bits)
+    assert row.weight_bits == pytest.approx(bits)
     assert len(found.matrices) == 16
     assert not found.problems
     assert UP in str(found)
@@ -73,7 +73,7 @@ def test_shares_scale_entropy_and_bits_are_those_of_the_codes(forms: Path, form:
 def test_all_bytes_of_the_weights_are_accounted_for(forms: Path) -> None:
     for form in ("float", "latent", "hub", "base3", "bf16"):
         found = inspect_checkpoint(forms / form, QUIET)
-        size = sum(math.prod(m.shape) * m.bits / 8 for m in found.matrices) + found.other_bytes
+        size = sum(math.prod(m.shape) * m.weight_bits / 8 for m in found.matrices) + found.other_bytes
         assert size == pytest.approx(sum(t.nbytes for t in load_file(forms / form / "model.safetensors").values()))
 
 

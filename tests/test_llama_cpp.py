@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 import bitnet
-from bitnet.commands.quickstart import Settings, build_tokenizer, corpus, train
-from bitnet.convert.llama_cpp import gguf_file, gguf_tokenizer
-from bitnet.convert.llama_cpp.gguf import write_gguf
-from bitnet.convert.source import FolderSource
+from bitnet.convert.hub.source import FolderSource
+from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
+from bitnet.convert.llama_cpp.header import header_bytes
+from bitnet.convert.llama_cpp.writer import write_gguf
 from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.train.data import build_tokenizer, corpus
+from bitnet.train.loop import Settings, train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python", exc_type=ImportError)
 pytestmark = pytest.mark.slow
@@ -229,7 +231,7 @@ def test_texts_have_the_same_tokens(build: Callable[[], Any], tmp_path: Path) ->
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
     }
     file = tmp_path / "vocabulary.gguf"
-    file.write_bytes(gguf_file.header_bytes(least | gguf_tokenizer.metadata_of(tmp_path, config), {}))
+    file.write_bytes(header_bytes(least | gguf_tokenizer.metadata_of(tmp_path, config), {}))
     llama = open_in_llama_cpp(file, vocab_only=True)
     ours = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:

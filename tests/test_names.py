@@ -71,12 +71,12 @@ def found(done: subprocess.CompletedProcess[str]) -> str:
     kernels, ops, swap, quantizer = done.stdout.split()
     assert Path(ops) == ROOT / "bitnet" / "kernels" / "ops.py"
     assert Path(swap) == ROOT / "bitnet" / "convert" / "swap" / "replace.py"
-    assert quantizer == "bitnet.convert.hub.hf"
+    assert quantizer == "bitnet.convert.hub.quantizer"
     return kernels
 
 
 def test_the_root_breaks_transformers_or_hf_cannot_come_first() -> None:
-    assert str(ROOT) not in found(run("import bitnet.convert.hub.hf" + LLAMA, ROOT))
+    assert str(ROOT) not in found(run("import bitnet.convert.hub.quantizer" + LLAMA, ROOT))
 
 
 def test_the_root_hides_the_pypi_package_or_bitnet_cannot_come_first(site: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_first_call_of_all_imports_in_a_circle() -> None:
 FIRST = """
 import importlib, os, sys, torch, bitnet
 assert "transformers" not in sys.modules
-for name in ("bitnet.convert.checkpoint", "bitnet.convert.conversion.stream", "bitnet.convert.hub.match"):
+for name in ("bitnet.convert.checkpoint", "bitnet.convert.conversion.convert", "bitnet.convert.hub.match"):
     child = os.fork()
     if not child:
         importlib.import_module(name)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import oracle
@@ -7,8 +8,10 @@ import torch
 from oracle import DTYPES, grid
 from shapes import AWKWARD, SHAPES
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitnet.kernels import backends, int8, layout, ops, reference
+from bitnet.kernels import backends, layout, ops, reference
+from bitnet.kernels import torch_int8 as int8
 
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]
 
@@ -266,7 +269,9 @@ def test_backends_lists_every_backend_with_a_reason() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend, first in line, that cannot run."""
-    missing = backends.BACKENDS["torch"]._replace(missing=lambda device, bits: f"not for {device}; buy another")
+    missing = backends.BACKENDS["torch"]._replace(
+        missing=lambda device, activation_bits: f"not for {device}; buy another"
+    )
     monkeypatch.setattr(backends, "BACKENDS", {"broken": missing, **backends.BACKENDS})
     backends._choose.cache_clear()
     return "broken"
@@ -365,8 +370,8 @@ def test_a_bad_argument_of_quantize_weight_gets_its_own_error(
         (torch.zeros(2, 2, dtype=torch.int32), 8, TypeError, "x must be floating point, got torch.int32"),
         (torch.tensor(1.0), 8, ValueError, r"x must be \[..., K\] with K > 0, got \[\]"),
         (torch.zeros(2, 0), 8, ValueError, r"with K > 0, got \[2, 0\]"),
-        (torch.zeros(2, 2), 2, ValueError, "bits must be 8 or 4, got 2"),
-        (torch.zeros(2, 2), None, ValueError, "bits must be 8 or 4, got None"),
+        (torch.zeros(2, 2), 2, ValueError, "activation_bits must be 8 or 4, got 2"),
+        (torch.zeros(2, 2), None, ValueError, "activation_bits must be 8 or 4, got None"),
     ],
     ids=["dtype", "scalar", "no_columns", "bits", "no_bits"],
 )
@@ -382,3 +387,42 @@ def test_unknown_options_of_the_reference_raise_too() -> None:
         reference.quantize_weight(torch.ones(2, 2), "quinary")
     with pytest.raises(ValueError, match="bits must be"):
         reference.quantize_activation(torch.ones(2, 2), 3)
+
+
+@pytest.mark.parametrize("backend", [row.name for row in backends.backends() if row.ready])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, weight, scale, bias: (x[:, :20], weight, scale, bias),
+        lambda x, weight, scale, bias: (x, weight[..., :1], scale, bias),
+        lambda x, weight, scale, bias: (x, weight, scale[:2], bias),
+        lambda x, weight, scale, bias: (x, weight, scale, bias[1:]),
+    ],
+    ids=["features", "weight", "scale", "bias"],
+)
+def test_a_shape_that_is_refused_is_refused_while_tracing(backend: str, change: Any) -> None:
+    """Fails if a fake allocates an output for tensors that the kernel would refuse: errors would come at run time."""
+    weight = ops.prepack(layout.pack_ternary(ternary(6, 40)), 6, backend=backend)
+    arguments = change(torch.randn(3, 40), weight, torch.rand(6) + 0.1, torch.randn(6))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t) for t in arguments]
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"features|prepacked as|do not fit|codes are|packed weight"
+        ):
+            torch.ops.bitnet.ternary_linear(*fakes, 6, 8, backend)
+
+
+@pytest.mark.parametrize(
+    ("q", "s", "scale", "message"),
+    [
+        ((3, 7), (3, 1), (1,), "features"),
+        ((3, 8), (2, 1), (1,), "scales for 3 tokens"),
+        ((3, 8), (3, 1), (3,), "not fit"),
+    ],
+)
+def test_the_training_products_fake_checks_its_shapes(
+    q: tuple[int, ...], s: tuple[int, ...], scale: tuple[int, ...], message: str
+) -> None:
+    meta = [torch.empty(shape, device="meta") for shape in (q, s, (4, 8), scale)]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.bitnet.cpu_int_linear(*meta, None, torch.float32, False)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.kernels import backends, layout
-from bitnet.packed import quantize_packed
+from bitnet.packing import quantize_packed
 
 M, N, K = 5, 6, 24
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready]

@@ -13,11 +13,11 @@ from rich.console import Console
 from tiny import llama
 
 from bitnet import cli
-from bitnet.commands import tune
-from bitnet.commands.quickstart import build_tokenizer
+from bitnet import tuning as tune
 from bitnet.kernels import backends
-from bitnet.kernels.triton_layout import TWO_BITS
+from bitnet.kernels.gpu.layout import TWO_BITS
 from bitnet.progress import Progress, track
+from bitnet.train.data import build_tokenizer
 
 
 class Recorder:
@@ -185,7 +185,7 @@ def test_tune_says_how_far_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from bitnet.kernels import triton_configs as configs
+    from bitnet.kernels.gpu import configs as configs
 
     gpu = configs.Gpu("some GPU", "sm_90", 132)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

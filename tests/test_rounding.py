@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bitnet
+from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.rounding import exact
-from bitnet.convert.source import FolderSource
 
 QUIET = Console(quiet=True)
 
@@ -118,7 +118,7 @@ def test_one_weight_that_is_not_ternary_is_rounded(tmp_path: Path) -> None:
 
 
 def test_calibration_leaves_ternary_layers_alone(tmp_path: Path) -> None:
-    from bitnet.commands.quickstart import build_tokenizer
+    from bitnet.train.data import build_tokenizer
 
     model = llama(vocab_size=257, hidden_size=64)
     bitnet.replace_linear(model)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,12 @@ from transformers import PreTrainedModel
 
 import bitnet
 from bitnet import cli
-from bitnet.commands.quickstart import build_tokenizer
+from bitnet.commands import convert as command
 from bitnet.convert.checkpoint import read_headers
-from bitnet.convert.conversion import stream
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion import convert as conversion
+from bitnet.convert.conversion import journal, plan
+from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.train.data import build_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -56,7 +59,7 @@ def write_forms(model: PreTrainedModel, root: Path, **options: Any) -> None:
     bitnet.save(model, root / "latent")
     bitnet.pack(model)
     bitnet.save(model, root / "hub")
-    bitnet.save(model, root / "base3", bits=1.6)
+    bitnet.save(model, root / "base3", weight_bits=1.6)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,7 @@ def test_every_tensor_is_aligned_for_readers_that_map_the_file(tmp_path: Path) -
     convert(tmp_path / "source", tmp_path / "out", "base3")
     headers = read_headers([tmp_path / "out" / "model.safetensors"])
     assert any(header.dtype == "U8" and header.shape[0] * header.shape[1] % 4 for header in headers.values())
-    assert all(header.offset % stream.WIDTHS[header.dtype] == 0 for header in headers.values())
+    assert all(header.offset % plan.WIDTHS[header.dtype] == 0 for header in headers.values())
 
 
 def test_the_number_of_workers_changes_no_byte(forms: Path, tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ def test_what_is_there_already_is_not_touched(forms: Path, tmp_path: Path) -> No
 
 
 def test_too_small_a_disk_is_noticed_before_writing(forms: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(OSError, match=r"needs .* GB more, but the disk has 0.0 GB free"):
         convert(forms / "float", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -322,7 +325,7 @@ def test_a_senseless_shard_size_is_refused(forms: Path, size: str, tmp_path: Pat
 
 
 def test_sizes_are_decimal() -> None:
-    assert [stream._bytes(size) for size in ("5GB", "1.5 mb", "200", 7, "3K")] == [5 * 10**9, 1500000, 200, 7, 3000]
+    assert [conversion._bytes(size) for size in ("5GB", "1.5 mb", "200", 7, "3K")] == [5 * 10**9, 1500000, 200, 7, 3000]
 
 
 @pytest.mark.parametrize("to", ["hub", "base3", "bf16", "gguf-q2_0"])
@@ -357,18 +360,18 @@ def test_a_full_disk_leaves_the_source_and_resume_goes_on(forms: Path, tmp_path:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(handle, data, offset)
 
-    monkeypatch.setattr(stream.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match=r"No space left on device; what is finished is kept in .*--resume"):
         convert(forms / "float", tmp_path / "out", workers=1)
-    monkeypatch.setattr(stream.os, "pwrite", write)
+    monkeypatch.setattr(os, "pwrite", write)
     assert not (tmp_path / "out").exists()
     assert contents(forms / "float") == before
     with pytest.raises(FileExistsError, match=r"go on with resume=True \(--resume\), or remove that folder"):
         convert(forms / "float", tmp_path / "out")
     runs: list[str] = []
-    original = stream._Work.write
+    original = journal.Work.write
     monkeypatch.setattr(
-        stream._Work, "write", lambda self, job, values: (runs.append(job.name), original(self, job, values))
+        journal.Work, "write", lambda self, job, values: (runs.append(job.name), original(self, job, values))
     )
     convert(forms / "float", tmp_path / "out", resume=True)
     assert 0 < len(runs) < len(load_file(forms / "float" / "model.safetensors"))  # what was done is not done again
@@ -379,7 +382,7 @@ def test_a_full_disk_leaves_the_source_and_resume_goes_on(forms: Path, tmp_path:
 @pytest.mark.parametrize("change", ["options", "source"])
 def test_resume_mixes_no_two_conversions(forms: Path, change: str, tmp_path: Path, monkeypatch: Any) -> None:
     source = edited(forms, tmp_path / "source", lambda state, config: None)
-    monkeypatch.setattr(stream._Work, "finish", lambda *args: 1 / 0)
+    monkeypatch.setattr(journal.Work, "finish", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(source, tmp_path / "out")
     monkeypatch.undo()
@@ -392,7 +395,7 @@ def test_resume_mixes_no_two_conversions(forms: Path, change: str, tmp_path: Pat
 
 def test_a_journal_that_was_cut_off_in_a_line_is_read_up_to_it(forms: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole = contents(convert(forms / "float", tmp_path / "whole"))
-    monkeypatch.setattr(stream._Work, "finish", lambda *args: 1 / 0)
+    monkeypatch.setattr(journal.Work, "finish", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(forms / "float", tmp_path / "out")
     monkeypatch.undo()
@@ -408,7 +411,7 @@ def test_files_that_lost_their_end_are_made_again_whatever_the_journal_says(
     forms: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     whole = contents(convert(forms / "float", tmp_path / "whole", max_shard_size="3KB"))
-    monkeypatch.setattr(stream._Work, "finish", lambda *args: 1 / 0)
+    monkeypatch.setattr(journal.Work, "finish", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(forms / "float", tmp_path / "out", max_shard_size="3KB")
     monkeypatch.undo()
@@ -422,7 +425,8 @@ def test_files_that_lost_their_end_are_made_again_whatever_the_journal_says(
 
 def test_a_journal_of_files_that_are_gone_is_not_believed(forms: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole = contents(convert(forms / "float", tmp_path / "whole"))
-    monkeypatch.setattr(stream, "dissolve", lambda *args: 1 / 0)  # as if killed just before
+    for module in (journal, conversion):
+        monkeypatch.setattr(module, "dissolve", lambda *args: 1 / 0)  # as if killed just before
     with pytest.raises(ZeroDivisionError):
         convert(forms / "float", tmp_path / "out")
     monkeypatch.undo()
@@ -439,14 +443,13 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from rich.console import Console
-from bitnet.convert.conversion import stream
-from bitnet.convert.source import FolderSource
-stream.SYNC = 1  # note every job at once, so that there is something to go on with
+from bitnet.convert.conversion import convert as conversion, journal
+journal.SYNC = 1  # note every job at once, so that there is something to go on with
 source, target, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 for line in sys.stdin:  # a child each: importing everything once takes longer than twenty conversions
     child = os.fork()
     if not child:
-        stream.convert_checkpoint(source, target, resume=True, workers=2, console=Console(quiet=True))
+        conversion.convert_checkpoint(source, target, resume=True, workers=2, console=Console(quiet=True))
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -508,7 +511,7 @@ def test_memory_does_not_grow_with_the_model(to: str, tmp_path: Path) -> None:
     del model
     code = """
 import re, sys
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion.convert import convert_checkpoint
 convert_checkpoint(*sys.argv[1:])
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """
@@ -521,7 +524,7 @@ print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").rea
 
 
 def test_the_command_offers_every_form() -> None:
-    assert sorted(cli.FORMS) == sorted(stream.TARGETS)
+    assert sorted(command.FORMS) == sorted(plan.TARGETS)
 
 
 def test_the_command_converts_and_says_what_it_did(forms: Path, tmp_path: Path, capsys: Any) -> None:

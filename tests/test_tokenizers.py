@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 import bitnet
 from bitnet.cli import main
-from bitnet.convert.conversion import stream
-from bitnet.convert.llama_cpp import gguf_file
-from bitnet.convert.llama_cpp.gguf_tokenizer import tokenizer_of
+from bitnet.convert.conversion import convert as conversion
+from bitnet.convert.files.gguf import TensorInfo, padded, read_header, read_tensor
+from bitnet.convert.llama_cpp.header import header_bytes
+from bitnet.convert.llama_cpp.tokenizer import tokenizer_of
 
 QUIET = Console(quiet=True)
 
@@ -36,15 +37,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    metadata, tensors = gguf_file.read_header(source)
+    metadata, tensors = read_header(source)
     change(metadata)
     parts, infos, end = [], {}, 0
     for name, info in tensors.items():
-        data = gguf_file.read_tensor(source, info).tobytes()
-        infos[name] = gguf_file.TensorInfo(info.kind, info.shape, end, len(data))
-        end += gguf_file.padded(len(data))
-        parts.append(data.ljust(gguf_file.padded(len(data)), b"\0"))
-    target.write_bytes(gguf_file.header_bytes(metadata, infos) + b"".join(parts))
+        data = read_tensor(source, info).tobytes()
+        infos[name] = TensorInfo(info.kind, info.shape, end, len(data))
+        end += padded(len(data))
+        parts.append(data.ljust(padded(len(data)), b"\0"))
+    target.write_bytes(header_bytes(metadata, infos) + b"".join(parts))
     return target
 
 
@@ -88,7 +89,7 @@ def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     file = rewritten(exported, tmp_path / "m.gguf", DAMAGE[name])
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "_run", lambda *args: pytest.fail("the weights were converted first"))
+        patch.setattr(conversion, "_run", lambda *args: pytest.fail("the weights were converted first"))
         with pytest.raises(ValueError, match=r"m\.gguf: .*(token|merge)"):
             convert(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -103,10 +104,10 @@ def test_a_folder_goes_without_its_tokenizer_on_request(exported: Path, tmp_path
     with pytest.raises(ValueError, match=r"no tokenizer there.*--no-tokenizer"):
         convert(out, tmp_path / "m.gguf", "gguf-q2_0")
     file = convert(out, tmp_path / "m.gguf", "gguf-q2_0", tokenizer=False)
-    metadata, tensors = gguf_file.read_header(file)
+    metadata, tensors = read_header(file)
     assert [key for key in metadata if key.startswith("tokenizer.")] == ["tokenizer.ggml.model"]
     assert metadata["tokenizer.ggml.model"] == "no_vocab"  # what llama.cpp takes for no tokenizer
-    assert tensors.keys() == gguf_file.read_header(exported)[1].keys()
+    assert tensors.keys() == read_header(exported)[1].keys()
     with pytest.raises(ValueError, match="the file has no tokenizer"):
         tokenizer_of(metadata)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bitnet import BitLinear, Muon, set_strength, strength_at
-from bitnet.train.training import orthogonalize
+from bitnet.train.muon import orthogonalize
 
 
 def test_set_strength_reaches_nested_layers_and_only_them() -> None:

@@ -21,13 +21,15 @@ from shapes import AWKWARD, REAL, SHAPES
 from torch import Tensor
 
 from bitnet import BitLinear, PackedBitLinear
-from bitnet.kernels import backends, layout, ops, proof, reference, triton_layout
-from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS
+from bitnet.kernels import backends, layout, proof, quantizers, reference
+from bitnet.kernels.gpu import backend as gpu_backend
+from bitnet.kernels.gpu import layout as gpu_layout
+from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from bitnet.kernels import triton_configs as configs  # noqa: E402
-from bitnet.kernels import triton_linear as linear  # noqa: E402
-from bitnet.kernels import triton_quantize as quantize  # noqa: E402
+from bitnet.kernels.gpu import configs as configs  # noqa: E402
+from bitnet.kernels.gpu import linear as linear  # noqa: E402
+from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8)
@@ -50,7 +52,7 @@ each_planes = pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8], ids=["2
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
 
-REALLY_ON_TRITON = ops._on_triton
+REALLY_ON_TRITON = quantizers.on_triton
 SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
 DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 
@@ -59,7 +61,7 @@ DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         monkeypatch.setattr(linear, "gpu_of", lambda device: SMALL_GPU)
-        monkeypatch.setattr(ops, "_on_triton", lambda t: True)
+        monkeypatch.setattr(quantizers, "on_triton", lambda t: True)
         from triton.runtime import interpreter
 
         convert = interpreter._convert_float
@@ -83,7 +85,7 @@ def weights(n: int, k: int, planes: int) -> Tensor:
 
 def prepack(codes: Tensor, planes: int) -> Tensor:
     stored = codes if planes == INT8 else layout.pack_ternary(codes)
-    return triton_layout.prepack(stored.to(DEVICE), len(codes), planes)
+    return gpu_layout.prepack(stored.to(DEVICE), len(codes), planes)
 
 
 def on_device(t: Tensor | None) -> Tensor | None:
@@ -93,7 +95,7 @@ def on_device(t: Tensor | None) -> Tensor | None:
 def check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, planes: int) -> None:
     """The bound layer gives the oracle's very bits."""
     n, k = codes.shape
-    run = triton_layout.bind(prepack(codes, planes), scale.to(DEVICE), on_device(bias), n, k, bits, planes)
+    run = gpu_backend.bind(prepack(codes, planes), scale.to(DEVICE), on_device(bias), n, k, bits, planes)
     y = run(x.to(DEVICE))
     assert y.dtype == x.dtype
     assert torch.equal(y.cpu(), oracle.linear(x, codes.numpy().astype(np.int64), scale.numpy(), bias, bits))
@@ -118,9 +120,9 @@ def test_everything_in_the_interpreter() -> None:
 def test_prepacked_bytes_are_where_the_layout_says_and_come_back(planes: int, n: int, k: int) -> None:
     codes = weights(n, k, planes)
     stored = codes if planes == INT8 else layout.pack_ternary(codes)
-    packed = triton_layout.prepack(stored, n, planes)
-    assert tuple(packed.shape) == (n, triton_layout.row_bytes(k, planes))
-    assert torch.equal(triton_layout.unprepack(packed, n, k, planes), codes)
+    packed = gpu_layout.prepack(stored, n, planes)
+    assert tuple(packed.shape) == (n, gpu_layout.row_bytes(k, planes))
+    assert torch.equal(gpu_layout.unprepack(packed, n, k, planes), codes)
     for feature in {0, k // 2, k - 1}:
         block, plane, j = feature // (32 * planes), feature // 32 % planes, feature % 32
         byte = packed[:, 32 * block + j].int()
@@ -189,7 +191,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
     """The GEMV with more rows and tokens than there are, from floats and from codes."""
     n, k = 11, 200
     codes, x, scale = weights(n, k, planes), torch.randn(tokens, k), torch.rand(n) + 0.1
-    layer = linear.Layer(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     y = torch.empty(tokens, n, device=DEVICE)
     q, s = reference.quantize_activation(x)
     given = (q.to(DEVICE), s.to(DEVICE)) if quantized else (x.to(DEVICE), None)
@@ -202,7 +204,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
 def test_unpacking_first_changes_nothing(planes: int) -> None:
     n, k = 37, 330
     codes, x, scale = weights(n, k, planes), torch.randn(5, k), torch.rand(1) + 0.1
-    layer = linear.Layer(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     assert torch.equal(linear.unpack(layer).cpu(), codes)
     y = torch.empty(5, n, device=DEVICE)
     linear.multiply(configs.Dot(32, 16, 128, 4, 2, dense=True), layer, x.to(DEVICE), None, y)
@@ -233,7 +235,7 @@ def test_strides_and_leading_dims_do_not_matter(make: Callable[[], Tensor]) -> N
 def test_nan_or_inf_stays_in_its_token(bad: float, m: int) -> None:
     x, codes, scale = grid(m, 12), weights(6, 12, TWO_BITS), torch.ones(1)
     x[1, 7] = bad
-    run = triton_layout.bind(prepack(codes, TWO_BITS), scale.to(DEVICE), None, 6, 12, 8, TWO_BITS)
+    run = gpu_backend.bind(prepack(codes, TWO_BITS), scale.to(DEVICE), None, 6, 12, 8, TWO_BITS)
     y = run(x.to(DEVICE)).cpu()
     assert y[1].isnan().all()
     others = [i for i in range(m) if i != 1]
@@ -335,7 +337,7 @@ def test_a_training_step_equals_the_reference_path(
 
     mine = step()
     assert called
-    monkeypatch.setattr(ops, "_on_triton", lambda t: False)
+    monkeypatch.setattr(quantizers, "on_triton", lambda t: False)
     for found, expected in zip(mine, step(), strict=True):
         assert torch.equal(found, expected)
 
@@ -393,8 +395,8 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
     """Traced whole, on fake tensors of a GPU that need not exist, through our operators. Gradients need a real one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(ops, "_triton_is_chosen", lambda: True)
-    monkeypatch.setattr(ops, "_on_triton", REALLY_ON_TRITON)
+    monkeypatch.setattr(quantizers, "_triton_is_chosen", lambda: True)
+    monkeypatch.setattr(quantizers, "on_triton", REALLY_ON_TRITON)
     seen: set[str] = set()
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -418,8 +420,11 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 
 def proof_of(planes: int) -> str | None:
-    prepack, bind = (partial(f, planes=planes) for f in (triton_layout.prepack, triton_layout.bind))
-    return proof.fault(proof.layers(prepack, bind, eight_bits=planes == TWO_BITS), torch.device(DEVICE))
+    prepack, bind = (partial(f, planes=planes) for f in (gpu_layout.prepack, gpu_backend.bind))
+    return proof.fault(
+        proof.layers(prepack, bind, ("ternary", "int8")[: 2 if planes == TWO_BITS else 1], grouped=False),
+        torch.device(DEVICE),
+    )
 
 
 @runs
@@ -468,7 +473,7 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert backends.choose_backend("auto", cuda) == "triton"
-    assert backends.choose_backend("auto", cuda, bits=1.6) == "triton-base3"
+    assert backends.choose_backend("auto", cuda, weight_bits=1.6) == "triton-base3"
     assert backends.choose_backend("auto", cuda, activation_bits=None) == "torch"
     with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float"):
         backends.choose_backend("triton", cuda, None)
@@ -480,7 +485,7 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
             backends.choose_backend("triton", cuda)
         assert backends.choose_backend("auto", cuda) == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
+    monkeypatch.setattr(gpu_backend, "_triton_version", lambda: None)
     backends._choose.cache_clear()
     with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
         backends.choose_backend("triton", cuda)
@@ -492,17 +497,17 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
 @each_planes
 def test_a_layer_of_another_size_than_its_weight_is_refused(planes: int, n: int, k: int) -> None:
     codes = weights(64, 40, planes)
-    weight = triton_layout.prepack(codes if planes == INT8 else layout.pack_ternary(codes), 64, planes)
+    weight = gpu_layout.prepack(codes if planes == INT8 else layout.pack_ternary(codes), 64, planes)
     with pytest.raises(ValueError, match="weight is prepacked as"):
-        triton_layout.bind(weight, torch.ones(1), None, n, k, 8, planes)
+        gpu_backend.bind(weight, torch.ones(1), None, n, k, 8, planes)
     for scale, bias in [(torch.ones(63), None), (torch.ones(1), torch.ones(65))]:
         with pytest.raises(ValueError, match="do not fit 64 rows"):
-            triton_layout.bind(weight, scale, bias, 64, 40, 8, planes)
+            gpu_backend.bind(weight, scale, bias, 64, 40, 8, planes)
 
 
 @runs
 def test_x_on_another_device_is_refused() -> None:
-    run = triton_layout.bind(prepack(weights(4, 8, TWO_BITS), TWO_BITS), torch.ones(1, device=DEVICE), None, 4, 8, 8, 4)
+    run = gpu_backend.bind(prepack(weights(4, 8, TWO_BITS), TWO_BITS), torch.ones(1, device=DEVICE), None, 4, 8, 8, 4)
     with pytest.raises(ValueError, match=r"x is on meta, but this layer is on .*move one of them"):
         run(torch.empty(2, 8, device="meta"))
 
@@ -532,14 +537,14 @@ def packed_layer(n: int, k: int, **options: Any) -> PackedBitLinear:
 
 
 @on_gpu
-@pytest.mark.parametrize("options", [{}, {"bits": 1.6}, {"weights": "int8", "per_row": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_bits": 1.6}, {"weights": "int8", "per_row": True}], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), REAL_SHAPES)
 def test_real_layers_have_the_references_bits_twice(m: int, n: int, k: int, options: dict[str, Any]) -> None:
     layer = packed_layer(n, k, **options)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         y = layer(x)
-        assert layer.prepack()[1] == ("triton-base3" if "bits" in options else "triton")
+        assert layer.prepack()[1] == ("triton-base3" if "weight_bits" in options else "triton")
         assert torch.equal(y, reference.ternary_linear(x, layer.codes(), layer.weight_scale, layer.bias))
         for _ in range(3):
             assert torch.equal(y, layer(x))
@@ -550,7 +555,7 @@ def test_every_candidate_configuration_is_exact() -> None:
     gpu, planes = configs.gpu_of(torch.device("cuda")), TWO_BITS
     n, k = 1000, 4160
     codes = weights(n, k, planes)
-    layer = linear.Layer(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
+    layer = linear.PreparedWeight(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
     for m in (1, 16, 700):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         expected = reference.ternary_linear(x, codes.cuda(), layer.scale)
@@ -659,7 +664,7 @@ def test_offsets_beyond_two_billion_bytes_are_not_cut(m: int) -> None:
     n, k = 300_000, 8192
     codes = torch.zeros(n, k, dtype=torch.int8, device="cuda")
     codes[-3:] = torch.randint(-127, 128, (3, k), dtype=torch.int8, device="cuda")
-    run = triton_layout.bind(codes, torch.ones(1, device="cuda"), None, n, k, 8, INT8)
+    run = gpu_backend.bind(codes, torch.ones(1, device="cuda"), None, n, k, 8, INT8)
     x = torch.randn(m, k, device="cuda")
     y = run(x)
     assert torch.equal(y[:, -3:], reference.ternary_linear(x, codes[-3:], torch.ones(1, device="cuda")))
@@ -673,7 +678,7 @@ def test_offsets_beyond_two_billion_bytes_are_not_cut(m: int) -> None:
 def test_tuning_measures_checks_and_keeps_the_fastest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitnet.commands import tune
+    from bitnet import tuning as tune
 
     def seconds(calls: list[Callable], rounds: int) -> Tensor:
         calls[0]()
@@ -682,7 +687,7 @@ def test_tuning_measures_checks_and_keeps_the_fastest(
 
     timed: list[int] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton_layout, "_triton_version", lambda: None)
+    monkeypatch.setattr(gpu_backend, "_triton_version", lambda: None)
     with pytest.raises(RuntimeError, match="there is nothing to tune here"):
         tune.tune(["12x40"], [1], device="cpu")
     cache = type("properties", (), {"L2_cache_size": 100})

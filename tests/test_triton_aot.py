@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time for GPUs that are not here: what the compiler made of them.
 
 Triton's wheel brings the assembler and the disassembler, so none of this needs a driver. The configurations are those
-that kernels/triton_configs.py would choose on such a GPU.
+that kernels/gpu/configs.py would choose on such a GPU.
 """
 
 import re
@@ -18,10 +18,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from bitnet.kernels import triton_configs as configs  # noqa: E402
-from bitnet.kernels import triton_linear as linear  # noqa: E402
-from bitnet.kernels import triton_quantize as quantize  # noqa: E402
-from bitnet.kernels.triton_layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
+from bitnet.kernels.gpu import configs as configs  # noqa: E402
+from bitnet.kernels.gpu import linear, quantize  # noqa: E402
+from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
@@ -390,6 +389,6 @@ def test_a_damaged_cache_is_reported_and_not_used(text: str, tmp_path: Path, mon
 
 def test_importing_the_package_imports_no_kernel() -> None:
     """The first layer that runs on a GPU does; before that, Triton is not needed and its import not waited for."""
-    code = "import bitnet.packed, sys; print([m for m in sys.modules if m.startswith('bitnet.kernels.triton_')])"
+    code = "import bitnet.packed, sys; print(sorted(m for m in sys.modules if m.startswith('bitnet.kernels.gpu.')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "['bitnet.kernels.triton_layout']"
+    assert found.strip() == "['bitnet.kernels.gpu.backend', 'bitnet.kernels.gpu.layout']"

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitnet
 from bitnet.convert import writing
-from bitnet.convert.conversion import stream
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion import convert as conversion
+from bitnet.convert.conversion import journal, plan
+from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.convert.opening import open_source
 
 QUIET = Console(quiet=True)
 KILLS = Path(__file__).with_name("kills.py")
@@ -294,8 +296,8 @@ with work_folder(Path(sys.argv[1]), "converting", wait=False):
 def test_an_error_removes_nothing_that_took_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "source")
-    monkeypatch.setattr(stream, "SYNC", 1)
-    write, runs = stream._Work.write, []
+    monkeypatch.setattr(journal, "SYNC", 1)
+    write, runs = journal.Work.write, []
 
     def failing(self: Any, job: Any, values: Any) -> None:
         if len(runs) == 4:
@@ -304,7 +306,7 @@ def test_an_error_removes_nothing_that_took_time(tmp_path: Path, monkeypatch: py
         write(self, job, values)
 
     folder = tmp_path / ".out-converting"
-    monkeypatch.setattr(stream._Work, "write", failing)
+    monkeypatch.setattr(journal.Work, "write", failing)
     with pytest.raises(ValueError, match=rf"in the source; what is finished is kept in {folder}: go on with resume"):
         convert_checkpoint(tmp_path / "source", tmp_path / "out", workers=1, console=QUIET)
     assert len((folder / "journal").read_text().splitlines()) == 4
@@ -316,10 +318,10 @@ def test_an_error_removes_nothing_that_took_time(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "source" / "config.json").read_text() == config
     runs.clear()
     monkeypatch.setattr(
-        stream._Work, "write", lambda self, job, values: (runs.append(job.name), write(self, job, values))
+        journal.Work, "write", lambda self, job, values: (runs.append(job.name), write(self, job, values))
     )
     convert_checkpoint(tmp_path / "source", tmp_path / "out", resume=True, console=QUIET)
-    assert len(runs) == len(list(stream.plan(stream.open_source(tmp_path / "source"), "hub")[1])) - 4
+    assert len(runs) == len(list(plan.plan(open_source(tmp_path / "source"), "hub")[1])) - 4
     assert names(tmp_path) == {"source", "out"}
 
 
@@ -339,13 +341,13 @@ def test_what_came_into_the_folder_meanwhile_is_not_overwritten(
 ) -> None:
     bitnet.save(packed(), tmp_path / "source")
     (tmp_path / "out").mkdir()
-    run = stream._run
+    run = conversion._run
 
     def slowly(*args: Any) -> None:
         run(*args)
         (tmp_path / "out" / "config.json").write_text("mine")
 
-    monkeypatch.setattr(stream, "_run", slowly)
+    monkeypatch.setattr(conversion, "_run", slowly)
     with pytest.raises(OSError, match=r"out exists already.*what is finished is kept in"):
         convert_checkpoint(tmp_path / "source", tmp_path / "out", "base3", console=QUIET)
     monkeypatch.undo()

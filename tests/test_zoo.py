@@ -25,8 +25,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitNetQuantConfig
 
 import bitnet
-from bitnet.convert.conversion.stream import convert_checkpoint
-from bitnet.convert.hub import hf
+from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.convert.hub.config import EXTENDED, config_of
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import reference
 from bitnet.linear import BitConv1D, BitLayer
@@ -227,7 +227,7 @@ def test_training_does_not_reach_the_latent_weights(case: Case) -> None:
     assert loss.isfinite()
     loss.backward()
     for name, layer in low_bit(model).items():
-        for m in layer.matrices():
+        for m in layer.latent_weights():
             grad = layer.get_parameter(m.parameter).grad
             assert grad is not None, name
             assert grad.isfinite().all(), name
@@ -255,9 +255,9 @@ def test_stock_transformers_would_convert_other_layers(case: Case, packed: bool)
     model = copy.deepcopy(case.model)
     if packed:
         bitnet.pack(model)
-    config = hf.config_of(model)
+    config = config_of(model)
     assert config is not None
-    assert (config.linear_class == hf.EXTENDED) == (case.name in OURS_ONLY)
+    assert (config.linear_class == EXTENDED) == (case.name in OURS_ONLY)
     if case.name in OURS_ONLY:
         with pytest.raises(ValueError, match="pip install bitnet-toolkit"):
             BitNetQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -297,13 +297,13 @@ def test_a_trained_packed_and_loaded_model_generates_something_else(name: str, b
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = model.eval().generate(IDS[:1], **options)
     bitnet.pack(model)
-    bitnet.save(model, tmp_path / "model", bits=bits)
+    bitnet.save(model, tmp_path / "model", weight_bits=bits)
     with said(bits):
-        loaded = bitnet.load(tmp_path / "model", bits=bits)
+        loaded = bitnet.load(tmp_path / "model", weight_bits=bits)
         result = logits(loaded, case.inputs)
     assert torch.equal(result, logits(model, case.inputs))
     assert torch.equal(loaded.generate(IDS[:1], **options), expected)
-    bitnet.save(loaded, tmp_path / "again", bits=bits)
+    bitnet.save(loaded, tmp_path / "again", weight_bits=bits)
     first, again = (load_file(tmp_path / save / "model.safetensors") for save in ("model", "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -318,7 +318,7 @@ def test_a_model_without_data_gives_another_report(case: Case) -> None:
 def test_unpacking_does_not_give_back_the_model(case: Case) -> None:
     model = copy.deepcopy(case.model)
     latent = {name: p.detach().clone() for name, p in parameters(model).items()}
-    specs = {name: (layer.spec, layer.matrices()) for name, layer in low_bit(model).items()}
+    specs = {name: (layer.spec, layer.latent_weights()) for name, layer in low_bit(model).items()}
     bitnet.pack(model)
     bitnet.unpack(model)
     assert {name: type(module) for name, module in model.named_modules()} == case.types
@@ -398,7 +398,7 @@ def test_a_model_with_nothing_to_swap_is_changed_or_breaks(name: str) -> None:
     assert report.low_bit_weights == report.packed_bytes == 0
     assert all(type(module) is types[path] for path, module in model.named_modules())
     assert all(parameters(model)[path] is parameter for path, parameter in before.items())
-    assert hf.config_of(model) is None
+    assert config_of(model) is None
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ValueError, match="no BitLinear layers"):
         bitnet.pack(model)

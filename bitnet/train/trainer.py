@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .training import set_strength, strength_at
+from .strength import set_strength, strength_at
 
 
 class StrengthCallback(TrainerCallback):

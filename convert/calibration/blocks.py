@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bitnet.kernels import ops
+from bitnet.kernels import quantizers
 from bitnet.linear import BitLinear, become
 
 from ..rounding import Quantized, rounded
@@ -30,7 +30,7 @@ class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-class Layer(BitLinear):
+class ObservedLinear(BitLinear):
     """A low-bit layer that computes what the stream asks for."""
 
     context: "BlockModel"
@@ -46,7 +46,7 @@ class Layer(BitLinear):
         if stream not in self.rounded:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(-1, self.in_features)
-        y = ops.codes_linear(
+        y = quantizers.codes_linear(
             x, *self.rounded[stream], self.bias, self.spec.activation_bits, self.spec.weights == "int8"
         )
         return y.view(*input.shape[:-1], self.out_features)
@@ -79,11 +79,11 @@ class BlockModel:
         self.calls: list[Any] = []  # of each block: itself, positional and other arguments but for hidden states
         self.stored = set(source.stored())
         self.stream = FLOAT
-        self.watch: Callable[[Layer, Tensor], None] | None = None
+        self.watch: Callable[[ObservedLinear, Tensor], None] | None = None
         self.names: dict[nn.Module, str] = {}
         for name, module in source.model.named_modules():
             if isinstance(module, BitLinear):
-                layer = become(BitLinear.from_linear(self.model.get_submodule(name), module.spec), Layer)
+                layer = become(BitLinear.from_linear(self.model.get_submodule(name), module.spec), ObservedLinear)
                 layer.context, layer.rounded = self, {}
         for name, module in self.model.named_modules():
             self.names[module] = name
@@ -92,13 +92,13 @@ class BlockModel:
                 module._buffers[leaf] = None if buffer is None else buffer.to(device)
         self.blocks = self._blocks()
         inside = {module for block in self.blocks for module in block.modules()}
-        self.outside = {module for module in self.names if isinstance(module, Layer) and module not in inside}
+        self.outside = {module for module in self.names if isinstance(module, ObservedLinear) and module not in inside}
 
     def _blocks(self) -> list[nn.Module]:
         """The decoder blocks: the one outermost nn.ModuleList that holds low-bit layers."""
         lists: dict[str, nn.ModuleList] = {}
         for name, module in self.model.named_modules():
-            low_bit = isinstance(module, nn.ModuleList) and any(isinstance(m, Layer) for m in module.modules())
+            low_bit = isinstance(module, nn.ModuleList) and any(isinstance(m, ObservedLinear) for m in module.modules())
             if low_bit and not any(name.startswith(f"{other}.") for other in lists):
                 lists[name] = module
         if len(lists) != 1:
@@ -121,7 +121,7 @@ class BlockModel:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and f"{name}.{leaf}" in self.stored:
                 module._buffers[leaf] = self.read(f"{name}.{leaf}", buffer.shape).to(buffer.dtype)
-        if isinstance(module, Layer) and PLAIN not in module.rounded:
+        if isinstance(module, ObservedLinear) and PLAIN not in module.rounded:
             module.rounded[PLAIN] = rounded(module.weight.detach(), module.spec)
             if module in self.outside:
                 module.rounded[CALIBRATED] = module.rounded[PLAIN]
@@ -149,7 +149,7 @@ class BlockModel:
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            if isinstance(module, Layer):
+            if isinstance(module, ObservedLinear):
                 module.rounded.clear()
 
     def embed(self, ids: Tensor, stream: str) -> Tensor:
@@ -229,9 +229,9 @@ class BlockModel:
                 del block.pass_on
                 become(block, cls)
 
-    def layers(self, index: int) -> list[Layer]:
+    def layers(self, index: int) -> list[ObservedLinear]:
         """The low-bit layers of a block."""
-        return [module for module in self.blocks[index].modules() if isinstance(module, Layer)]
+        return [module for module in self.blocks[index].modules() if isinstance(module, ObservedLinear)]
 
     def restore(self, index: int, results: dict[str, Quantized]) -> None:
         """Give the layers of a block what an earlier run found."""
@@ -240,10 +240,10 @@ class BlockModel:
             codes, scale = results.get(self.names[layer], layer.rounded[PLAIN])
             layer.rounded[CALIBRATED] = Quantized(codes.to(self.device), scale.to(self.device))
 
-    def inputs(self, index: int, hidden: Tensor, stream: str, layer: Layer) -> Tensor:
+    def inputs(self, index: int, hidden: Tensor, stream: str, layer: ObservedLinear) -> Tensor:
         """The input [tokens, K] of one layer of a block for one text."""
 
-        def watch(module: Layer, input: Tensor) -> None:
+        def watch(module: ObservedLinear, input: Tensor) -> None:
             if module is layer:
                 raise _Stop(input)
 
@@ -256,10 +256,10 @@ class BlockModel:
             self.watch = None
         raise self.refusal(f"{self.names[layer]} does not run for every text")
 
-    def groups(self, index: int, hidden: Tensor) -> tuple[list[list[Layer]], dict[Layer, str]]:
+    def groups(self, index: int, hidden: Tensor) -> tuple[list[list[ObservedLinear]], dict[ObservedLinear, str]]:
         """The layers of a block in the order in which they run, those that share an input together; and those that
         cannot be calibrated, with the reason."""
-        calls: list[tuple[Layer, Tensor]] = []
+        calls: list[tuple[ObservedLinear, Tensor]] = []
         try:
             self.watch = lambda layer, input: calls.append((layer, input))
             self.block(index, hidden, FLOAT)
@@ -267,8 +267,8 @@ class BlockModel:
             self.watch = None
         ran = [layer for layer, _ in calls]
         tokens = hidden.shape[-2]
-        reasons: dict[Layer, str] = {}
-        groups: list[list[Layer]] = []
+        reasons: dict[ObservedLinear, str] = {}
+        groups: list[list[ObservedLinear]] = []
         last = None
         for layer in self.layers(index):
             if layer.spec.weights != "ternary":

@@ -26,13 +26,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bitnet import tables
 from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
 
-from ..source import Quantized, Source
+from ..rounding import Quantized
+from ..source import Source
 from ..writing import write_whole
-from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, Layer
+from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, ObservedLinear
 from .gptq import ternarize
 
 SETTINGS = "calibration.json"
@@ -69,13 +71,11 @@ class Calibration:
     def __str__(self) -> str:
         lines = [("output SNR on the calibration text, dB", "plain", "calibrated", "")]
         lines += [(row.name, _decibels(row.plain), _decibels(row.calibrated), row.reason) for row in self.layers]
-        width = max(len(line[0]) for line in lines)
-        table = [f"{name:{width}}  {plain:>6}  {after:>10}  {reason}".rstrip() for name, plain, after, reason in lines]
         scores = [
             f"{name:10} {self.bits_per_byte[name]:7.3f} bits per byte, perplexity {self.perplexity[name]:,.2f}"
             for name in STREAMS
         ]
-        return "\n".join([*table, f"{self.tokens:,} held-out tokens:", *scores])
+        return "\n".join([tables.text(lines, right=(1, 2)), f"{self.tokens:,} held-out tokens:", *scores])
 
 
 def _decibels(ratio: float) -> str:
@@ -314,9 +314,9 @@ def _advance_and_compare(
 ) -> list[LayerReport]:
     """_advance, and how far the layers' outputs are from those of the float model."""
     sums = {layer: torch.zeros(3, dtype=torch.float64) for layer in model.layers(index)}
-    wanted: dict[Layer, Tensor] = {}
+    wanted: dict[ObservedLinear, Tensor] = {}
 
-    def watch(layer: Layer, input: Tensor) -> None:
+    def watch(layer: ObservedLinear, input: Tensor) -> None:
         if model.stream == FLOAT:
             wanted[layer] = layer.output(input, FLOAT)
             return

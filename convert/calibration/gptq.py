@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import reference
+from bitnet.kernels.reference import dequantize_weight
 
 DAMPING = 0.1  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
 SWEEPS = 8
@@ -102,7 +103,7 @@ def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
 def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """New codes: each column's in turn the best ones, given those of all others."""
     codes = codes.clone()
-    slope = (w - codes * scale[:, None]) @ h  # of the error along each column, negative and halved
+    slope = (w - dequantize_weight(codes, scale)) @ h  # of the error along each column, negative and halved
     for start in range(0, w.shape[1], BLOCK):
         end = min(start + BLOCK, w.shape[1])
         part, corner = slope[:, start:end].clone(), h[start:end, start:end]
@@ -128,5 +129,5 @@ def refit(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def errors(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The sum that is minimised, by row."""
-    difference = w - codes * scale[:, None]
+    difference = w - dequantize_weight(codes, scale)
     return ((difference @ h) * difference).sum(1)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..llama_cpp import ggml
+from . import ggml
 from .damaged import Damaged
 
 ALIGNMENT = 32
@@ -100,6 +100,11 @@ def read_tensor(file: Path, info: TensorInfo) -> ggml.Bytes:
     if len(data) != info.nbytes:
         raise OSError(f"{file}: ended {info.nbytes - len(data):,} bytes early while it was read")
     return data
+
+
+def map_tensor(file: Path, info: TensorInfo) -> ggml.Bytes:
+    """The same without reading them, for what looks at few; let go of it soon, for pages once seen count as memory."""
+    return np.memmap(file, np.uint8, "r", info.offset, (info.nbytes,))
 
 
 class _Reader:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..files.damaged import Damaged
-from . import hf
+from .config import BitNetConfig
 
 # Options that say how many modules (or entries of a table) there are, and how many a model may have at least: with more
 # layers than that, each must have a tensor of its own.
@@ -49,7 +49,7 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
         raise Damaged(file, f"quantization_config is {settings!r:.80}, not an object with a quant_method")
     if settings is not None and settings["quant_method"] == "bitnet":
         try:
-            hf.BitNetConfig.from_dict(settings)
+            BitNetConfig.from_dict(settings)
         except ValueError as error:
             raise ValueError(f"{file.parent}: {error}") from None
     with refusals(file):

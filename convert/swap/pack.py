@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitnet.experts import pack_layer, to_packed
 from bitnet.kernels import ops
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedEmbedding
+from bitnet.packing import pack_layer, to_packed
 from bitnet.quantize import QuantSpec
 
-from ..hub import hf
+from ..hub import quantizer, wrappers
 from .report import Report, report_on
 from .safety import judge
 
@@ -41,7 +42,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         )
     packed = {}
     for name, layer in layers.items():
-        for leaf in (m.parameter for m in layer.matrices()):
+        for leaf in (m.parameter for m in layer.latent_weights()):
             values = layer.get_parameter(leaf)
             if type(values.data) is not torch.Tensor:
                 raise ValueError(
@@ -64,7 +65,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
             PackedEmbedding.from_embedding(embedding, codes, scale)
     for name, layer in layers.items():
         to_packed(layer, packed.pop(name), backend)
-    hf.attach(model)
+    quantizer.attach(model)
     return report_on(model, costs, others="not a BitLinear, so not packed")
 
 
@@ -78,7 +79,7 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor, float]:
         found, scale = ops.quantize_weight(rows, kind="int8", per_row=True)
         place.copy_(found)
         pieces.append(scale)
-        moved += (found * scale[:, None] - rows).double().square().sum().item()
+        moved += (dequantize_weight(found, scale) - rows).double().square().sum().item()
         size += rows.double().square().sum().item()
     return codes, torch.cat(pieces), (moved / max(size, 1e-300)) ** 0.5
 
@@ -90,7 +91,7 @@ def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
 
 def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     """The output head that can become int8, its name, and the input embedding tied to it."""
-    inner = list(hf.outermost(model).values())
+    inner = list(wrappers.outermost(model).values())
     head = inner[0].get_output_embeddings() if len(inner) == 1 else None
     if type(head) is not nn.Linear:
         raise ValueError(

@@ -15,7 +15,7 @@ from bitnet.experts import stacks_of
 from bitnet.linear import BitLayer
 from bitnet.quantize import QuantSpec
 
-from ..hub import hf
+from ..hub import quantizer
 from .kinds import settle_fast_paths, swappable, to_training
 from .report import Report, report_on
 from .safety import judge
@@ -79,7 +79,7 @@ def replace_linear(
         else:
             to_training(module, spec)
     settle_fast_paths(model)
-    hf.attach(model)
+    quantizer.attach(model)
     return report_on(model, reasons)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from bitnet import tables
 from bitnet.experts import BitExperts, PackedExperts, stacks_of
 from bitnet.kernels import layout
-from bitnet.linear import BitLayer, Matrices
+from bitnet.linear import BitLayer, LatentWeight
 from bitnet.packed import PackedBitLinear
 
 from .kinds import ROUTERS, swappable
@@ -70,11 +71,9 @@ class Report:
             groups[key] = groups.get(key, 0) + 1
         lines = [("weight matrix", "kind", "shape", "count", "now", "why")]
         lines += [(name, kind, shape, str(n), now, why) for (name, kind, shape, now, why), n in groups.items()]
-        widths = [max(len(line[i]) for line in lines) for i in range(6)]
-        table = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         share = 100 * self.low_bit_weights / max(self.weights, 1)
         return (
-            f"{table}\n"
+            f"{tables.text(lines)}\n"
             f"{self.low_bit_weights:,} of {self.weights:,} weights ({share:.1f} %) are low-bit; packed they take "
             f"{self.packed_bytes / 1e6:,.2f} MB, the rest {self.kept_bytes / 1e6:,.2f} MB"
         )
@@ -87,7 +86,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
     seen: set[int] = set()
 
     def add(
-        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", m: Matrices | None = None
+        name: str, kind: str, tensor: torch.Tensor, action: str, reason: str = "", m: LatentWeight | None = None
     ) -> None:
         lazy = isinstance(tensor, nn.parameter.UninitializedParameter)
         shape = m.shape if m else () if lazy else tuple(tensor.shape)
@@ -104,7 +103,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
     for name, module in model.named_modules():
         if isinstance(module, PackedBitLinear):
             action = "int8" if module.spec.weights == "int8" else "packed"
-            m = Matrices("weight", module.out_features, module.in_features, module.transposed)
+            m = LatentWeight("weight", module.out_features, module.in_features, module.transposed)
             add(name, "PackedBitLinear", module.weight, action, reasons.get(name, ""), m)
             count(module.weight_scale, module.bias)
         elif isinstance(module, PackedExperts):
@@ -114,7 +113,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
                 add(f"{name}.{m.parameter}".lstrip("."), "PackedExperts", stack.weight, action, m=m)
                 count(stack.weight_scale, stack.bias)
         elif isinstance(module, BitLayer):
-            for m in module.matrices():
+            for m in module.latent_weights():
                 row = name if m.parameter == "weight" else f"{name}.{m.parameter}".lstrip(".")
                 add(row, type(module).__name__, module.get_parameter(m.parameter), module.spec.weights, m=m)
         elif isinstance(module, nn.Linear | Conv1D) and name in reasons and id(module.weight) not in seen:

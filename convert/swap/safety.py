@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitnet.experts import stacks_of
 
-from ..hub.hf import outermost
+from ..hub.wrappers import outermost
 from .kinds import HEADS, ROUTERS, computes_linear
 from .reads import find_reads, root_of
 

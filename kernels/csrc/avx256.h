@@ -12,7 +12,7 @@ struct Avx256 {
   using Sum = __m256i;
   using Int = __m256i;
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
+  static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 32, kTileVecs = 2;
   static constexpr int kPlaneVecs = 2;  // with four, 16 registers do not hold the sums, the activations and the masks
 

@@ -24,7 +24,7 @@ struct Avx512Vbmi : Avx512 {
   struct Packed {
     Vec planes, rest;  // t0..t3 as 2-bit fields; 84 t4
   };
-  static constexpr int kLayout = kBase3, kFields = 5, kFactor = 1, kZero = 1;
+  static constexpr int kForm = kBase3, kFields = 5, kFactor = 1, kZero = 1;
 
   static INLINE Packed split(Vec v) {
     const Vec rest = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 2), load(kTable.rest)), u = _mm512_sub_epi8(v, rest);

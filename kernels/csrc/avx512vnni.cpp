@@ -5,7 +5,7 @@ namespace {
 
 struct Avx512Vnni : Avx512 {
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
+  static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   using Planes = FourPlanes;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }

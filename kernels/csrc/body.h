@@ -5,7 +5,7 @@
 //   Int, load32, store32, splat32, add32, sub32, times256    vectors of int32
 //   widen                     a block's scales, from float16 to float32
 //   add_scaled(to, i, scale)  float32 [vector]: to += i * scale, rounded twice
-//   kLayout, kFields          the layout of the weights and how many fields of 4 features a lane of it has
+//   kForm, kFields          the form of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumSteps            a partial accumulator, and how many steps it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
@@ -51,7 +51,7 @@ INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, co
 }
 
 template <class I, int kLimbs>
-void gemv_rows(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
+void gemv_rows(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
   constexpr int kStep = 4 * I::kFields, kLanes = I::kBytes / 4;
   const int64_t steps = (layer.k + kStep - 1) / kStep;
   for (int64_t block = first; block < last; ++block) {
@@ -70,7 +70,7 @@ void gemv_rows(const Layer& layer, int64_t first, int64_t last, const Token& tok
 }
 
 template <class I, int kLimbs>
-void gemv_groups(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
+void gemv_groups(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
   constexpr int kStep = 4 * I::kFields, kLanes = I::kBytes / 4;
   const Groups groups(layer, kStep);
   const int64_t steps = (layer.k + kStep - 1) / kStep;
@@ -95,8 +95,8 @@ void gemv_groups(const Layer& layer, int64_t first, int64_t last, const Token& t
 }
 
 template <class I>
-void gemv(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
-  if constexpr (I::kLayout != kEightBits) {
+void gemv(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
+  if constexpr (I::kForm != kEightBits) {
     if (layer.group_size && token.limbs == 2) return gemv_groups<I, 2>(layer, first, last, token, y, y_type);
     if (layer.group_size) return gemv_groups<I, 1>(layer, first, last, token, y, y_type);
     if (token.limbs == 2) return gemv_rows<I, 2>(layer, first, last, token, y, y_type);
@@ -235,12 +235,12 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
 template <class I>
 constexpr int64_t chunk_steps() {  // so many that a group fits
   constexpr int64_t kStep = 4 * I::kFields, kChunk = (kChunkFeatures + kStep - 1) / kStep + (kChunkFeatures % kStep > 0);
-  static_assert(I::kLayout == kEightBits || kChunk <= I::kSumSteps, "");
+  static_assert(I::kForm == kEightBits || kChunk <= I::kSumSteps, "");
   return kChunk < I::kSumSteps ? kChunk : I::kSumSteps;
 }
 
 template <class I, int L, int V>
-void slice_rows(const Layer& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
+void slice_rows(const PreparedWeight& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
   constexpr int kRows = V * I::kBytes / 4, kStep = 4 * I::kFields;
   alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
   const int64_t steps = (layer.k + kStep - 1) / kStep, n0 = block * kBlockRows;
@@ -256,7 +256,7 @@ void slice_rows(const Layer& layer, int64_t block, const Panels& panels, int32_t
 }
 
 template <class I, int L, int V>
-void slice_groups(const Layer& layer, int64_t block, const Panels& panels, float* part, void* y, int32_t y_type) {
+void slice_groups(const PreparedWeight& layer, int64_t block, const Panels& panels, float* part, void* y, int32_t y_type) {
   constexpr int kRows = V * I::kBytes / 4, kStep = 4 * I::kFields;
   alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
   alignas(64) float scale[kRows];
@@ -283,15 +283,15 @@ void slice_groups(const Layer& layer, int64_t block, const Panels& panels, float
 }
 
 template <class I, int L, int V>
-void slice(const Layer& layer, int64_t block, const Panels& panels, void* scratch, void* y, int32_t y_type) {
-  if constexpr (I::kLayout != kEightBits)
+void slice(const PreparedWeight& layer, int64_t block, const Panels& panels, void* scratch, void* y, int32_t y_type) {
+  if constexpr (I::kForm != kEightBits)
     if (layer.group_size)
       return slice_groups<I, L, V>(layer, block, panels, static_cast<float*>(scratch), y, y_type);
   slice_rows<I, L, V>(layer, block, panels, static_cast<int32_t*>(scratch), y, y_type);
 }
 
 template <class I, int L>
-void gemm_limbs(const Layer& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
+void gemm_limbs(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
                 int32_t y_type) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes, V = I::kTileVecs > kBlockVecs ? I::kTileVecs : kBlockVecs;
   for (; first + V / kBlockVecs <= last; first += V / kBlockVecs)
@@ -300,9 +300,9 @@ void gemm_limbs(const Layer& layer, int64_t first, int64_t last, const Panels& p
 }
 
 template <class I>
-void gemm(const Layer& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
+void gemm(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
           int32_t y_type) {
-  if constexpr (I::kLayout != kEightBits)
+  if constexpr (I::kForm != kEightBits)
     if (panels.limbs == 2) return gemm_limbs<I, 2>(layer, first, last, panels, scratch, y, y_type);
   gemm_limbs<I, 1>(layer, first, last, panels, scratch, y, y_type);
 }
@@ -332,12 +332,12 @@ struct BitByBit {
   INLINE auto total() const { return I::total(sum); }
 };
 
-// Layout D on the primitives of an instruction set, bit<j>(w) among them, and its way to sum for one token.
+// Form D on the primitives of an instruction set, bit<j>(w) among them, and its way to sum for one token.
 template <class I, class P = BitByBit<I>, int64_t kSteps = I::kPlaneSteps>
 struct OneBit : I {
   struct Packed {};
   using Planes = P;
-  static constexpr int kLayout = kOneBit, kFields = 8, kFactor = 2, kZero = 1;
+  static constexpr int kForm = kOneBit, kFields = 8, kFactor = 2, kZero = 1;
   static constexpr int64_t kPlaneSteps = kSteps;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }
@@ -347,13 +347,13 @@ struct OneBit : I {
   }
 };
 
-// Layout C on the primitives of an instruction set whose dot() takes any u.
+// Form C on the primitives of an instruction set whose dot() takes any u.
 template <class I>
 struct EightBits : I {
   using typename I::Sum;
   using typename I::Vec;
   struct Packed {};
-  static constexpr int kLayout = kEightBits, kFields = 1, kFactor = 1, kZero = 128;
+  static constexpr int kForm = kEightBits, kFields = 1, kFactor = 1, kZero = 128;
   static constexpr int64_t kPlaneSteps = I::kSumSteps;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }
@@ -370,7 +370,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kLayout, I::kMaxTokens, quantize, sum_groups, split,
+  return {name, supported, I::kForm, I::kMaxTokens, quantize, sum_groups, split,
           ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
 }
 

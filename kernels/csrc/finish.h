@@ -51,7 +51,7 @@ INLINE void round_to(const float* y, int64_t rows, void* out, int64_t at) {
 }
 
 // y + bias, rounded, from row n0 of the output on.
-INLINE void round_rows(const Layer& layer, float* y, int64_t n0, int64_t rows, void* out, int64_t at, int32_t y_type) {
+INLINE void round_rows(const PreparedWeight& layer, float* y, int64_t n0, int64_t rows, void* out, int64_t at, int32_t y_type) {
   if (layer.bias) switch (layer.bias_type) {
       case kFloat32: add_bias<F32>(layer.bias, n0, rows, y); break;
       case kBFloat16: add_bias<BF16>(layer.bias, n0, rows, y); break;
@@ -66,7 +66,7 @@ INLINE void round_rows(const Layer& layer, float* y, int64_t n0, int64_t rows, v
 
 // For a scale of the tensor or the row.
 template <int kRows>
-void finish(const Layer& layer, const int32_t* product, float s, int64_t n0, void* out, int64_t at, int32_t y_type) {
+void finish(const PreparedWeight& layer, const int32_t* product, float s, int64_t n0, void* out, int64_t at, int32_t y_type) {
   const int64_t rows = smaller(kRows, layer.n - n0);
   if (y_type == kInt32) {
     memcpy(static_cast<int32_t*>(out) + at, product, rows * sizeof(*product));
@@ -85,7 +85,7 @@ void finish(const Layer& layer, const int32_t* product, float s, int64_t n0, voi
 
 // For scales of groups.
 template <int kRows>
-void finish_groups(const Layer& layer, float* total, float s, int64_t n0, void* out, int64_t at, int32_t y_type) {
+void finish_groups(const PreparedWeight& layer, float* total, float s, int64_t n0, void* out, int64_t at, int32_t y_type) {
   const float inverse = 1 / s;
   for (int i = 0; i < kRows; ++i) total[i] *= inverse;
   round_rows(layer, total, n0, smaller(kRows, layer.n - n0), out, at, y_type);

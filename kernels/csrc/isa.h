@@ -12,13 +12,13 @@ constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
 
 // Features of a step.
-constexpr int step_features(int layout) {
-  return layout == kBase3 ? 20 : layout == kEightBits ? 4 : layout == kOneBit ? 32 : 16;
+constexpr int step_features(int form) {
+  return form == kBase3 ? 20 : form == kEightBits ? 4 : form == kOneBit ? 32 : 16;
 }
 
 // Features that an int32 accumulator holds: 2^16 * kMax16 and 2^16 * 127 * 128 are below 2^31. Those of groups hold any.
-constexpr int64_t max_features(int layout, int activation_bits, bool groups) {
-  return layout == kEightBits || (activation_bits == 16 && !groups) ? int64_t(1) << 16 : kMaxFeatures;
+constexpr int64_t max_features(int form, bool wide, bool groups) {  // wide: 16-bit activations
+  return form == kEightBits || (wide && !groups) ? int64_t(1) << 16 : kMaxFeatures;
 }
 
 // How groups of features that share a scale lie in steps; without such scales there is one group of all. Where steps do
@@ -27,7 +27,7 @@ constexpr int64_t max_features(int layout, int activation_bits, bool groups) {
 struct Groups {
   int64_t k, size, count;
   int step;
-  Groups(const Layer& layer, int step)
+  Groups(const PreparedWeight& layer, int step)
       : k(layer.k), size(layer.group_size ? layer.group_size : k), count((k + size - 1) / size), step(step) {}
   int64_t first(int64_t g) const { return g * size / step; }
   int64_t steps(int64_t g) const {
@@ -69,7 +69,7 @@ constexpr int64_t scratch_bytes(int64_t tokens, int limbs, bool groups) {
 struct Isa {
   const char* name;
   bool (*supported)();
-  int layout;
+  int form;
   int max_tokens;  // limbs a panel may hold
 
   // Codes (int16 for 16 bits) and s of one token of k features. x_type may be that of codes: then x is copied, s is 1.
@@ -87,10 +87,10 @@ struct Isa {
   double (*magnitude)(const void* w, int32_t type, int64_t k);
 
   // Rows of blocks [first, last) for one token: y points at its row of the output.
-  void (*gemv)(const Layer& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type);
+  void (*gemv)(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type);
 
   // The same for many tokens. scratch: of scratch_bytes(), aligned to 64 bytes.
-  void (*gemm)(const Layer& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
+  void (*gemm)(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
                int32_t y_type);
 };
 

@@ -4,6 +4,39 @@
 
 namespace {
 
+// The sum of |w| over one row, in float64 and in an order that is the same on every CPU. Inf or NaN if the row holds any.
+
+template <class F>
+double magnitude_of(const void* w_, int64_t k) {
+  constexpr int kLanes = 16;
+  const auto* w = static_cast<const typename F::Bits*>(w_);
+  double sum[kLanes] = {};
+  typename F::Bits top = 0;
+  const auto add = [&](const typename F::Bits* from) __attribute__((always_inline)) {
+    for (int i = 0; i < kLanes; ++i) {
+      const typename F::Bits a = from[i] & F::kAbs;
+      top = a > top ? a : top;
+      sum[i] += double(F::value(a));
+    }
+  };
+  int64_t at = 0;
+  for (; at + kLanes <= k; at += kLanes) add(w + at);
+  typename F::Bits rest[kLanes] = {};
+  memcpy(rest, w + at, (k - at) * sizeof(*w));
+  add(rest);
+  if (top >= F::kInf) return top == F::kInf ? double(__builtin_inff()) : double(__builtin_nanf(""));
+  for (int i = 1; i < kLanes; ++i) sum[0] += sum[i];
+  return sum[0];
+}
+
+double magnitude(const void* w, int32_t type, int64_t k) {
+  switch (type) {
+    case kFloat32: return magnitude_of<F32>(w, k);
+    case kBFloat16: return magnitude_of<BF16>(w, k);
+    default: return magnitude_of<F16>(w, k);
+  }
+}
+
 // reference.quantize_activation for 8 and 16 bits, operation by operation; returns s.
 
 template <class F, class Code>
@@ -26,20 +59,40 @@ float quantize_float(const void* x_, int64_t k, Code* codes) {
   return s;
 }
 
-template <class Code>
-float quantize_to(const void* x, int32_t x_type, int64_t k, Code* codes) {
-  switch (x_type) {
-    case kFloat32: return quantize_float<F32>(x, k, codes);
-    case kBFloat16: return quantize_float<BF16>(x, k, codes);
-    case kFloat16: return quantize_float<F16>(x, k, codes);
+// The same for 4 bits.
+template <class F>
+float quantize_4_bits(const void* x_, int64_t k, int8_t* codes) {
+  const auto* x = static_cast<const typename F::Bits*>(x_);
+  const float mean = float(magnitude_of<F>(x, k) / double(k));
+  if (!(mean <= __FLT_MAX__)) {
+    memset(codes, 0, k);
+    return mean > 0 ? 0.0f : __builtin_nanf("");
   }
-  memcpy(codes, x, k * sizeof(Code));
-  return 1;
+  const float s = 0x1.52a7fap+1f * (1.0f / (mean < 1e-5f ? 1e-5f : mean));  // sqrt(7)
+  for (int64_t i = 0; i < k; ++i) {
+    float v = F::value(x[i]) * s;  // clamped before it is rounded, as ternary codes are
+    v = v < -8 ? -8 : v;
+    v = v > 7 ? 7 : v;
+    codes[i] = int8_t(bits<uint32_t>(v + 0x1.8p23f));
+  }
+  return s;
+}
+
+template <class F>
+float quantize_to(int32_t activation_bits, const void* x, int64_t k, void* codes) {
+  if (activation_bits == 16) return quantize_float<F>(x, k, static_cast<int16_t*>(codes));
+  if (activation_bits == 4) return quantize_4_bits<F>(x, k, static_cast<int8_t*>(codes));
+  return quantize_float<F>(x, k, static_cast<int8_t*>(codes));
 }
 
 float quantize(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, void* codes) {
-  return activation_bits == 16 ? quantize_to(x, x_type, k, static_cast<int16_t*>(codes))
-                               : quantize_to(x, x_type, k, static_cast<int8_t*>(codes));
+  switch (x_type) {
+    case kFloat32: return quantize_to<F32>(activation_bits, x, k, codes);
+    case kBFloat16: return quantize_to<BF16>(activation_bits, x, k, codes);
+    case kFloat16: return quantize_to<F16>(activation_bits, x, k, codes);
+  }
+  memcpy(codes, x, x_type == kInt16 ? 2 * k : k);
+  return 1;
 }
 
 template <class Code>
@@ -99,39 +152,6 @@ void pack_ternary(const void* const* rows, int32_t type, int64_t k, const float*
       if (rows[j]) ternary_codes(static_cast<const char*>(rows[j]) + at * size, type, here, inv[j], codes[j]);
     for (int64_t i = 0; i < here; ++i)
       packed[at + i] = uint8_t(0x55 + codes[0][i] + codes[1][i] * 4 + codes[2][i] * 16 + codes[3][i] * 64);
-  }
-}
-
-// The sum of |w| over one row, in float64 and in an order that is the same on every CPU. Inf or NaN if the row holds any.
-
-template <class F>
-double magnitude_of(const void* w_, int64_t k) {
-  constexpr int kLanes = 16;
-  const auto* w = static_cast<const typename F::Bits*>(w_);
-  double sum[kLanes] = {};
-  typename F::Bits top = 0;
-  const auto add = [&](const typename F::Bits* from) __attribute__((always_inline)) {
-    for (int i = 0; i < kLanes; ++i) {
-      const typename F::Bits a = from[i] & F::kAbs;
-      top = a > top ? a : top;
-      sum[i] += double(F::value(a));
-    }
-  };
-  int64_t at = 0;
-  for (; at + kLanes <= k; at += kLanes) add(w + at);
-  typename F::Bits rest[kLanes] = {};
-  memcpy(rest, w + at, (k - at) * sizeof(*w));
-  add(rest);
-  if (top >= F::kInf) return top == F::kInf ? double(__builtin_inff()) : double(__builtin_nanf(""));
-  for (int i = 1; i < kLanes; ++i) sum[0] += sum[i];
-  return sum[0];
-}
-
-double magnitude(const void* w, int32_t type, int64_t k) {
-  switch (type) {
-    case kFloat32: return magnitude_of<F32>(w, k);
-    case kBFloat16: return magnitude_of<BF16>(w, k);
-    default: return magnitude_of<F16>(w, k);
   }
 }
 

@@ -8,7 +8,7 @@ struct Scalar {
   using Sum = int32_t;
   using Int = int32_t;
   struct Packed {};
-  static constexpr int kLayout = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
+  static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 4, kPlaneVecs = 32, kTileVecs = 4, kMaxTokens = 4;
   static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = kMaxFeatures;
 

@@ -29,14 +29,14 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 struct Target {
-  int layout, index;
+  int form, index;
   const char* isa;
 };
 
 std::vector<Target> targets() {
   std::vector<Target> found;
-  for (int layout : {kTwoBits, kBase3, kEightBits})
-    for (int i = 0; bitnet_isa(layout, i); ++i) found.push_back({layout, i, bitnet_isa(layout, i)});
+  for (int form : {kTwoBits, kBase3, kEightBits})
+    for (int i = 0; bitnet_isa(form, i); ++i) found.push_back({form, i, bitnet_isa(form, i)});
   return found;
 }
 
@@ -54,16 +54,16 @@ void check_with(bool eight, int64_t m, int64_t n, int64_t k, int extreme) {
     }
   const uint8_t* source = eight ? reinterpret_cast<const uint8_t*>(codes.data()) : hub.data();
   std::vector<uint8_t> weights[3];
-  for (int layout : {kTwoBits, kBase3, kEightBits}) {
-    if ((layout == kEightBits) != eight) continue;
-    const int64_t group = eight ? 4 : layout == kBase3 ? 20 : 16;
-    weights[layout].resize((n + 31) / 32 * ((k + group - 1) / group) * 128);
-    uint8_t* weight = weights[layout].data();
-    require(!bitnet_prepack(codes.data(), 1, n, k, weight, layout, 2), "prepack of codes", "all", m, n, k);
-    const std::vector<uint8_t> of_codes = weights[layout];
-    require(!bitnet_prepack(source, 0, n, k, weight, layout, 2), "prepack", "all", m, n, k);
-    require(same(weights[layout], of_codes), "prepack of codes", "all", m, n, k);
-    require(!bitnet_unprepack(weight, n, k, back.data(), layout, 2) && codes == back, "unprepack", "all", m, n, k);
+  for (int form : {kTwoBits, kBase3, kEightBits}) {
+    if ((form == kEightBits) != eight) continue;
+    const int64_t group = eight ? 4 : form == kBase3 ? 20 : 16;
+    weights[form].resize((n + 31) / 32 * ((k + group - 1) / group) * 128);
+    uint8_t* weight = weights[form].data();
+    require(!bitnet_prepack(codes.data(), 1, n, k, weight, form, 2), "prepack of codes", "all", m, n, k);
+    const std::vector<uint8_t> of_codes = weights[form];
+    require(!bitnet_prepack(source, 0, n, k, weight, form, 2), "prepack", "all", m, n, k);
+    require(same(weights[form], of_codes), "prepack of codes", "all", m, n, k);
+    require(!bitnet_unprepack(weight, n, k, back.data(), form, 2) && codes == back, "unprepack", "all", m, n, k);
   }
 
   const int64_t stride = k + draw(3), rows = m ? (m - 1) * stride + k : 0;
@@ -83,11 +83,11 @@ void check_with(bool eight, int64_t m, int64_t n, int64_t k, int extreme) {
   std::vector<float> y(m * n), first_y;
   std::vector<uint16_t> y16(m * n), first_y16[3];
   for (const auto& target : targets()) {
-    if ((target.layout == kEightBits) != eight) continue;
+    if ((target.form == kEightBits) != eight) continue;
     for (int threads = 1; threads <= 2; ++threads) {
       const char* isa = target.isa;
-      Layer layer{weights[target.layout].data(), scale.data(), bias.data(), n, k, n > 1, kFloat32, target.layout,
-                  target.index};
+      PreparedWeight layer{weights[target.form].data(), scale.data(), bias.data(), n, k, n > 1, kFloat32, target.form,
+                           8, target.index};
       auto run = [&](const void* in, Type in_type, void* out, Type out_type) {
         return bitnet_linear(&layer, in, in_type, stride, nullptr, m, out, out_type, threads) == kOk;
       };
@@ -136,7 +136,7 @@ void check_quantizers(int64_t n, int64_t k) {
               "packed codes", name, 0, n, k);
       require(!bitnet_magnitudes(x, type, n, k, sums[i].data(), isa, 2) && (!i || same(sums[0], sums[1])), "magnitudes",
               name, 0, n, k);
-      require(!bitnet_quantize(x, type, k, n, k, q[i].data(), s[i].data(), isa, 2) && (!i || (q[0] == q[1] && same(s[0], s[1]))),
+      require(!bitnet_quantize(x, type, k, n, k, 8, q[i].data(), s[i].data(), isa, 2) && (!i || (q[0] == q[1] && same(s[0], s[1]))),
               "activation codes", name, 0, n, k);
     }
   }

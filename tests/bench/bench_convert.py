@@ -81,7 +81,7 @@ def convert(source: Path, target: Path, to: str) -> tuple[float, float]:
     """Seconds of the conversion, start of the process not counted, and its peak memory in MB."""
     code = f"""
 import re, time
-from bitnet.convert.conversion.stream import convert_checkpoint
+from bitnet.convert.conversion.plan import convert_checkpoint
 start = time.perf_counter()
 convert_checkpoint({str(source)!r}, {str(target)!r}, {to!r})
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())  # ru_maxrss would count the parent's, too

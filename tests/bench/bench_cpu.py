@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet import PackedBitLinear
-from bitnet.kernels import cpu
+from bitnet.kernels.cpu import arena
+from bitnet.kernels.cpu import library as cpu_library
+from bitnet.kernels.cpu import linear as cpu_linear
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096)]  # (N, K)
 HEAD = (128256, 2560)  # the output head of bitnet-b1.58-2B-4T, in 8 bits
@@ -40,7 +42,7 @@ def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Ru
         while True:
             twin = PackedBitLinear(k, n, bias=False, backend=backend, device="meta", **options)
             twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
-            own = cpu._arena.empty(*weight.shape).view(weight.dtype).copy_(weight)
+            own = arena.arena.empty(*weight.shape).view(weight.dtype).copy_(weight)
             twin._prepacked = layer._prepacked._replace(weight=own)
             yield twin, weight.nbytes
 
@@ -50,8 +52,8 @@ def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Ru
 def raw_read(bits: int) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
     def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
         while True:
-            weight = cpu._arena.empty(n * k * bits // 8).fill_(1)
-            yield (lambda x, w=weight: cpu.read(w)), weight.nbytes
+            weight = arena.arena.empty(n * k * bits // 8).fill_(1)
+            yield (lambda x, w=weight: cpu_library.read(w)), weight.nbytes
 
     return make
 
@@ -146,9 +148,9 @@ def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict
 def calls() -> dict[str, Tensor]:
     """A tiny layer's call, and the C function in it alone, as measure returns them."""
     layer, x, y = PackedBitLinear(64, 64, bias=False, backend="cpu"), torch.randn(1, 64), torch.empty(1, 64)
-    described = cpu._layer(layer.prepack()[0], layer.weight_scale, None, 64, 64)
+    described = cpu_linear.prepared(layer.prepack()[0], layer.weight_scale, None, 64, 64)
     arguments = (ctypes.byref(described), x.data_ptr(), 0, 64, None, 1, y.data_ptr(), 0, 1)
-    function = cpu._library().bitnet_linear
+    function = cpu_library.library().bitnet_linear
     return measure({"cpu": 1000 * [layer], "C function": 1000 * [lambda x: function(*arguments)]}, x, 0.5)
 
 
@@ -160,7 +162,7 @@ def main() -> None:
     results.add_isa(parser)
     args = parser.parse_args()
     results.hold(args.isa)
-    if not cpu.isas(cpu.BASE3):
+    if not cpu_library.isas(cpu_library.BASE3):
         del CANDIDATES["cpu-base3"]
     shapes, tokens, seconds = (SHAPES[:2], [1, 16, 64, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
     work = [("ternary_linear", n, k, tokens, CANDIDATES) for n, k in shapes]

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.commands.tune import graph_seconds
 from bitnet.kernels import backends
 from bitnet.kernels.layout import pack_ternary
+from bitnet.tuning import graph_seconds
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192)]  # (N, K)
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096]
@@ -42,11 +42,11 @@ def random_codes(n: int, k: int) -> Tensor:
 
 def ours(bits: float) -> Callable[[int, int, int], Iterator[Run]]:
     def make(n: int, k: int, m: int) -> Iterator[Run]:
-        layer = PackedBitLinear(k, n, bias=False, bits=bits, device="cuda")
+        layer = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="cuda")
         layer.weight.copy_(pack_ternary(random_codes(n, k)))
         weight, _ = layer.prepack()
         while True:
-            twin = PackedBitLinear(k, n, bias=False, bits=bits, device="meta")
+            twin = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="meta")
             twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
             twin._prepacked = layer._prepacked._replace(weight=weight.clone())
             yield twin

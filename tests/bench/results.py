@@ -13,7 +13,7 @@ import ggml
 from torch import Tensor
 
 from bitnet import info
-from bitnet.kernels import cpu
+from bitnet.kernels.cpu import library as cpu_library
 
 FILE = Path(__file__).with_name("results.csv")
 sys.path.append(str(Path(__file__).parent.parent))  # machine.py
@@ -36,7 +36,7 @@ def conditions() -> dict[str, str]:
     """Date, commit, hardware and versions: the same for all rows of a run. Call it before anything changes."""
     hardware, versions = info.hardware(), info.versions()
     return _now() | {
-        "hardware": f"{hardware['cpu']}, {cpu.isas()[0]}",
+        "hardware": f"{hardware['cpu']}, {cpu_library.isas()[0]}",
         "versions": f"torch {versions['torch']}, python {versions['python']}, llama-cpp-python {ggml.version()}",
     }
 

@@ -37,9 +37,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import bitnet
-from bitnet.convert.conversion import stream
+from bitnet.convert.conversion import plan
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.hub.models import model_config
+from bitnet.convert.llama_cpp.writer import KINDS
 
 QUIET = Console(quiet=True)
 SECONDS, MEMORY = 30, 500 << 20
@@ -58,7 +59,7 @@ def build(root: Path) -> None:
     bitnet.pack(model)
     bitnet.save(model, root / "hub")
     bitnet.save(model, root / "hub-shards", max_shard_size="30KB")
-    bitnet.save(model, root / "base3", bits=1.6)
+    bitnet.save(model, root / "base3", weight_bits=1.6)
     bitnet.pack(model, head="int8")
     bitnet.save(model, root / "int8")
     tied = llama(**sizes, tie_word_embeddings=True, eos_token_id=0)
@@ -121,7 +122,7 @@ def readers(whole: Path) -> dict[str, Callable[[Path, Path], Any]]:
     def diff(source: Path, out: Path) -> Any:
         return str(bitnet.diff_checkpoints(source, whole, QUIET))
 
-    found: dict[str, Callable[[Path, Path], Any]] = {to: partial(convert, to) for to in stream.TARGETS}
+    found: dict[str, Callable[[Path, Path], Any]] = {to: partial(convert, to) for to in plan.TARGETS}
     found |= {"inspect": inspect, "diff": diff}
     if whole.is_dir():
         found["load"] = lambda source, out: logits(bitnet.load(source))
@@ -199,7 +200,7 @@ def case(number: int, root: Path, scratch: Path, whole: dict[tuple[str, str], An
     choices = readers(form)
     name = rng.choice(sorted(choices))
     if kind == "tokenizer":
-        name = rng.choice(sorted(stream.gguf.KINDS))
+        name = rng.choice(sorted(KINDS))
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     source = scratch / form.name

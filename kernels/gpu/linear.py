@@ -15,7 +15,7 @@ _dot, for any number of tokens, on tensor cores. It computes codes . q^T: as fir
 _unpack, for thousands of tokens where a configuration says so: int8 codes once, then _dot on those.
 
 Zero points: packed codes are code + 1, so the token's sum of codes is subtracted from each accumulator.
-One body serves all layouts (PLANES, see triton_layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
+One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
 or the same in Triton, for AMD and the interpreter, which knows no assembly.
 
 Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
@@ -29,10 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .triton_configs import Config, Dot, Gemv, choose, gpu_of
-from .triton_layout import INT8
-from .triton_quantize import activation_codes, activation_scale, largest_bits, quantize, rows_of
+from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, tiles, workspace_of
+from .layout import INT8
+from .quantize import activation_codes, activation_scale, largest_bits, quantize, quantize_4_bits, rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
@@ -309,10 +308,10 @@ def _unpack(
 # Launchers
 
 
-class Layer(NamedTuple):
+class PreparedWeight(NamedTuple):
     """A prepacked weight and what belongs to it; scale and bias are contiguous."""
 
-    weight: Tensor  # triton_layout.py
+    weight: Tensor  # layout.py
     scale: Tensor
     bias: Tensor | None
     n: int
@@ -320,7 +319,7 @@ class Layer(NamedTuple):
     planes: int
 
 
-def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
+def bind(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor], Tensor]:
     """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
     device, n, k = layer.weight.device, layer.n, layer.k
     gpu, per_row = gpu_of(device), layer.scale.numel() > 1
@@ -333,24 +332,24 @@ def bind(layer: Layer, bits: int) -> Callable[[Tensor], Tensor]:
         y = x.new_empty(*x.shape[:-1], n)
         rows, s = rows_of(x, k), None
         if len(rows):
-            if bits == 4:
-                rows, s = reference.quantize_activation(rows, 4)
+            if activation_bits == 4:
+                rows, s = quantize_4_bits(rows)
             multiply(choose(gpu, len(rows), n, k, layer.planes, per_row), layer, rows, s, y)
         return y
 
     return linear
 
 
-def multiply(config: Config, layer: Layer, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
     """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized to 8 bits, or codes with their s."""
     if isinstance(config, Gemv):
         _launch_gemv(config, layer, x, s, y)
         return
     if config.dense and layer.planes != INT8:
         layer = layer._replace(weight=unpack(layer), planes=INT8)
-    workspace = _workspace(config, len(x), layer.n, x.device)
+    workspace = workspace_of(config, len(x), layer.n, x.device)
     if s is None or layer.planes != INT8 or workspace is not None:
-        x, own_s, sums = quantize(x, layer.planes != INT8, _counters(config, workspace), aligned=True)
+        x, own_s, sums = quantize(x, layer.planes != INT8, counters_of(config, workspace), aligned=True)
         s = s if own_s is None else own_s
     else:
         sums = None
@@ -360,10 +359,10 @@ def multiply(config: Config, layer: Layer, x: Tensor, s: Tensor | None, y: Tenso
 def int_matmul(q: Tensor, weight: Tensor, n: int, planes: int, config: Dot) -> Tensor:
     """reference.int_matmul of codes q int8 [M, K] and prepacked ones, on tensor cores: int32 [M, N]."""
     y = torch.empty(len(q), n, dtype=torch.int32, device=q.device)
-    layer = Layer(weight, torch.empty(1, device=q.device), None, n, q.shape[1], planes)
+    layer = PreparedWeight(weight, torch.empty(1, device=q.device), None, n, q.shape[1], planes)
     if len(q):
-        workspace = _workspace(config, len(q), n, q.device)
-        q, _, sums = quantize(q, True, _counters(config, workspace), aligned=True)
+        workspace = workspace_of(config, len(q), n, q.device)
+        q, _, sums = quantize(q, True, counters_of(config, workspace), aligned=True)
         _launch_dot(config, layer, q, None, sums, y, workspace)
     return y
 
@@ -378,7 +377,8 @@ def int_linear(
     y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
     if len(q):
         n, k = codes.shape
-        layer = Layer(codes.contiguous(), scale.contiguous(), bias if bias is None else bias.contiguous(), n, k, INT8)
+        bias = None if bias is None else bias.contiguous()
+        layer = PreparedWeight(codes.contiguous(), scale.contiguous(), bias, n, k, INT8)
         m = max(len(q), 256)  # never split: nobody has zeroed counters
         config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
         assert isinstance(config, Dot)
@@ -386,7 +386,7 @@ def int_linear(
     return y
 
 
-def unpack(layer: Layer) -> Tensor:
+def unpack(layer: PreparedWeight) -> Tensor:
     """The codes of a packed layer, int8 [N, K], in one pass."""
     codes = torch.empty(layer.n, layer.k, dtype=torch.int8, device=layer.weight.device)
     size = layer.weight.shape[1]
@@ -403,7 +403,7 @@ def _assembly(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def _launch_gemv(config: Gemv, layer: Layer, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
     words = layer.weight.shape[1] // 4
     with torch.cuda.device_of(x):
         _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
@@ -415,33 +415,20 @@ def _launch_gemv(config: Gemv, layer: Layer, x: Tensor, s: Tensor | None, y: Ten
 
 
 def _launch_dot(
-    config: Dot, layer: Layer, q: Tensor, s: Tensor | None, sums: Tensor | None, y: Tensor, workspace: Tensor | None
+    config: Dot,
+    layer: PreparedWeight,
+    q: Tensor,
+    s: Tensor | None,
+    sums: Tensor | None,
+    y: Tensor,
+    space: Tensor | None,
 ) -> None:
     n, planes = layer.n, layer.planes
     with torch.cuda.device_of(q):
-        _dot[_tiles(config, len(q), n) * config.split,](
-            q, s, sums, layer.weight, layer.scale, layer.bias, y, workspace, _counters(config, workspace),
+        _dot[tiles(config, len(q), n) * config.split,](
+            q, s, sums, layer.weight, layer.scale, layer.bias, y, space, counters_of(config, space),
             len(q), n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4),
             SPLIT=config.split, GROUP=_GROUP, PER_ROW=layer.scale.numel() > 1, ASM=_assembly(q),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _tiles(config: Dot, m: int, n: int) -> int:
-    return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-
-
-def _workspace(config: Dot, m: int, n: int, device: torch.device) -> Tensor | None:
-    """int32: the partial sums of all programs, then a counter for each tile; None where nothing is shared."""
-    if config.split == 1:
-        return None
-    size = config.split * config.block_n * config.block_m + 1
-    return torch.empty(_tiles(config, m, n) * size, dtype=torch.int32, device=device)
-
-
-def _counters(config: Dot, workspace: Tensor | None) -> Tensor | None:
-    if workspace is None:
-        return None
-    size = config.split * config.block_n * config.block_m
-    return workspace[workspace.numel() // (size + 1) * size :]

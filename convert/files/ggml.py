@@ -45,6 +45,7 @@ TERNARY = {
 }
 NAMES = {int(kind): kind.name for kind in gguf.GGMLQuantizationType} | {kind.id: n for n, kind in TERNARY.items()}
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}  # as safetensors spells them
 TRAILER = 32  # bytes behind an I2_S tensor
 
 _SIZES: dict[int, tuple[int, int]] = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
-from .triton_layout import BASE3, INT8, row_bytes
+from .layout import BASE3, INT8, row_bytes
 
 
 class Gemv(NamedTuple):
@@ -228,3 +229,24 @@ def gpu_of(device: torch.device) -> Gpu:
     if torch.version.hip is not None:
         arch = properties.gcnArchName.partition(":")[0]
     return Gpu(properties.name, arch, properties.multi_processor_count)
+
+
+def tiles(config: Dot, m: int, n: int) -> int:
+    """How many tiles of the output there are."""
+    return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+
+
+def workspace_of(config: Dot, m: int, n: int, device: torch.device) -> Tensor | None:
+    """int32: the partial sums of all programs, then a counter for each tile; None where nothing is shared."""
+    if config.split == 1:
+        return None
+    size = config.split * config.block_n * config.block_m + 1
+    return torch.empty(tiles(config, m, n) * size, dtype=torch.int32, device=device)
+
+
+def counters_of(config: Dot, workspace: Tensor | None) -> Tensor | None:
+    """The counters in a workspace."""
+    if workspace is None:
+        return None
+    size = config.split * config.block_n * config.block_m
+    return workspace[workspace.numel() // (size + 1) * size :]

@@ -5,9 +5,7 @@ The `gguf` package's own writer knows only the types of its version and cannot s
 
 import struct
 
-from ..files.gguf import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, TensorInfo, padded, read_header, read_tensor
-
-__all__ = ["TensorInfo", "Value", "header_bytes", "padded", "read_header", "read_tensor"]
+from ..files.gguf import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, TensorInfo, padded
 
 Value = bool | int | float | str | list[int] | list[float] | list[str]
 

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 
 from ..hub.tokenizers import load_tokenizer, reading
-from .gguf_file import Value
+from .header import Value
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

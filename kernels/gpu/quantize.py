@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 _EPS = tl.constexpr(1e-5)  # reference.EPS
+_SQRT_7 = tl.constexpr(7**0.5)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no fraction bits, so it is rounded half to even
 _ROUND_BITS = tl.constexpr(0x4B400000)  # its bit pattern, which from there on counts whole numbers
 
@@ -76,6 +77,25 @@ def _quantize(
         if row == 0:
             for start in range(0, COUNTERS, BLOCK):
                 tl.store(counters + start + columns, 0, mask=start + columns < COUNTERS)
+
+
+@triton.jit
+def _quantize_4_bits(x, q, s, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    """A token's 4-bit codes and its s = sqrt(7) / mean|x|, the mean summed in float64."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        total += tl.abs(tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)).to(tl.float64)
+    mean = (tl.sum(total, 0) / K).to(tl.float32)
+    scale = tl.div_rn(1.0, tl.where(mean < _EPS, _EPS, mean)) * _SQRT_7
+    tl.store(s + row, scale)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        v = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32) * scale
+        v = tl.where(v < -8.0, -8.0, tl.where(v > 7.0, 7.0, v))  # clamped before it is rounded: the bounds are integers
+        codes = tl.where(scale > 0, (v + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS, 0)
+        tl.store(q + row * K + k, codes.to(tl.int8), mask=k < K)
 
 
 @triton.jit
@@ -139,12 +159,23 @@ def quantize(
     return q[:, :k], s, total
 
 
-def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """reference.quantize_activation with 8 bits, of any shape and strides."""
+def quantize_activation(x: Tensor, activation_bits: int = 8) -> tuple[Tensor, Tensor]:
+    """reference.quantize_activation, of any shape and strides."""
     k = x.shape[-1]
-    q, s, _ = quantize(rows_of(x, k))
+    q, s = quantize_4_bits(rows_of(x, k)) if activation_bits == 4 else quantize(rows_of(x, k))[:2]
     assert s is not None
     return q.reshape(x.shape), s.reshape(*x.shape[:-1], 1)
+
+
+def quantize_4_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.quantize_activation(x, 4) of x [M, K] floating, with stride 1 along K."""
+    m, k = x.shape
+    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    s = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    if m:
+        with torch.cuda.device_of(x):
+            _quantize_4_bits[m,](x, q, s, x.stride(0), K=k, BLOCK=_block(k), enable_fp_fusion=False)
+    return q, s
 
 
 def rows_of(x: Tensor, k: int) -> Tensor:

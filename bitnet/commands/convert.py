@@ -1,0 +1,78 @@
+"""`bitnet convert`: a checkpoint in another form."""
+
+import argparse
+from typing import Any
+
+# The forms `bitnet convert` writes: conversion/plan.py's TARGETS, in words; importing that here would take seconds.
+FORMS = {
+    "hub": "packed, 2 bits a weight, in the Hub's `bitnet` format, which stock transformers loads, too",
+    "base3": "packed, 1.6 bits a weight; loads with this package only",
+    "latent": "float weights, marked for training in 1.58 bit",
+    "bf16": "codes x scale in bfloat16, for any runtime; activations are no longer quantized",
+    "gguf-tq2_0": "a GGUF file for llama.cpp, 2.06 bits a weight",
+    "gguf-tq1_0": "the same, 1.69 bits; slower",
+    "gguf-q2_0": "for recent llama.cpp, 2.25 bits; row lengths may be any multiple of 64 instead of 256",
+    "gguf-i2_s": "for bitnet.cpp on x86-64, 2 bits",
+}
+
+
+def add(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "convert",
+        help="turn a checkpoint on disk into another form, whatever its size",
+        description="Converts a checkpoint tensor by tensor, in bounded memory. SRC is a Hugging Face checkpoint\n"
+        "folder, a float model or a `bitnet` one in any published form, or a GGUF file. DST must not\n"
+        "exist yet, or be an empty folder, and can be loaded only when it is complete.",
+        epilog="forms:\n" + "".join(f"  {name:<10}  {what}\n" for name, what in FORMS.items()) + "\n"
+        "A float model is rounded, not trained: expect nonsense from the result until it is\n"
+        "fine-tuned; --calibrate makes it less bad.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, or a GGUF file")
+    parser.add_argument(
+        "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
+    )
+    parser.add_argument(
+        "--to", choices=FORMS, required=True, metavar="FORM", help=f"one of {', '.join(FORMS)}; see below"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of the files (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with a conversion that was interrupted")
+    parser.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="leave the tokenizer out, where there is none or it cannot be converted",
+    )
+    swap = parser.add_argument_group("of a float model, which layers become low-bit, and how")
+    swap.add_argument("--skip", action="append", metavar="REGEX", help="layers to leave alone besides head and routers")
+    swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")
+    swap.add_argument(
+        "--per-row",
+        action=argparse.BooleanOptionalAction,
+        help="one scale per output row (default with --calibrate; loads with this package only), or one per matrix",
+    )
+    calibrate = parser.add_argument_group(
+        "of a float model, rounding that is calibrated on text",
+        "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "
+        "change least; prints each layer's signal-to-noise ratio and the perplexity\non held-out parts of TEXT, both "
+        "ways. With --to latent, the weights become a start for\ntraining.",
+    )
+    calibrate.add_argument("--calibrate", metavar="TEXT", help="a UTF-8 text file like what the model will be used on")
+    calibrate.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="stretches of it (default: %(default)s)"
+    )
+    calibrate.add_argument("--length", type=int, default=512, metavar="N", help="tokens in each (default: %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0, metavar="N", help="of their choice (default: %(default)s)")
+    calibrate.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..convert.conversion.convert import convert_checkpoint
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    if args.per_row is None:
+        options["per_row"] = args.calibrate is not None
+    convert_checkpoint(**options)
+    return 0

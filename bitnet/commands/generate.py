@@ -1,0 +1,35 @@
+"""`bitnet generate`: a prompt continued."""
+
+import argparse
+import sys
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt, streamed to the terminal",
+        description="Loads a checkpoint and continues a prompt, streamed to the terminal as it is generated.",
+    )
+    parser.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
+    parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - or nothing reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the probability")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt as a user's turn in the chat template")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--backend", default="auto", help="of the packed layers; see `bitnet info` (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..serving.generate import generate
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "prompt")}
+    generate(prompt=prompt, **options)
+    return 0

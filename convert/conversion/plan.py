@@ -1,0 +1,227 @@
+"""What a conversion writes: its tensors, the jobs that make them, and the config of the result.
+
+All of it is known from headers alone, before a tensor is read.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.experts import BitExperts, PackedExperts
+from bitnet.kernels import layout
+from bitnet.kernels.reference import dequantize_weight
+from bitnet.linear import BitLayer
+from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packing import to_packed
+
+from ..calibration.calibrate import latent_weight
+from ..files.safetensors import DTYPES
+from ..hub.config import config_of
+from ..hub.values import stored_scale
+from ..llama_cpp import writer
+from ..rounding import exact
+from ..source import Source, Weight
+
+TARGETS = ("hub", "base3", "latent", "bf16", *writer.KINDS)
+
+
+WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class Output:
+    """One tensor of the output: name, dtype as safetensors spells it, shape; and, once planned, its file and place."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path | None = None
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return WIDTHS[self.dtype] * torch.Size(self.shape).numel()
+
+
+@dataclass
+class Job:
+    """What is read and computed as one.
+
+    run() returns the values of each of `outputs`: consecutive pieces of the flat tensor, made as they are written.
+    """
+
+    name: str
+    outputs: list[Output]
+    reads: int  # bytes
+    memory: int  # bytes it holds while it runs, but for a few MB
+    run: Callable[[], list[Iterable[Tensor]]]
+
+
+Plan = tuple[dict[str, Any], list[Job]]  # the config.json of the result, and the jobs that make its tensors
+
+
+def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
+    """What is to be written, in the order in which the source has it.
+
+    calibrated: float weights will be rounded to codes that are not known yet (source.round_to)
+    """
+    weights = source.weights()
+    embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
+    if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
+        raise ValueError(
+            f"convert: {source.path} holds codes, and the float weights they were made from (of {packed[0]}, say) are "
+            "gone; to='bf16' gives codes x scale"
+        )
+    if to == "bf16" and (normed := [weight.name for weight in weights.values() if weight.spec.rms_norm]):
+        raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
+    if not weights and (source.plain or to != "bf16"):
+        raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
+    consumed = {f"{name}.{leaf}" for name in embeddings for leaf in ("weight", "weight_scale")}
+    consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}
+    consumed |= {f"{weight.name}.weight_scale" for weight in weights.values()}
+    if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
+        consumed |= {
+            f"{name}.weight_scale" for name, m in source.model.named_modules() if isinstance(m, PackedBitLinear)
+        }
+    names = {} if to == "latent" else _bias_names(source, to)
+    starts = {source.parts(weight.key)[0]: weight for weight in weights.values()}
+    jobs = []
+    for key, (dtype, shape) in source.stored().items():
+        name = key.removesuffix(".weight")
+        weight = starts.get(key)
+        whole = weight is not None and weight.key == key and weight.experts is None
+        if to == "latent" and weight and whole and (calibrated or weight.name in source.ternary):
+            jobs.append(_latent(source, weight))
+        elif key not in consumed or to == "latent":
+            floats = to == "bf16" and DTYPES[dtype].is_floating_point
+            jobs.append(_copy(source, key, "BF16" if floats else dtype, shape, names.get(key)))
+        elif weight:
+            jobs.append(_weight(source, weight, to))
+        elif key != name and name in embeddings:
+            jobs.extend(_embedding(source, name, to))
+    return _config(source, to), jobs
+
+
+def _config(source: Source, to: str) -> dict[str, Any]:
+    config = dict(source.config)
+    config.pop("quantization_config", None)
+    config.pop("transformers_weights", None)  # where the source has its weights
+    if to == "bf16":
+        config["dtype"] = "bfloat16"
+        config.pop("torch_dtype", None)
+        return config
+    model = copy.deepcopy(source.model)
+    for module in list(model.modules()):
+        if isinstance(module, BitLayer) and to != "latent":
+            if hasattr(module, "weight_scale"):  # its codes are stored as floats
+                del module.weight_scale
+            to_packed(module)
+    settings = config_of(model, 1.6 if to == "base3" else 2)
+    assert settings is not None
+    if to == "hub" and source.multiplies:
+        settings.linear_class, settings.quantization_mode = "autobitlinear", "offline"
+    config["quantization_config"] = settings.to_dict()
+    return config
+
+
+def _bias_names(source: Source, to: str) -> dict[str, str]:
+    """The names that the biases of fused experts get, which stay beside their stacks."""
+    names: dict[str, str] = {}
+    for name, module in source.model.named_modules():
+        if isinstance(module, BitExperts | PackedExperts):
+            for m in module.stacks:
+                floating, packed = f"{name}.{m.parameter}_bias", f"{name}.{m.packed}.bias"
+                names |= {packed: floating} if to == "bf16" else {floating: packed}
+    return names
+
+
+def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: str | None = None) -> Job:
+    output = Output(source.file_key(name or key), dtype, shape)
+    return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
+
+
+def _latent(source: Source, weight: Weight) -> Job:
+    """Float weights that round to codes which were calibrated, or which the floats are times a scale."""
+
+    dtype, shape = source.stored()[weight.key]
+
+    def make() -> list[Iterable[Tensor]]:
+        if weight.name in source.calibrated:
+            return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
+        floats = source.tensor(weight.key)
+        found = exact(floats, weight.spec.per_row) if weight.name in source.ternary else None
+        return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
+
+    output = Output(source.file_key(weight.key), dtype, shape)
+    return Job(weight.name, [output], source.nbytes(weight.key), 10 * prod(shape), make)
+
+
+def _weight(source: Source, weight: Weight, to: str) -> Job:
+    n, k, spec = weight.out_features, weight.in_features, weight.spec
+    reads, stack = source.nbytes(weight.key), () if weight.experts is None else (weight.experts,)
+    copies = 3 if len(source.parts(weight.key)) > 1 else 1  # experts that are stored one by one are merged first
+    memory = copies * reads + 2 * n * k
+    if to == "bf16":
+        shape = (k, n) if weight.transposed else (n, k)
+        output = Output(source.file_key(weight.float_key), "BF16", (*stack, *shape))
+        return Job(
+            weight.name, [output], reads, memory, lambda: [_bfloat16(source.matrices(weight), weight.transposed)]
+        )
+    key = source.file_key(f"{weight.name}.weight")
+    base3 = to == "base3" and spec.weights != "int8"
+    if spec.weights == "int8":
+        dtype, shape = "I8", (n, k)
+    else:
+        dtype, shape = "U8", (n, -(-k // 5)) if base3 else (layout.packed_rows(n), k)
+    scale = (*stack, n) if spec.per_row else stack or (1,)
+    outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", "F32", scale)]
+    if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
+        outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
+
+    def pack() -> list[Iterable[Tensor]]:
+        scales: list[Tensor] = []  # known once the codes have been made, which are written first
+
+        def codes() -> Iterator[Tensor]:
+            for matrix, scale in source.matrices(weight) if base3 else source.packed(weight):
+                scales.append(stored_scale(scale))
+                yield from map(layout.pack_base3, _blocks(matrix)) if base3 else [matrix]
+
+        return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]
+
+    return Job(weight.name, outputs, reads, memory, pack)
+
+
+def _embedding(source: Source, name: str, to: str) -> list[Job]:
+    """An int8 embedding: as it is where its layers stay packed, else in bfloat16."""
+    weight, scale = f"{name}.weight", f"{name}.weight_scale"
+    if to != "bf16":
+        return [_copy(source, key, *source.stored()[key]) for key in (weight, scale)]
+
+    def dequantize() -> list[Iterable[Tensor]]:
+        return [_bfloat16([(source.tensor(weight), 1 / source.tensor(scale).float())])]
+
+    output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
+    reads = source.nbytes(weight)
+    return [Job(name, [output], reads, reads, dequantize)]
+
+
+def _blocks(codes: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of rows small enough for a processor's cache."""
+    return codes.split(max(1, (1 << 18) // codes.shape[1]))
+
+
+def _bfloat16(matrices: Iterable[tuple[Tensor, Tensor]], transposed: bool = False) -> Iterator[Tensor]:
+    """codes * scale of each, rounded once."""
+    for codes, scale in matrices:
+        if transposed:
+            yield dequantize_weight(codes, scale, torch.bfloat16).T
+            continue
+        blocks = _blocks(codes)
+        for block, part in zip(blocks, scale.expand(len(codes)).split(len(blocks[0])), strict=True):
+            yield dequantize_weight(block, part, torch.bfloat16)

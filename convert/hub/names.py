@@ -1,0 +1,85 @@
+"""The names that transformers gives stored tensors, and what it merges from several of them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .match import leftovers
+
+
+def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """The names the model has for stored tensors, as from_pretrained finds them; what it drops is left out.
+
+    Checkpoints of some families (ViT) keep older names, and some (gpt2, bloom) those of the base model, without its
+    prefix; a task model's tensors have one that the base model lacks. Raises ValueError for two tensors of one name.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    state, modules = model.state_dict(), {name for name, _ in model.named_modules()}
+
+    def fits(name: str) -> bool:  # a tensor of the model, or of what a module of it is once it is low-bit
+        owner, _, leaf = name.rpartition(".")
+        parts = leaf in ("weight_scale", "bias", "weight") and owner.rpartition(".")[2].startswith("packed_")
+        return (
+            name in state
+            or (leaf == "weight_scale" and owner in modules)
+            or (parts and owner.rpartition(".")[0] in modules)
+        )
+
+    names: dict[str, str] = {}
+    prefix, dropped = f"{model.base_model_prefix}.", leftovers(model)
+    for key in sorted(keys):
+        name = key if fits(key) else rename_source_key(key, renamings, [])[0]
+        if not fits(name) and prefix != ".":
+            bare = name.removeprefix(prefix)
+            name = bare if bare != name and fits(bare) else f"{prefix}{name}" if fits(f"{prefix}{name}") else name
+        if name in state or dropped is None or not dropped.search(name):
+            names[key] = name
+    if len({*names.values()}) < len(names):
+        name, _ = Counter(names.values()).most_common(1)[0]
+        twins = [key for key in names if names[key] == name]
+        raise ValueError(f"the checkpoint holds {' and '.join(twins)}, which are one tensor of the model")
+    return names
+
+
+def stored_name(model: PreTrainedModel, key: str) -> str:
+    """The name that save_pretrained gives a tensor of the model: model_names the other way."""
+    transforms = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming) and not isinstance(t, PrefixChange)]
+    return rename_source_key(key, [transform.reverse_transform() for transform in renamings], [])[0]
+
+
+def merged(model: nn.Module, headers: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters that transformers merges from several tensors (an expert each) on load, and those tensors."""
+    found: dict[str, list[str]] = {}
+    if isinstance(model, PreTrainedModel):
+        converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+        for key in sorted(headers, key=dot_natural_key):  # expert 10 after expert 9
+            target, pattern = rename_source_key(key, [], converters)
+            if pattern is not None:
+                found.setdefault(target, []).append(key)
+    return found
+
+
+def merge(model: PreTrainedModel, target: str, parts: dict[str, Callable[[], Tensor]]) -> Tensor:
+    """One of the parameters that `merged` finds, made of its tensors as transformers does; parts: how to read them."""
+    converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    for converter in converters:
+        for key, read in parts.items():
+            name, pattern = rename_source_key(key, [], [converter])
+            if pattern is not None:
+                converter.add_tensor(name, key, pattern, read)
+        if converter.collected_tensors:
+            found = converter.convert(target, model=model, config=model.config)[target]
+            return found[0] if isinstance(found, list) else found
+    raise KeyError(target)
