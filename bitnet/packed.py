@@ -40,8 +40,8 @@ class PackedBitLinear(Packed):
     """Inference-only linear layer over packed ternary weights; the output equals the BitLinear it came from.
 
     Takes nn.Linear's arguments, then the options of QuantSpec, `backend` ("auto" or a name that bitnet.backends()
-    lists), and `weight_bits`: 2, or 1.6 for a fifth less memory traffic where the backend can (elsewhere 2 with a
-    warning).
+    lists), and `weight_bits`: 2, or 1.6 for a fifth less memory traffic, or 1, of binary weights, for half of it, where
+    the backend can (elsewhere 2 with a warning).
     Freshly built it holds zeros. Buffers:
 
     weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"
@@ -245,7 +245,8 @@ class PackedBitLinear(Packed):
             or bound[1] is not buffers["weight"]
             or bound[2]._version != bound[3]
             or bound[4] is not scale
-            or bound[5] is not bias
+            or bound[5]._version != bound[6]
+            or bound[7] is not bias
         ):
             bound = self._bound = self._bind(scale, bias)
         return bound[0](x)
@@ -256,7 +257,9 @@ class PackedBitLinear(Packed):
         run = ops.bind(weight, scale, bias, n, k, self.spec.activation_bits, backend)
         made = self._prepacked
         assert made is not None
-        return run, made.source, made.tracked, made.version, scale, bias
+        # of scales of groups backends have copies in an order of their own
+        copied = scale if scale.dtype == torch.float16 and not scale.is_inference() else _NEVER_WRITTEN
+        return run, made.source, made.tracked, made.version, scale, copied, copied._version, bias
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_prepacked": None, "_bound": None}
@@ -278,15 +281,16 @@ class _Prepacked(NamedTuple):
 
 _NEVER_WRITTEN = torch.empty(0, device="cpu")
 
-# the layer as a function of x; source, tracked and version of _Prepacked; the scale and the bias it is bound to
-_Bound = tuple[backends.Linear, Tensor, Tensor, int, Tensor, Tensor | None]
+# the layer as a function of x; source, tracked and version of _Prepacked; the scale it is bound to, a tensor that
+# counts its versions if it was copied, and that version; the bias
+_Bound = tuple[backends.Linear, Tensor, Tensor, int, Tensor, Tensor, int, Tensor | None]
 
 
 def check_backend(backend: str, weight_bits: float) -> None:
     """Raise ValueError for a backend or bits of a weight that there are not."""
     backends.check_backend(backend)
-    if weight_bits not in (2, 1.6):
-        raise ValueError(f"weight_bits must be 2 or 1.6, got {weight_bits!r}")
+    if weight_bits not in (2, 1.6, 1):
+        raise ValueError(f"weight_bits must be 2, 1.6 or 1, got {weight_bits!r}")
 
 
 def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,8 @@ class QuantSpec:
         if self.group_size is not None and (self.per_row or self.weights == "int8"):
             what = "per_row" if self.per_row else "8-bit weights"
             raise ValueError(f"group_size={self.group_size} has a scale a row and group, which {what} cannot have")
+        if self.activation_bits == 16 and self.weights == "int8":
+            raise ValueError("activation_bits=16 is for ternary and binary weights, not for 8-bit ones")
         if not self.centered and self.weights != "binary":
             raise ValueError(f"centered=False is an option of binary weights, not of {self.weights} ones")
         if not self.rms_norm_eps > 0:

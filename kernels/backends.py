@@ -37,6 +37,8 @@ class Backend(NamedTuple):
     # bind(own form, scale, bias, N, K, activation_bits)
     check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
+    weights: tuple[str, ...] = ("ternary", "int8")  # kinds it multiplies
+    grouped: bool = False  # whether it takes scales of groups and 16-bit activations
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
 
@@ -85,13 +87,13 @@ def _check_packed(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k:
 
 
 def _quantizers(
-    device: torch.device, quantize: Callable, ternary_codes: Callable, magnitudes: Callable
+    device: torch.device, quantize: Callable, ternary_codes: Callable, magnitudes: Callable, widths: tuple[int, ...]
 ) -> proof.Results:
     """Results of what a library has in common with the others: activation codes, ternary codes, sums of magnitudes."""
     for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         here = x.to(device)
-        for bits in (8, 4):
+        for bits in widths:
             pairs = zip(quantize(here, bits), reference.quantize_activation(x, bits), strict=True)
             for what, (got, expected) in zip(("codes", "scales"), pairs, strict=True):
                 yield f"{bits}-bit {what} of tokens of {dtype}", got, expected
@@ -102,7 +104,8 @@ def _quantizers(
 
 
 def _cpu_quantizers(device: torch.device) -> proof.Results:
-    yield from _quantizers(device, cpu_latent.quantize_tokens, cpu_latent.ternary_codes, cpu_latent.magnitudes)
+    functions = cpu_latent.quantize_tokens, cpu_latent.ternary_codes, cpu_latent.magnitudes
+    yield from _quantizers(device, *functions, widths=(16, 8, 4))
     for dtype in cpu_library.FLOATS:
         x = proof.tokens(5, dtype)
         inv = reference.inverse_scale(x, per_row=True)
@@ -119,7 +122,7 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
     from .gpu.linear import int_linear
     from .gpu.quantize import dequantize, magnitudes, quantize_activation, ternary_codes
 
-    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes)
+    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes, widths=(8, 4))
     for dtype in cpu_library.FLOATS:
         q, s = reference.quantize_activation(proof.tokens(5, dtype))
         yield f"tokens from codes as {dtype}", dequantize(q.to(device), s.to(device), dtype), (q / s).to(dtype)
@@ -138,6 +141,8 @@ def _cpu(form: int) -> Backend:
         unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
         bind=partial(cpu_linear.bind, form=form),
         check=partial(cpu_linear.check_prepacked, form=form),
+        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, ("ternary", "int8")),
+        grouped=True,
         hardware=lambda device: cpu_library.isas(form)[0],
         others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),
     )
@@ -151,15 +156,18 @@ def _triton(planes: int) -> Backend:
         unprepack=partial(gpu_layout.unprepack, planes=planes),
         bind=partial(gpu_backend.bind, planes=planes),
         check=partial(gpu_backend.check, planes=planes),
+        weights=("ternary", "int8") if planes == gpu_layout.TWO_BITS else ("ternary",),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
     )
 
 
-# In the order in which "auto" prefers them. NAME-base3, which stores 1.6 bits a weight, is taken by name only.
+# In the order in which "auto" prefers them. NAME-base3 and NAME-binary store 1.6 bits a weight and 1: by name only.
+_SUFFIXES = {1.6: "-base3", 1: "-binary"}  # by weight_bits
 BACKENDS = {
     "cpu": _cpu(cpu_library.TWO_BITS),
     "cpu-base3": _cpu(cpu_library.BASE3),
+    "cpu-binary": _cpu(cpu_library.ONE_BIT),
     "triton": _triton(gpu_layout.TWO_BITS),
     "triton-base3": _triton(gpu_layout.BASE3),
     "torch": Backend(
@@ -221,20 +229,22 @@ def choose_backend(
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
     groups: whether groups of features have scales of their own
-
-    weight_bits: 1.6 turns a backend into its "-base3" form if that can run, and warns if it cannot
+    weight_bits: 1.6 turns a backend into its "-base3" form if that can run, 1 into its "-binary" form, and either warns
+        if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
     name = _choose(backend, device, activation_bits, groups)
-    if weight_bits == 1.6 and not name.endswith("-base3"):
-        base3 = BACKENDS.get(f"{name}-base3")
-        why = base3.missing(device, activation_bits, groups) if base3 else "that backend has no such form"
-        why = why or _fault(f"{name}-base3", device)
+    suffix = _SUFFIXES.get(weight_bits, "")
+    if suffix and not name.endswith(suffix):
+        form = BACKENDS.get(name + suffix)
+        why = form.missing(device, activation_bits, groups) if form else "that backend has no such form"
+        why = why or _fault(name + suffix, device)
         if why is None:
-            return f"{name}-base3"
+            return name + suffix
         warnings.warn(
-            f"weight_bits=1.6: {why.partition(';')[0]}; weights keep the form of backend {name!r}", stacklevel=2
+            f"weight_bits={weight_bits}: {why.partition(';')[0]}; weights keep the form of backend {name!r}",
+            stacklevel=2,
         )
     return name
 
@@ -244,7 +254,7 @@ def _choose(backend: str, device: torch.device, activation_bits: int | None, gro
     check_backend(backend)
     if backend == "auto":
         for name, one in BACKENDS.items():
-            if name.endswith("-base3") or one.missing(device, activation_bits, groups):
+            if name.endswith(tuple(_SUFFIXES.values())) or one.missing(device, activation_bits, groups):
                 continue
             if (fault := _fault(name, device)) is None:
                 return name
@@ -275,8 +285,8 @@ _FAULTS: dict[tuple[str, str], str | None] = {}  # by backend and hardware, of w
 
 def _prove(name: str, hardware: str, device: torch.device) -> str | None:
     backend = BACKENDS[name]
-    eight_bits = not name.endswith("-base3")
-    for results in (proof.layers(backend.prepack, backend.bind, eight_bits), backend.others):
+    layers = proof.layers(backend.prepack, backend.bind, backend.weights, backend.grouped)
+    for results in (layers, backend.others):
         if fault := proof.fault(results, device):
             return f"its results are wrong on this hardware ({hardware}): {fault}; choose 'auto'"
     return None

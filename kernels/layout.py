@@ -142,14 +142,13 @@ def check_stored(weight: Tensor, out_features: int | None = None) -> int:
 
 
 def check_rows(scale: Tensor | None, bias: Tensor | None, out_features: int) -> None:
-    """Raise ValueError unless there is a scale for all rows, for each or for its groups, and a bias for each."""
-    groups = scale is not None and scale.dtype == torch.float16
-    if (
-        (scale is not None and not groups and scale.numel() not in (1, out_features))
-        or (scale is not None and groups and (scale.ndim != 2 or len(scale) != out_features))
-        or (bias is not None and bias.numel() != out_features)
-    ):
-        sizes = [None if t is None else t.numel() for t in (scale, bias)]
+    """Raise ValueError unless there are scales, float16 [N, G] for groups, else one or N, and a bias for each row."""
+    if scale is not None and scale.dtype == torch.float16:
+        fits = scale.ndim == 2 and len(scale) == out_features
+    else:
+        fits = scale is None or scale.numel() in (1, out_features)
+    if not fits or (bias is not None and bias.numel() != out_features):
+        sizes = [None if t is None else t.numel() if t.ndim < 2 else list(t.shape) for t in (scale, bias)]
         raise ValueError(f"scale and bias of sizes {sizes} do not fit {out_features} rows")
 
 

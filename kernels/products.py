@@ -52,12 +52,21 @@ def linear(
     eight_bits: bool,
     native: bool,
 ) -> Tensor:
-    """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) on a CPU, by the fastest way.
+    """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) on a CPU, by the fastest way;
+    with scales of groups reference.group_linear.
 
-    q: int8 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], ternary or eight_bits; scale: float32 [1] or [N]
+    q: int8 or int16 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], ternary or eight_bits; scale: float32 [1] or [N], or
+    float16 [N, G]
     native: whether the native kernels may take part
     """
     native &= codes.shape[1] <= _NATIVE_FEATURES
+    groups = scale.dtype == torch.float16
+    if native and (groups or q.dtype == torch.int16):  # torch has no product of these
+        return _by_native(q, s, codes, scale, bias, dtype, eight_bits)
+    if groups:
+        return reference.group_linear(q, s, codes, scale, bias, dtype)
+    if q.dtype == torch.int16:
+        return reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype)
     if native and fastest(len(q), native) == "native":
         return _by_native(q, s, codes, scale, bias, dtype, eight_bits)
     return reference.rescale(int_matmul(q, codes), s, scale, bias, dtype)

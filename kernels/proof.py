@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import reference
 from .layout import pack_ternary
+from .reference import GROUP_SIZES
 
 N, K = 70, 1100  # more than one tile, step and split of every kernel, and no multiple of any
 # tokens and their dtype: one, few, and several of the panels and tiles of many
@@ -54,20 +55,31 @@ def _difference(result: Tensor, expected: Tensor) -> str | None:
 
 
 def layers(
-    prepack: Callable[[Tensor, int], Tensor], bind: Callable[..., Callable[[Tensor], Tensor]], eight_bits: bool
+    prepack: Callable[[Tensor, int], Tensor],
+    bind: Callable[..., Callable[[Tensor], Tensor]],
+    kinds: tuple[str, ...],
+    grouped: bool,
 ) -> Callable[[torch.device], Results]:
-    """Results of a backend's layers, from its prepack and bind (ops.Backend); eight_bits: of int8 weights, too."""
+    """Results of a backend's layers, from its prepack and bind (backends.Backend), for kinds of weights.
+
+    grouped: with scales of groups and with 16-bit activations, too
+    """
 
     def results(device: torch.device) -> Results:
-        for kind in ("ternary", "int8") if eight_bits else ("ternary",):
-            codes, scale, bias = example(kind)
+        for kind in kinds:
+            codes, row, bias = example(kind)
             stored = codes if kind == "int8" else pack_ternary(codes)
             weight = prepack(stored.to(device), N)
-            for m, dtype in TOKENS:
-                x, row = tokens(m, dtype), scale if m % 2 else scale[:1].clone()
-                run = bind(weight, row.to(device), bias.to(device, dtype), N, K, 8)
-                expected = reference.ternary_linear(x, codes, row, bias.to(dtype))
-                yield f"{kind} weights times {m} tokens of {dtype}", run(x.to(device)), expected
+            for i, (m, dtype) in enumerate(TOKENS):
+                cases = [(row if m % 2 else row[:1].clone(), 8)]
+                if grouped and kind != "int8":
+                    cases += [(cases[0][0], 16), (group_scales(GROUP_SIZES[i % 4]), 8), (group_scales(128), 16)]
+                for scale, bits in cases:
+                    x = tokens(m, dtype)
+                    run = bind(weight, scale.to(device), bias.to(device, dtype), N, K, bits)
+                    expected = reference.ternary_linear(x, codes, scale, bias.to(dtype), bits)
+                    what = f"{kind} weights with {list(scale.shape)} scales times {m} {bits}-bit tokens of {dtype}"
+                    yield what, run(x.to(device)), expected
 
     return results
 
@@ -77,8 +89,16 @@ def example(kind: str = "ternary") -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
     top = 127 if kind == "int8" else 1
     codes = torch.randint(-top, top + 1, (N, K), generator=draw, dtype=torch.int8)
+    if kind == "binary":
+        codes[codes == 0] = 1
     codes[0], codes[1] = top, -top
     return codes, torch.rand(N, generator=draw) + 0.5, torch.randn(N, generator=draw)
+
+
+def group_scales(group_size: int) -> Tensor:
+    """float16 [N, G]."""
+    shape = N, -(-K // group_size)
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(group_size)) + 0.5).half()
 
 
 def tokens(m: int, dtype: torch.dtype) -> Tensor:

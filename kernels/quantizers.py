@@ -38,9 +38,7 @@ def quantize_latent(
 
 def quantize_tokens(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
-    if activation_bits == 16:
-        return reference.quantize_activation(x, activation_bits)
-    if on_triton(x):
+    if on_triton(x) and activation_bits != 16:
         return torch.ops.bitnet.quantize_activation(x, activation_bits)
     run = cpu_latent.quantize_tokens if _on_native(x) else reference.quantize_activation
     return run(x, activation_bits)
@@ -59,15 +57,15 @@ def int_linear(
 
     eight_bits: whether codes may be others than -1, 0 and 1
     """
+    if q.is_cpu and _is_plain(q):
+        run = torch.ops.bitnet.cpu_int_linear if is_observed() else _cpu_int_linear
+        return run(q, s, codes, scale, bias, dtype, eight_bits)
     if scale.dtype == torch.float16:
         return reference.group_linear(q, s, codes, scale, bias, dtype)
     if q.dtype == torch.int16:
         return reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype)
     if on_triton(q):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
-    if q.is_cpu and _is_plain(q):
-        run = torch.ops.bitnet.cpu_int_linear if is_observed() else _cpu_int_linear
-        return run(q, s, codes, scale, bias, dtype, eight_bits)
     return reference.rescale(int8.int_matmul(q, codes), s, scale, bias, dtype)
 
 

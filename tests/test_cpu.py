@@ -393,7 +393,7 @@ def test_1_6_bits_that_cannot_be_had_are_said_and_done_in_another_form(monkeypat
     layer.set_backend("torch", weight_bits=1.6)
     with pytest.warns(UserWarning, match="weights keep the form of backend 'torch'"):
         assert layer.prepack()[1] == "torch"
-    with pytest.raises(ValueError, match=r"weight_bits must be 2 or 1\.6, got 1\.5"):
+    with pytest.raises(ValueError, match=r"weight_bits must be 2, 1\.6 or 1, got 1\.5"):
         layer.set_backend(weight_bits=1.5)
 
 

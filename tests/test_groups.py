@@ -142,6 +142,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def native(options: dict[str, Any]) -> list[str]:
+    """The native backends that can run such layers here."""
+    bits, groups = options.get("activation_bits", 8), "group_size" in options
+    names = [row.name for row in backends.backends("cpu", bits, groups) if row.ready and row.name.startswith("cpu")]
+    return [name for name in names if "binary" not in name or options.get("weights") == "binary"]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_is_packed_is_saved_is_loaded(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
@@ -156,7 +163,7 @@ def test_trained_is_packed_is_saved_is_loaded(options: dict[str, Any], dtype: to
     bitnet.pack(model)
     with torch.no_grad():
         assert torch.equal(model(x), trained)
-        for backend in ("reference", "torch"):
+        for backend in ("reference", "torch", *native(options)):
             for layer in model:
                 layer.set_backend(backend)
             assert torch.equal(model(x), trained)
@@ -257,3 +264,60 @@ def test_a_backend_without_such_kernels_says_so() -> None:
     for row in backends.backends("cpu", 8, groups=True):
         assert row.ready or row.detail
     assert backends.choose_backend("auto", torch.device("cpu"), 8, groups=True)
+
+
+@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name.startswith("cpu")])
+@pytest.mark.parametrize("size", [None, "row", *SIZES])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_native_kernels_have_the_definitions_bits(backend: str, size: Any, bits: int) -> None:
+    """Over shapes that divide nothing, kinds of weights, dtypes, biases and numbers of tokens."""
+    groups = isinstance(size, int)
+    if obstacle := backends.BACKENDS[backend].missing(torch.device("cpu"), bits, groups):
+        pytest.skip(obstacle)
+    draw = torch.Generator().manual_seed(0)
+    kinds = ("binary",) if "binary" in backend else ("ternary", "binary")
+    for kind in kinds:
+        for n, k in ((1, 1), (33, 31), (70, 300), (65, 1100), (40, 2048 + 33)):
+            codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=draw)
+            if kind == "binary":
+                codes[codes == 0] = -1
+            scale = (torch.rand(n, -(-k // size), generator=draw) + 0.01).half() if groups else None
+            if scale is None:
+                scale = torch.rand(n if size else 1, generator=draw) + 0.01
+            for m, dtype in ((1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (33, torch.float32)):
+                x = torch.randn(m, k, generator=draw).to(dtype)
+                bias = torch.randn(n, generator=draw).to(dtype) if m % 2 else None
+                expected = reference.ternary_linear(x, codes, scale, bias, bits)
+                options = {"out_features": n, "activation_bits": bits, "backend": backend}
+                y = ops.ternary_linear(x, layout.pack_ternary(codes), scale, bias, **options)
+                assert torch.equal(y, expected), f"{kind} {n} x {k}, {m} tokens of {dtype}"
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_native_sums_do_not_overflow_at_the_extremes(size: int) -> None:
+    if obstacle := backends.BACKENDS["cpu"].missing(torch.device("cpu"), 16, True):
+        pytest.skip(obstacle)
+    k = 32768
+    for fill in (1, -1):
+        codes = torch.full((33, k), fill, dtype=torch.int8)
+        scale = torch.ones(33, k // size, dtype=torch.float16)
+        for bits in (8, 16):
+            for sign in (3.0, -3.0):
+                x = torch.full((6, k), sign)
+                expected = reference.ternary_linear(x, codes, scale, None, bits)
+                y = ops.ternary_linear(
+                    x, layout.pack_ternary(codes), scale, activation_bits=bits, backend="cpu", out_features=33
+                )
+                assert torch.equal(y, expected)
+
+
+def test_a_bound_layer_notices_new_scales_of_groups() -> None:
+    """Fails if the backend's copy of them outlives what it was made from."""
+    layer, x = PackedBitLinear(64, 4, bias=False, group_size=32), torch.randn(2, 64)
+    layer.weight.copy_(layout.pack_ternary(torch.ones(4, 64, dtype=torch.int8)))
+    with torch.no_grad():
+        first = layer(x)
+        layer.weight_scale.mul_(2)
+        assert torch.equal(layer(x), 2 * first)
+        layer.weight_scale = layer.weight_scale * 2
+        assert torch.equal(layer(x), 4 * first)

@@ -421,7 +421,10 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 def proof_of(planes: int) -> str | None:
     prepack, bind = (partial(f, planes=planes) for f in (gpu_layout.prepack, gpu_backend.bind))
-    return proof.fault(proof.layers(prepack, bind, eight_bits=planes == TWO_BITS), torch.device(DEVICE))
+    return proof.fault(
+        proof.layers(prepack, bind, ("ternary", "int8")[: 2 if planes == TWO_BITS else 1], grouped=False),
+        torch.device(DEVICE),
+    )
 
 
 @runs

@@ -7,11 +7,15 @@ from .library import TYPES, check, isa_index, native
 
 
 def quantize_tokens(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
-    """reference.quantize_activation of float32, bfloat16 or float16 x [M, K]: int8 [M, K], float32 [M, 1]."""
+    """reference.quantize_activation of float32, bfloat16 or float16 x [M, K].
+
+    returns: int8 (16 bits: int16) [M, K] and float32 [M, 1]
+    """
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
-    q, s = x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, 1, dtype=torch.float32)
+    codes = torch.int16 if activation_bits == 16 else torch.int8
+    q, s = x.new_empty(m, k, dtype=codes), x.new_empty(m, 1, dtype=torch.float32)
     args = (x.data_ptr(), TYPES[x.dtype], x.stride(0), m, k, activation_bits, q.data_ptr(), s.data_ptr(), isa_index())
     check(native().bitnet_quantize(*args, torch.get_num_threads()))
     return q, s

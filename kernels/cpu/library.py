@@ -13,19 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 9  # bitnet_abi() of a library built from these sources
+_ABI = 10  # bitnet_abi() of a library built from these sources
 
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
+_ZEROS = 5  # status of a weight with codes of 0 that is to be stored in 1 bit
 
 
-TWO_BITS, BASE3, EIGHT_BITS = 0, 1, 2  # forms; int8 weights get the third whichever is asked for
+TWO_BITS, BASE3, EIGHT_BITS, ONE_BIT = 0, 1, 2, 3  # forms; int8 weights get EIGHT_BITS whichever is asked for
 
 
 def missing(
@@ -36,9 +37,6 @@ def missing(
         return f"it runs on CPU tensors; on {device.type} choose 'auto'"
     if activation_bits is None:
         return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
-    if groups or activation_bits == 16:
-        what = "scales of groups" if groups else "16-bit activations"
-        return f"it has no kernel for {what}; choose 'auto' or 'torch'"
     library = load()
     if isinstance(library, str):
         return library
@@ -47,7 +45,7 @@ def missing(
 
 def description(form: int = TWO_BITS) -> str:
     """What runs here, in words."""
-    bits = "1.6 bits" if form == BASE3 else "2 bits"
+    bits = {TWO_BITS: "2 bits", BASE3: "1.6 bits", ONE_BIT: "1 bit"}[form]
     wanted = torch.get_num_threads()
     threads = native().bitnet_threads(wanted)
     used = f"{threads} thread{'s' * (threads > 1)}" + (f", not {wanted}: this process was forked" * (threads < wanted))
@@ -128,6 +126,8 @@ def _why_missing(here: Path, folders: list[Path], build: str) -> str:
 
 
 def check(status: int) -> None:
+    if status == _ZEROS:
+        raise ValueError("1 bit a weight holds the codes -1 and 1 only, and this weight has zeros: store it in 2 bits")
     if status:
         raise RuntimeError(f"native CPU kernel: {_ERRORS.get(status, status)}")
 

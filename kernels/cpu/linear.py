@@ -1,6 +1,6 @@
 """The `cpu` backend: weights in its own forms, and products with them.
 
-The forms, of 2, of 1.6 ("base3") and of 8 bits a weight, are described in csrc/bitnet_cpu.h.
+The forms, of 2, of 1.6 ("base3"), of 1 ("binary") and of 8 bits a weight, are described in csrc/bitnet_cpu.h.
 """
 
 import ctypes
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..layout import check_rows
+from ..reference import size_of_groups
 from .arena import arena
-from .library import BASE3, EIGHT_BITS, FLOATS, TWO_BITS, TYPES, check, isa_index, native
+from .library import BASE3, EIGHT_BITS, FLOATS, ONE_BIT, TWO_BITS, TYPES, check, isa_index, native
+
+_MOST = 65_536  # features of a 32-bit accumulator of 16-bit activations
 
 
 class PreparedWeight(ctypes.Structure):
@@ -21,6 +24,7 @@ class PreparedWeight(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
         ("per_row", ctypes.c_int32),
         ("bias_type", ctypes.c_int32),
         ("form", ctypes.c_int32),
@@ -30,8 +34,8 @@ class PreparedWeight(ctypes.Structure):
 
 
 def form_shape(n: int, k: int, form: int = TWO_BITS) -> tuple[int, int, int]:
-    """Shape of the tensor that holds n x k prepacked codes: 32 rows x 16 (base3: 20; int8: 4) features in 128 bytes."""
-    return -(-n // 32), -(-k // {TWO_BITS: 16, BASE3: 20, EIGHT_BITS: 4}[form]), 128
+    """Shape of the tensor that holds n x k prepacked codes, 128 bytes for 32 rows and 16 features (20, 32 or 4)."""
+    return -(-n // 32), -(-k // {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, EIGHT_BITS: 4}[form]), 128
 
 
 def form_of(weight: Tensor, form: int) -> int:
@@ -40,15 +44,18 @@ def form_of(weight: Tensor, form: int) -> int:
 
 
 def prepack(packed: Tensor, n: int, form: int = TWO_BITS) -> Tensor:
-    """Hub bytes uint8 [ceil(N/4), K] to uint8 form_shape(N, K), or int8 [N, K] to int8; exact for any N and K."""
+    """Hub bytes uint8 [ceil(N/4), K] to uint8 form_shape(N, K), or int8 [N, K] to int8; exact for any N and K.
+
+    Raises ValueError for the form ONE_BIT if a code is 0.
+    """
     form = form_of(packed, form)
     weight = arena.empty(*form_shape(n, packed.shape[1], form)).view(packed.dtype)
     return _prepack(packed, False, n, form, weight)
 
 
-def prepack_codes(codes: Tensor, eight_bits: bool) -> Tensor:
+def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tensor:
     """Codes int8 [N, K], ternary or eight_bits, for a few products: the same, in memory that goes and comes quickly."""
-    form = EIGHT_BITS if eight_bits else TWO_BITS
+    form = EIGHT_BITS if eight_bits else form
     n, k = codes.shape
     weight = codes.new_empty(form_shape(n, k, form), dtype=torch.int8 if eight_bits else torch.uint8)
     return _prepack(codes, True, n, form, weight)
@@ -77,6 +84,24 @@ def check_prepacked(
         found = list(weight.shape)
         raise ValueError(f"native CPU kernel: weight is prepacked as {found}, but {n} x {k} needs {list(needed)}")
     check_rows(scale, bias, n)
+    if scale is not None and scale.dtype == torch.float16:
+        size_of_groups(k, scale.shape[1])
+
+
+def _check_product(form: int, activation_bits: int, groups: bool, k: int) -> None:
+    if form == EIGHT_BITS and (groups or activation_bits == 16):
+        raise ValueError("8-bit weights take neither scales of groups nor 16-bit activations; choose backend 'torch'")
+    if activation_bits == 16 and not groups and k > _MOST:
+        raise ValueError(
+            f"16-bit activations and a scale of a tensor or row take up to {_MOST} features, not {k}; "
+            "choose scales of groups, or activation_bits=8"
+        )
+
+
+def blocks_of_scales(scale: Tensor) -> Tensor:
+    """float16 [N, G] as the kernels read it, [ceil(N/32), G, 32]."""
+    n, groups = scale.shape
+    return torch.nn.functional.pad(scale, (0, 0, 0, -n % 32)).view(-1, 32, groups).transpose(1, 2).contiguous()
 
 
 def prepared(
@@ -89,9 +114,15 @@ def prepared(
     isa: str | None = None,
     activation_bits: int = 8,
 ) -> ctypes.Structure:
-    """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy."""
-    form = form_of(weight, form)
+    """The C description of a layer. It holds the tensors it points to; of a bias in a rare dtype, a float32 copy.
+
+    Scales of groups are copied, too, to the kernels' order.
+    """
+    form, group_size = form_of(weight, form), 0
     check_prepacked(weight, scale, bias, n, k, form)
+    if scale is not None and scale.dtype == torch.float16:
+        group_size, scale = size_of_groups(k, scale.shape[1]), blocks_of_scales(scale)
+    _check_product(form, activation_bits, group_size > 0, k)
     if bias is not None:
         bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()
     scale = None if scale is None else scale.contiguous()
@@ -101,7 +132,8 @@ def prepared(
         None if bias is None else bias.data_ptr(),
         n,
         k,
-        scale is not None and scale.numel() > 1,
+        group_size,
+        scale is not None and not group_size and scale.numel() > 1,
         0 if bias is None else TYPES[bias.dtype],
         form,
         activation_bits,
@@ -112,7 +144,7 @@ def prepared(
 
 
 def _multiply(layer: ctypes.Structure, q: Tensor, s: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Codes q int8 [M, K] with scales s float32 [M, 1] times a layer, as dtype [M, N]."""
+    """Codes q int8 or int16 [M, K] with scales s float32 [M, 1] times a layer, as dtype [M, N]."""
     q = q.contiguous()
     s = None if s is None else s.contiguous()
     y = q.new_empty(len(q), layer.n, dtype=dtype)
@@ -123,16 +155,21 @@ def _multiply(layer: ctypes.Structure, q: Tensor, s: Tensor | None, dtype: torch
 
 
 def int_matmul(q: Tensor, weight: Tensor, n: int, form: int = TWO_BITS, isa: str | None = None) -> Tensor:
-    """reference.int_matmul of codes q int8 [M, K] and prepacked ones: int32 [M, N]. isa: a name from isas(form)."""
-    return _multiply(prepared(weight, None, None, n, q.shape[1], form, isa), q, None, torch.int32)
+    """reference.int_matmul of codes q int8 or int16 [M, K] and prepacked ones: int32 [M, N]; isa: from isas(form)."""
+    layer = prepared(weight, None, None, n, q.shape[1], form, isa, _bits_of(q))
+    return _multiply(layer, q, None, torch.int32)
+
+
+def _bits_of(q: Tensor) -> int:
+    return 16 if q.dtype == torch.int16 else 8
 
 
 def codes_linear(
     q: Tensor, s: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, dtype: torch.dtype
 ) -> Tensor:
-    """reference.rescale of int_matmul(q, weight, n): dtype [M, N]."""
-    y = _multiply(prepared(weight, scale, bias, n, q.shape[1]), q, s, dtype if dtype in FLOATS else torch.float32)
-    return y.to(dtype)
+    """reference.rescale of int_matmul(q, weight, n), or with scales of groups reference.group_linear: dtype [M, N]."""
+    layer = prepared(weight, scale, bias, n, q.shape[1], activation_bits=_bits_of(q))
+    return _multiply(layer, q, s, dtype if dtype in FLOATS else torch.float32).to(dtype)
 
 
 def bind(
@@ -147,11 +184,13 @@ def bind(
 ) -> Callable[[Tensor], Tensor]:
     """A function x [..., K] -> [..., N] with everything about the layer looked up beforehand.
 
-    weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None; isa: a name from isas(form), by
-    default the best. The function keeps the tensors alive and sees what is later written into them.
+    weight: prepacked; scale: float32 [1] or [N], or float16 [N, G]; bias: floating [N] or None; isa: a name from
+    isas(form), by default the best. The function keeps the tensors alive and sees what is later written into them, but
+    for scales of groups, of which it has a copy.
     """
     if weight.is_meta:
         check_prepacked(weight, scale, bias, n, k, form)
+        _check_product(form_of(weight, form), activation_bits or 8, scale.dtype == torch.float16, k)
         return lambda x: x.new_empty(*x.shape[:-1], n)
     layer = prepared(weight, scale, bias, n, k, form, isa, activation_bits or 8)
     run, pointer, types, threads = native().bitnet_linear, ctypes.byref(layer), TYPES, torch.get_num_threads

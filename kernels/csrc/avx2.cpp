@@ -5,9 +5,10 @@ namespace {
 
 struct Avx2 : Avx256 {  // sums are 16 x int16
   static constexpr int kMaxTokens = 5;
-  // A group adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
-  // Of two sums the odd one grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a group.
-  static constexpr int64_t kSumGroups = 16, kPlaneGroups = 8;
+  // A step adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
+  // Of two sums the odd one grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a step.
+  static constexpr int64_t kSumSteps = 16, kPlaneSteps = 8;
+  // Of 1-bit weights' four sums, the last grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a step, too.
   using Planes = TwoSums<Avx2>;
 
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
@@ -19,7 +20,7 @@ struct Avx2 : Avx256 {  // sums are 16 x int16
 
 // Products of 8-bit weights do not fit 16 bits: even and odd bytes are widened, and vpmaddwd adds two products in 32.
 struct Avx2Wide : Avx2 {  // sums are 8 x int32
-  static constexpr int64_t kSumGroups = kMaxFeatures;
+  static constexpr int64_t kSumSteps = kMaxFeatures;
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
     const Vec even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
                                        _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
@@ -29,9 +30,13 @@ struct Avx2Wide : Avx2 {  // sums are 8 x int32
   static INLINE Vec total(Sum sum) { return sum; }
 };
 
-bool supported() { return __builtin_cpu_supports("avx2"); }
+bool supported() {
+  static const bool answer = __builtin_cpu_supports("avx2") && f16c_supported();
+  return answer;
+}
 
 }  // namespace
 
 const Isa kAvx2 = make_isa<Avx2>("avx2", supported);
+const Isa kAvx2Binary = make_isa<OneBit<Avx2, FourSums<Avx2>>>("avx2", supported);
 const Isa kAvx2Int8 = make_isa<EightBits<Avx2Wide>>("avx2", supported);

@@ -9,9 +9,10 @@ namespace {
 struct Avx512 {
   using Vec = __m512i;
   using Sum = __m512i;  // 16 x int32
+  using Int = __m512i;
   static constexpr int kBytes = 64, kPlaneVecs = 2, kTileVecs = 4;
   static constexpr int kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
-  static constexpr int64_t kSumGroups = kMaxFeatures;
+  static constexpr int64_t kSumSteps = kMaxFeatures;
 
   static INLINE Vec load(const void* p) { return _mm512_loadu_si512(p); }
   static INLINE void store(void* p, Vec v) { _mm512_storeu_si512(p, v); }
@@ -22,10 +23,25 @@ struct Avx512 {
   }
   static INLINE Vec load32(const int32_t* p) { return load(p); }
   static INLINE void store32(int32_t* p, Vec v) { store(p, v); }
+  static INLINE Vec splat32(int32_t i) { return _mm512_set1_epi32(i); }
   static INLINE Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static INLINE Vec sub32(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
+  static INLINE Vec times256(Vec v) { return _mm512_slli_epi32(v, 8); }
   template <int J>
   static INLINE Vec plane(Vec w) {
     return _mm512_and_si512(_mm512_srli_epi16(w, 2 * J), _mm512_set1_epi8(3));
+  }
+  template <int J>
+  static INLINE Vec bit(Vec w) {
+    return _mm512_and_si512(_mm512_srli_epi16(w, J), _mm512_set1_epi8(1));
+  }
+  static INLINE void add_scaled(float* to, Vec i, const float* scale) {
+    const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(i), _mm512_loadu_ps(scale));
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y));
+  }
+  static INLINE void widen(const uint16_t* half, float* values) {
+    for (int i = 0; i < kBlockRows; i += 16)
+      _mm512_storeu_ps(values + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))));
   }
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
     sum = _mm512_dpbusd_epi32(sum, u, s);
@@ -44,7 +60,24 @@ struct Avx512 {
       return add32(low, add32(_mm512_srai_epi32(sum[2], 4), _mm512_srai_epi32(sum[3], 6)));
     }
   };
-  static constexpr int64_t kPlaneGroups = int64_t(1) << 14;  // 4 products * 128 * 128 = 2^16 a group in the top plane
+
+  // Eight 1-bit planes: two a sum, so plane j and j + 4 come out times 2^j.
+  struct EightPlanes {
+    Sum sum[4];
+    INLINE void add(Vec w, const Vec* s) {
+      const Vec v = _mm512_srli_epi16(w, 4);
+      UNROLL for (int j = 0; j < 4; ++j) {
+        const Vec mask = _mm512_set1_epi8(char(1 << j));
+        dot(sum[j], _mm512_and_si512(w, mask), s[j]);
+        dot(sum[j], _mm512_and_si512(v, mask), s[j + 4]);
+      }
+    }
+    INLINE Vec total() const {
+      const Vec low = add32(sum[0], _mm512_srai_epi32(sum[1], 1));
+      return add32(low, _mm512_srai_epi32(add32(sum[2], _mm512_srai_epi32(sum[3], 1)), 2));
+    }
+  };
+  static constexpr int64_t kPlaneSteps = int64_t(1) << 14;  // 4 products * 128 * 128 = 2^16 a step in the top plane
 };
 
 INLINE bool vnni_supported() {

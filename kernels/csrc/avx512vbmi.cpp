@@ -24,7 +24,7 @@ struct Avx512Vbmi : Avx512 {
   struct Packed {
     Vec planes, rest;  // t0..t3 as 2-bit fields; 84 t4
   };
-  static constexpr int kForm = kBase3, kFields = 5, kZero = 1;
+  static constexpr int kForm = kBase3, kFields = 5, kFactor = 1, kZero = 1;
 
   static INLINE Packed split(Vec v) {
     const Vec rest = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 2), load(kTable.rest)), u = _mm512_sub_epi8(v, rest);
@@ -54,7 +54,7 @@ struct Avx512Vbmi : Avx512 {
       return add32(low.total(), t4);
     }
   };
-  static constexpr int64_t kPlaneGroups = int64_t(1) << 14;  // 4 products * 168 * 128 < 2^17 a group
+  static constexpr int64_t kPlaneSteps = int64_t(1) << 14;  // 4 products * 168 * 128 < 2^17 a step
 };
 
 bool supported() { return vnni_supported() && __builtin_cpu_supports("avx512vbmi"); }

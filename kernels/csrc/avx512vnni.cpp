@@ -1,11 +1,11 @@
-// AVX512-VNNI on 2-bit and on 8-bit weights.
+// AVX512-VNNI on 2-bit, 1-bit and 8-bit weights.
 #include "avx512.h"
 
 namespace {
 
 struct Avx512Vnni : Avx512 {
   struct Packed {};
-  static constexpr int kForm = kTwoBits, kFields = 4, kZero = 1;
+  static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   using Planes = FourPlanes;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }
@@ -18,4 +18,5 @@ struct Avx512Vnni : Avx512 {
 }  // namespace
 
 const Isa kAvx512Vnni = make_isa<Avx512Vnni>("avx512-vnni", vnni_supported);
+const Isa kAvx512VnniBinary = make_isa<OneBit<Avx512, Avx512::EightPlanes>>("avx512-vnni", vnni_supported);
 const Isa kAvx512VnniInt8 = make_isa<EightBits<Avx512>>("avx512-vnni", vnni_supported);

@@ -1,34 +1,38 @@
 // The C ABI of the native CPU kernels. No torch, no exceptions; functions that can fail return a Status.
 //
-// Form A, 2 bits a weight ("prepacked"): uint8 [ceil(N/32), ceil(K/16), 128]. The 128 bytes of block i, group g hold
+// Form A, 2 bits a weight ("prepacked"): uint8 [ceil(N/32), ceil(K/16), 128]. The 128 bytes of block i, step g hold
 // rows 32i..32i+31 and features 16g..16g+15: bytes 4r..4r+3 are row 32i + r, and bits 2j..2j+1 of byte b are feature
 // 4j + b, as code + 1. So one 32-bit lane of a vector is one row, products need no horizontal sums, and a thread that
 // works on consecutive rows reads one linear stream. Padding (rows beyond N, features beyond K) holds code 0.
 //
 // Form B, 1.6 bits a weight: uint8 [ceil(N/32), ceil(K/20), 128], where a byte holds five codes, t0 + 3 t1 + 9 t2 +
-// 27 t3 + 84 t4 with t in 0..2. Group g has features 20g..20g+19; tj of byte b is feature 4j + b. 84 and not 81,
+// 27 t3 + 84 t4 with t in 0..2. Step g has features 20g..20g+19; tj of byte b is feature 4j + b. 84 and not 81,
 // because t4 then depends on the upper six bits alone, which is what one table lookup takes.
 //
 // Form C, 8 bits a weight (output heads): uint8 [ceil(N/32), ceil(K/4), 128], where a byte is any int8 code + 128.
+//
+// Form D, 1 bit a weight (binary weights: no zeros): uint8 [ceil(N/32), ceil(K/32), 128]. Step g has features
+// 32g..32g+31: bit j of byte 4r + b of block i is feature 4j + b of row 32i + r: 1 for the code +1, 0 for -1.
 #pragma once
 #include <stdint.h>
 
 #define BITNET_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Status { kOk = 0, kBadType = 1, kBadShape = 2, kBadIsa = 3, kNoMemory = 4 };
-enum Form { kTwoBits = 0, kBase3 = 1, kEightBits = 2 };
-enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4 };
+enum Status { kOk = 0, kBadType = 1, kBadShape = 2, kBadIsa = 3, kNoMemory = 4, kBadCode = 5 };
+enum Form { kTwoBits = 0, kBase3 = 1, kEightBits = 2, kOneBit = 3 };
+enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4, kInt16 = 5 };
 
 // One layer, filled in by the caller and only read here.
 struct PreparedWeight {
   const uint8_t* weight;
-  const float* scale;     // [1], or [n] if per_row; multiplies
+  const void* scale;      // multiplies. float32 [1], or [n] if per_row; with group_size float16 [ceil(n/32), groups, 32]
   const void* bias;       // [n] of bias_type, or null
   int64_t n, k;
+  int64_t group_size;     // features that share a scale in a row, a multiple of 32 that divides 1024; 0: all
   int32_t per_row;
   int32_t bias_type;
   int32_t form;
-  int32_t activation_bits;  // 8 or 4, to which float x is quantized
+  int32_t activation_bits;  // 16, 8 or 4, to which float x is quantized
   int32_t isa;  // index into bitnet_isa(form)
 };
 
@@ -44,12 +48,14 @@ BITNET_EXPORT const char* bitnet_isa(int32_t form, int32_t i);
 
 // y [m, n] contiguous = x [m, k] (rows x_stride elements apart) times the layer, in at most `threads` threads.
 //   x_type float: activations are quantized per token, y_type must equal x_type
-//   x_type int8:  x holds codes and s [m] their scales, which divide; y_type is float, or int32 for bare accumulators
+//   x_type int8 or int16: x holds codes and s [m] their scales, which divide; y_type is float, or, but for scales of
+//                 groups, int32 for bare accumulators
+// Form C takes no scales of groups and no 16-bit activations.
 BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads);
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
-// for form C, codes int8 [n, k].
+// for form C, codes int8 [n, k]. Form D fails with kBadCode if one of them is 0.
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t form,
@@ -57,9 +63,10 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
 
 // Quantizers. isa: index into bitnet_isa(kTwoBits).
 
-// Activation codes q int8 [m, k] and their scales s [m], which divide, of float x [m, k] (rows x_stride elements apart).
+// Activation codes q [m, k], int8 or for 16 bits int16, and their scales s [m], which divide, of float x [m, k] (rows
+// x_stride elements apart).
 BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k,
-                                      int32_t activation_bits, int8_t* q, float* s, int32_t isa, int32_t threads);
+                                      int32_t activation_bits, void* q, float* s, int32_t isa, int32_t threads);
 
 // Ternary codes int8 [n, k] of a contiguous latent weight [n, k]: clamp(round(w inv), -1, 1). inv: [1], or [n] if per_row.
 BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,

@@ -6,32 +6,76 @@
 
 constexpr int64_t kBlockRows = 32;    // rows of a block
 constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at once
-constexpr int64_t kGroupBytes = 128;  // bytes of one block and group: a 32-bit lane for each row
-constexpr int group_features(int form) { return form == kBase3 ? 20 : form == kEightBits ? 4 : 16; }
+constexpr int64_t kStepBytes = 128;   // bytes of one block and step: a 32-bit lane for each row
+constexpr int64_t kSpan = 1024;       // features whose groups are summed before the sum goes to the total
+constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
-constexpr int64_t max_features(int form) { return form == kEightBits ? int64_t(1) << 16 : kMaxFeatures; }
 
-struct Token {
-  float s;      // activation scale; divides
-  int32_t sum;  // sum of the codes: times what was added to every weight's code, it has to come off the accumulators
+// Features of a step.
+constexpr int step_features(int form) {
+  return form == kBase3 ? 20 : form == kEightBits ? 4 : form == kOneBit ? 32 : 16;
+}
+
+// Features that an int32 accumulator holds: 2^16 * kMax16 and 2^16 * 127 * 128 are below 2^31. Those of groups hold any.
+constexpr int64_t max_features(int form, bool wide, bool groups) {  // wide: 16-bit activations
+  return form == kEightBits || (wide && !groups) ? int64_t(1) << 16 : kMaxFeatures;
+}
+
+// How groups of features that share a scale lie in steps; without such scales there is one group of all. Where steps do
+// not divide groups (base-3), two groups share one, which is multiplied for each, by activations of 0 for features of
+// the other.
+struct Groups {
+  int64_t k, size, count;
+  int step;
+  Groups(const PreparedWeight& layer, int step)
+      : k(layer.k), size(layer.group_size ? layer.group_size : k), count((k + size - 1) / size), step(step) {}
+  int64_t first(int64_t g) const { return g * size / step; }
+  int64_t steps(int64_t g) const {
+    const int64_t end = (g + 1) * size < k ? (g + 1) * size : k;
+    return (end + step - 1) / step - first(g);
+  }
+  bool span_ends(int64_t g) const { return (g + 1) * size % kSpan == 0 || g + 1 == count; }
+  int64_t all_steps() const {
+    if (size % step == 0 || count == 1) return (k + step - 1) / step;
+    int64_t sum = 0;
+    for (int64_t g = 0; g < count; ++g) sum += steps(g);
+    return sum;
+  }
 };
 
-// The codes of many tokens, in `count` panels of up to max_tokens: those of a panel [k/4, its tokens] in words of 4 codes.
+// The codes of one token, in words of 4 codes: those of its limbs (one for 8 bits; for 16 the high one first) alternate.
+struct Token {
+  const int8_t* codes;
+  const int32_t* sums;  // of the codes of each group: times what was added to every weight's code, it has to come off
+  float s;              // activation scale; divides
+  int limbs;
+};
+
+// The codes of many tokens, in `count` panels of up to max_tokens limbs: those of a panel [k/4, its limbs] in words.
 struct Panels {
   const int8_t* codes;
-  const Token* token;
+  const int32_t* sums;  // [tokens, groups]
+  const float* s;
   int64_t tokens, count;
+  int limbs;
   int64_t first(int64_t panel) const { return tokens * panel / count; }  // token of a panel
 };
+
+// Scratch of gemm, in bytes: an accumulator of each limb, or two float32 sums.
+constexpr int64_t scratch_bytes(int64_t tokens, int limbs, bool groups) {
+  return tokens * kTileRows * 4 * (groups ? 2 : limbs);
+}
 
 struct Isa {
   const char* name;
   bool (*supported)();
   int form;
-  int max_tokens;  // tokens a panel may hold
+  int max_tokens;  // limbs a panel may hold
 
-  // Codes of one token of k features. x_type may be int8: then x is copied, s is not set.
-  Token (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, int8_t* codes);
+  // Codes (int16 for 16 bits) and s of one token of k features. x_type may be that of codes: then x is copied, s is 1.
+  float (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, void* codes);
+  void (*sum_groups)(const void* codes, int32_t activation_bits, int64_t k, int64_t size, int32_t* sums);
+  void (*split)(const int16_t* codes, int64_t k, int8_t* high, int8_t* low);
 
   // Ternary codes of one row of k latent weights.
   void (*ternary_codes)(const void* w, int32_t type, int64_t k, float inv, int8_t* codes);
@@ -43,14 +87,14 @@ struct Isa {
   double (*magnitude)(const void* w, int32_t type, int64_t k);
 
   // Rows of blocks [first, last) for one token: y points at its row of the output.
-  void (*gemv)(const PreparedWeight& layer, int64_t first, int64_t last, const int8_t* codes, Token token, void* y,
-               int32_t y_type);
+  void (*gemv)(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type);
 
-  // The same for many tokens. acc: scratch for kTileRows accumulators a token, aligned to 64 bytes.
-  void (*gemm)(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, int32_t* acc, void* y,
+  // The same for many tokens. scratch: of scratch_bytes(), aligned to 64 bytes.
+  void (*gemm)(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
                int32_t y_type);
 };
 
-extern const Isa kScalar, kScalarInt8;
-extern const Isa kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi, kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8;
-extern const Isa kNeon, kNeonDot, kNeonInt8, kNeonDotInt8;
+extern const Isa kScalar, kScalarBinary, kScalarInt8;
+extern const Isa kAvx2, kAvx2Binary, kAvx2Int8, kAvxVnni, kAvxVnniBinary, kAvxVnniInt8;
+extern const Isa kAvx512Vnni, kAvx512VnniBinary, kAvx512VnniInt8, kAvx512Vbmi;
+extern const Isa kNeon, kNeonBinary, kNeonInt8, kNeonDot, kNeonDotBinary, kNeonDotInt8;

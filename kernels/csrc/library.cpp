@@ -19,7 +19,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 9; }
+BITNET_EXPORT int32_t bitnet_abi() { return 10; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -36,11 +36,16 @@ BITNET_EXPORT const char* bitnet_isa(int32_t form, int32_t i) {
 
 BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads) {
-  const int64_t n = layer->n, k = layer->k;
-  if (n < 1 || k < 1 || k > max_features(layer->form) || m < 0) return kBadShape;
-  if (layer->activation_bits != 8 && layer->activation_bits != 4) return kBadType;
-  if (x_type == kInt8 ? !(is_float(y_type) || y_type == kInt32) : !is_float(x_type) || y_type != x_type) return kBadType;
-  if (x_type == kInt8 && is_float(y_type) && !s && m) return kBadType;
+  const int64_t n = layer->n, k = layer->k, size = layer->group_size;
+  const bool codes = x_type == kInt8 || x_type == kInt16, y_float = is_float(y_type);
+  const int32_t bits = layer->activation_bits;
+  const bool wide = x_type == kInt16 || (x_type != kInt8 && bits == 16);
+  if (n < 1 || k < 1 || k > max_features(layer->form, wide, size) || m < 0) return kBadShape;
+  if (size && (size < 32 || size % 32 || kSpan % size)) return kBadShape;
+  if (bits != 16 && bits != 8 && bits != 4) return kBadType;
+  if (layer->form == kEightBits && (size || wide)) return kBadType;
+  if (codes ? !y_float && (y_type != kInt32 || size) : !is_float(x_type) || y_type != x_type) return kBadType;
+  if (codes && y_float && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;
   const Isa* isa = find_isa(layer->form, layer->isa);
   if (!isa) return kBadIsa;
@@ -54,28 +59,31 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
 
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads) {
-  if (n < 1 || k < 1 || k > max_features(form)) return kBadShape;
-  prepack(source, from_codes, n, k, weight, form, threads);
-  return kOk;
+  if (n < 1 || k < 1 || k > max_features(form, false, false)) return kBadShape;
+  return prepack(source, from_codes, n, k, weight, form, threads) ? kOk : kBadCode;
 }
 
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t form,
                                        int32_t threads) {
-  if (n < 1 || k < 1 || k > max_features(form)) return kBadShape;
+  if (n < 1 || k < 1 || k > max_features(form, false, false)) return kBadShape;
   unprepack(weight, n, k, codes, form, threads);
   return kOk;
 }
 
 BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k,
-                                      int32_t activation_bits, int8_t* q, float* s, int32_t isa, int32_t threads) {
+                                      int32_t activation_bits, void* q, float* s, int32_t isa, int32_t threads) {
   const Isa* target = find_isa(kTwoBits, isa);
   if (!target) return kBadIsa;
   if (!is_float(x_type)) return kBadType;
-  if (m < 0 || k < 1 || (activation_bits != 8 && activation_bits != 4)) return kBadShape;
+  if (activation_bits != 16 && activation_bits != 8 && activation_bits != 4) return kBadType;
+  if (m < 0 || k < 1) return kBadShape;
   if (m * k < int64_t(1) << 18) threads = 1;
   parallel(threads, [&](int thread, int count) {
-    for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row)
-      s[row] = target->quantize(static_cast<const char*>(x) + row * x_stride * element_size(x_type), x_type, activation_bits, k, q + row * k).s;
+    for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row) {
+      const char* from = static_cast<const char*>(x) + row * x_stride * element_size(x_type);
+      char* to = static_cast<char*>(q) + row * k * (activation_bits == 16 ? 2 : 1);
+      s[row] = target->quantize(from, x_type, activation_bits, k, to);
+    }
   });
   return kOk;
 }

@@ -11,8 +11,9 @@ namespace {
 
 struct Neon {
   using Vec = int8x16_t;
+  using Int = int32x4_t;
   struct Packed {};
-  static constexpr int kForm = kTwoBits, kFields = 4, kZero = 1;
+  static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 16, kPlaneVecs = 8, kTileVecs = 4;
 
   static INLINE Vec load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
@@ -24,7 +25,10 @@ struct Neon {
   }
   static INLINE int32x4_t load32(const int32_t* p) { return vld1q_s32(p); }
   static INLINE void store32(int32_t* p, int32x4_t v) { vst1q_s32(p, v); }
+  static INLINE int32x4_t splat32(int32_t i) { return vdupq_n_s32(i); }
   static INLINE int32x4_t add32(int32x4_t a, int32x4_t b) { return vaddq_s32(a, b); }
+  static INLINE int32x4_t sub32(int32x4_t a, int32x4_t b) { return vsubq_s32(a, b); }
+  static INLINE int32x4_t times256(int32x4_t v) { return vshlq_n_s32(v, 8); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE Vec field(const uint8_t* p, Packed) {
@@ -37,10 +41,24 @@ struct Neon {
     else return vandq_s8(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 2 * J)), vdupq_n_s8(3));
   }
 
+  template <int J>
+  static INLINE Vec bit(Vec w) {
+    if constexpr (J == 0) return vandq_s8(w, vdupq_n_s8(1));
+    else if constexpr (J == 7) return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 7));
+    else return vandq_s8(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), J)), vdupq_n_s8(1));
+  }
+  static INLINE void add_scaled(float* to, int32x4_t i, const float* scale) {
+    vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_f32(vcvtq_f32_s32(i), vld1q_f32(scale))));
+  }
+  static INLINE void widen(const uint16_t* half, float* values) {
+    for (int i = 0; i < kBlockRows; i += 4)
+      vst1q_f32(values + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + i))));
+  }
+
 #ifdef BITNET_DOTPROD
   using Sum = int32x4_t;
   static constexpr int kMaxTokens = 5;
-  static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = int64_t(1) << 14;
+  static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = int64_t(1) << 14;
   static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = vdotq_s32(sum, u, s); }
   static INLINE int32x4_t total(Sum sum) { return sum; }
 
@@ -57,27 +75,44 @@ struct Neon {
     }
     INLINE int32x4_t total() const { return vaddq_s32(even, vshrq_n_s32(odd, 2)); }
   };
+
+  // 1-bit planes j and j + 4 a sum, times 2^j.
+  struct BitPlanes {
+    Sum sum[4];
+    INLINE void add(Vec w, const Vec (&s)[8]) {
+      const Vec v = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4));
+      UNROLL for (int j = 0; j < 4; ++j) {
+        dot(sum[j], vandq_s8(w, vdupq_n_s8(1 << j)), s[j]);
+        dot(sum[j], vandq_s8(v, vdupq_n_s8(1 << j)), s[j + 4]);
+      }
+    }
+    INLINE int32x4_t total() const {
+      const int32x4_t low = vaddq_s32(sum[0], vshrq_n_s32(sum[1], 1));
+      return vaddq_s32(low, vshrq_n_s32(vaddq_s32(sum[2], vshrq_n_s32(sum[3], 1)), 2));
+    }
+  };
 #else
   struct Sum {
     int16x8_t low, high;  // one product a lane: the bytes of rows 0, 1 and of rows 2, 3
   };
   static constexpr int kMaxTokens = 2;
-  // A group adds at most 4 planes * 2 * 128 = 2^10; 32 of them reach -2^15, and 127 stays below 2^15.
-  static constexpr int64_t kSumGroups = 32, kPlaneGroups = 32;
+  // A step adds at most 4 planes * 2 * 128 = 2^10 (of 1-bit weights 8 * 1 * 128, the same); 32 of them reach -2^15, and 127 stays below 2^15.
+  static constexpr int64_t kSumSteps = 32, kPlaneSteps = 32;
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
     sum.low = vmlal_s8(sum.low, vget_low_s8(u), vget_low_s8(s));
     sum.high = vmlal_high_s8(sum.high, u, s);
   }
   static INLINE int32x4_t total(Sum sum) { return vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high)); }
   using Planes = PlaneByPlane<Neon>;
+  using BitPlanes = BitByBit<Neon>;
 #endif
 };
 
 // NEON multiplies signed by signed: the 128 comes off the weights in registers, and with it nothing off the result.
 struct NeonInt8 : EightBits<Neon> {
-  static constexpr int kZero = 0;
+  static constexpr int kFactor = 1, kZero = 0;
 #ifndef BITNET_DOTPROD
-  static constexpr int64_t kSumGroups = 1, kPlaneGroups = 1;  // one product fills 15 bits
+  static constexpr int64_t kSumSteps = 1, kPlaneSteps = 1;  // one product fills 15 bits
 #endif
   static INLINE Vec code(Vec w) { return veorq_s8(w, vdupq_n_s8(-128)); }
   template <int>
@@ -104,9 +139,11 @@ static bool supported() {
 #endif
 }
 const Isa kNeonDot = make_isa<Neon>("neon-dotprod", supported);
+const Isa kNeonDotBinary = make_isa<OneBit<Neon, Neon::BitPlanes>>("neon-dotprod", supported);
 const Isa kNeonDotInt8 = make_isa<NeonInt8>("neon-dotprod", supported);
 #else
 static bool supported() { return true; }
 const Isa kNeon = make_isa<Neon>("neon", supported);
+const Isa kNeonBinary = make_isa<OneBit<Neon, Neon::BitPlanes>>("neon", supported);
 const Isa kNeonInt8 = make_isa<NeonInt8>("neon", supported);
 #endif

@@ -6,10 +6,11 @@ namespace {
 struct Scalar {
   using Vec = uint32_t;
   using Sum = int32_t;
+  using Int = int32_t;
   struct Packed {};
-  static constexpr int kForm = kTwoBits, kFields = 4, kZero = 1;
+  static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 4, kPlaneVecs = 32, kTileVecs = 4, kMaxTokens = 4;
-  static constexpr int64_t kSumGroups = kMaxFeatures, kPlaneGroups = kMaxFeatures;
+  static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = kMaxFeatures;
 
   static INLINE Vec load(const void* p) {
     Vec v;
@@ -20,11 +21,20 @@ struct Scalar {
   static INLINE Vec splat(const int8_t* p) { return load(p); }
   static INLINE int32_t load32(const int32_t* p) { return *p; }
   static INLINE void store32(int32_t* p, int32_t v) { *p = v; }
-  static INLINE int32_t add32(int32_t a, int32_t b) { return a + b; }
+  static INLINE int32_t splat32(int32_t i) { return i; }
+  static INLINE int32_t add32(int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+  static INLINE int32_t sub32(int32_t a, int32_t b) { return int32_t(uint32_t(a) - uint32_t(b)); }
+  static INLINE int32_t times256(int32_t v) { return int32_t(uint32_t(v) << 8); }
   template <int J>
   static INLINE Vec plane(Vec w) {
     return w >> 2 * J & 0x03030303;
   }
+  template <int J>
+  static INLINE Vec bit(Vec w) {
+    return w >> J & 0x01010101;
+  }
+  static INLINE void add_scaled(float* to, int32_t i, const float* scale) { *to += float(i) * *scale; }
+  static INLINE void widen(const uint16_t* half, float* values) { widen_scales(half, values); }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE Vec field(const uint8_t* p, Packed) {
@@ -42,4 +52,5 @@ bool supported() { return true; }
 }  // namespace
 
 const Isa kScalar = make_isa<Scalar>("scalar", supported);
+const Isa kScalarBinary = make_isa<OneBit<Scalar>>("scalar", supported);
 const Isa kScalarInt8 = make_isa<EightBits<Scalar>>("scalar", supported);
