@@ -35,11 +35,11 @@ class QuantSpec:
 
     weights: Literal["ternary", "binary", "int8"] = "ternary"
     per_row: bool = False
-    group_size: int | None = None
-    centered: bool = True
     activation_bits: int | None = 8
     rms_norm: bool = False
     rms_norm_eps: float = 1e-6
+    group_size: int | None = None
+    centered: bool = True
 
     def __post_init__(self) -> None:
         if self.weights not in ("ternary", "binary", "int8"):

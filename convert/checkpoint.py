@@ -88,7 +88,7 @@ def load(
     device:    where the weights go
     dtype:     of the float weights; "auto" takes the stored one
     backend:   of the packed layers (see bitnet.backends)
-    weight_bits: a packed weight takes in the backend's memory: 2, or 1.6 where the CPU can (see PackedBitLinear)
+    weight_bits: a packed weight takes in the backend's memory: 2, or 1.6 or 1 where it can (see PackedBitLinear)
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.

@@ -62,7 +62,7 @@ def test_a_kernel_that_is_wrong_in_one_output_is_not_used(m: int, monkeypatch: p
     monkeypatch.setitem(
         backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(bind=off_by_one(m)(backends.BACKENDS["cpu"].bind))
     )
-    said = rf"backend 'cpu' is not used: its results are wrong on this hardware \({isa}\): ternary weights with .* times {m} "
+    said = rf"backend 'cpu' is not used: its results are wrong .* \({isa}\): ternary weights with .* times {m} "
     with pytest.warns(UserWarning, match=said + rf".*: 1 of {m * proof.N} values differ .* at \[{m - 1}, 13\]"):
         assert backends.choose_backend("auto", CPU) == "torch"
     with warnings.catch_warnings():
