@@ -41,9 +41,9 @@ def weight(w: Tensor, kind: str = "ternary", per_row: bool = False) -> tuple[np.
 def activation(x: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """codes int64 [..., K], s float32 [..., 1]"""
     x64 = array(x)
-    magnitude = np.abs(x64).max(-1, keepdims=True) if bits == 8 else np.abs(x64).mean(-1, keepdims=True)
-    s = F32(127 if bits == 8 else 7**0.5) * (F32(1) / np.maximum(magnitude.astype(F32), EPS))
-    low, high = (-128, 127) if bits == 8 else (-8, 7)
+    magnitude = np.abs(x64).mean(-1, keepdims=True) if bits == 4 else np.abs(x64).max(-1, keepdims=True)
+    s = F32({8: 127, 4: 7**0.5, 16: 32639}[bits]) * (F32(1) / np.maximum(magnitude.astype(F32), EPS))
+    low, high = {8: (-128, 127), 4: (-8, 7), 16: (-32639, 32639)}[bits]
     return np.clip(np.rint(x64.astype(F32) * s), low, high).astype(np.int64), s
 
 
@@ -57,6 +57,22 @@ def linear(x: Tensor, codes: np.ndarray, scale: np.ndarray, bias: Tensor | None,
     else:
         q, s = activation(x, bits)
         y = (q @ codes.T).astype(F32) * (scale / s)
+    if bias is not None:
+        y = y + array(bias).astype(F32)
+    return torch.from_numpy(y).to(x.dtype)
+
+
+def grouped(x: Tensor, codes: np.ndarray, scale: np.ndarray, size: int, bias: Tensor | None, bits: int) -> Tensor:
+    """linear with scales float16 [N, G] of groups of `size` features: one float32 operation after the other."""
+    q, s = activation(x, bits)
+    y = np.zeros((len(q), len(codes)), F32)
+    for first in range(0, q.shape[1], 1024):
+        span = np.zeros_like(y)
+        for at in range(first, min(first + 1024, q.shape[1]), size):
+            product = (q[:, at : at + size] @ codes[:, at : at + size].T).astype(F32)
+            span = span + product * scale[:, at // size].astype(F32)
+        y = y + span
+    y = y * (F32(1) / s)
     if bias is not None:
         y = y + array(bias).astype(F32)
     return torch.from_numpy(y).to(x.dtype)

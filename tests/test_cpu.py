@@ -508,7 +508,8 @@ def test_no_access_outside_of_any_buffer(tmp_path: Path) -> None:
     """Fails if any kernel reads or writes beyond its operands, or relies on undefined behaviour."""
     program = build_selfcheck(tmp_path, "-DCMAKE_CXX_FLAGS=-g -fsanitize=address,undefined -fno-sanitize-recover")
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*(isa for _, isa in TARGETS), *cpu_library.isas(cpu_library.EIGHT_BITS), "agree"]
+    others = [isa for form in (cpu_library.EIGHT_BITS, cpu_library.ONE_BIT) for isa in cpu_library.isas(form)]
+    assert output.split() == [*(isa for _, isa in TARGETS), *others, "agree"]
 
 
 @pytest.mark.slow
@@ -518,7 +519,7 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
     program = build_selfcheck(tmp_path, *compiler, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")
     emulator = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*2 * ["neon-dotprod", "neon", "scalar"], "agree"]  # ternary, 8 bits
+    assert output.split() == [*3 * ["neon-dotprod", "neon", "scalar"], "agree"]  # ternary, 8 bits, binary
 
 
 @pytest.mark.slow
@@ -532,7 +533,7 @@ def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list
     program = build_selfcheck(tmp_path)
     emulator = ["qemu-x86_64-static", "-cpu", model]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*2 * expected, "agree"]  # ternary, 8 bits
+    assert output.split() == [*3 * expected, "agree"]  # ternary, 8 bits, binary
 
 
 # Training

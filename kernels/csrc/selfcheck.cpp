@@ -35,78 +35,164 @@ struct Target {
 
 std::vector<Target> targets() {
   std::vector<Target> found;
-  for (int form : {kTwoBits, kBase3, kEightBits})
+  for (int form : {kTwoBits, kBase3, kEightBits, kOneBit})
     for (int i = 0; bitnet_isa(form, i); ++i) found.push_back({form, i, bitnet_isa(form, i)});
   return found;
 }
 
-void check_with(bool eight, int64_t m, int64_t n, int64_t k, int extreme) {
-  std::vector<int8_t> codes(n * k), back(n * k);
-  const int low = eight ? -128 : -1, high = eight ? 127 : 1;
-  for (auto& c : codes) c = int8_t(extreme ? (extreme > 0 ? high : low) : low + int(draw(high - low + 1)));
-  const int64_t hub_rows = (n + 3) / 4;
-  std::vector<uint8_t> hub(hub_rows * k, 0x55);
-  for (int64_t r = 0; r < n && !eight; ++r)
-    for (int64_t c = 0; c < k; ++c) {
-      uint8_t& byte = hub[r % hub_rows * k + c];
-      const int shift = int(r / hub_rows * 2);
-      byte = uint8_t((byte & ~(3 << shift)) | (codes[r * k + c] + 1) << shift);
+enum Kind { kTernary, kBytes, kBinary };
+
+Kind kind_of(int form) { return form == kEightBits ? kBytes : form == kOneBit ? kBinary : kTernary; }
+
+// A weight in all of the forms that can hold it, and its codes.
+struct Weight {
+  Kind kind;
+  int64_t n, k;
+  std::vector<int8_t> codes;
+  std::vector<uint8_t> forms[4];
+
+  Weight(Kind kind, int64_t n, int64_t k, int extreme) : kind(kind), n(n), k(k), codes(n * k) {
+    const int low = kind == kBytes ? -128 : -1, high = kind == kBytes ? 127 : 1;
+    for (auto& c : codes) {
+      c = int8_t(extreme ? (extreme > 0 ? high : low) : low + int(draw(high - low + 1)));
+      if (kind == kBinary && !c) c = 1;
     }
-  const uint8_t* source = eight ? reinterpret_cast<const uint8_t*>(codes.data()) : hub.data();
-  std::vector<uint8_t> weights[3];
-  for (int form : {kTwoBits, kBase3, kEightBits}) {
-    if ((form == kEightBits) != eight) continue;
-    const int64_t group = eight ? 4 : form == kBase3 ? 20 : 16;
-    weights[form].resize((n + 31) / 32 * ((k + group - 1) / group) * 128);
-    uint8_t* weight = weights[form].data();
-    require(!bitnet_prepack(codes.data(), 1, n, k, weight, form, 2), "prepack of codes", "all", m, n, k);
-    const std::vector<uint8_t> of_codes = weights[form];
-    require(!bitnet_prepack(source, 0, n, k, weight, form, 2), "prepack", "all", m, n, k);
-    require(same(weights[form], of_codes), "prepack of codes", "all", m, n, k);
-    require(!bitnet_unprepack(weight, n, k, back.data(), form, 2) && codes == back, "unprepack", "all", m, n, k);
+    const int64_t hub_rows = (n + 3) / 4;
+    std::vector<uint8_t> hub(hub_rows * k, 0x55);
+    for (int64_t r = 0; r < n && kind != kBytes; ++r)
+      for (int64_t c = 0; c < k; ++c) {
+        uint8_t& byte = hub[r % hub_rows * k + c];
+        const int shift = int(r / hub_rows * 2);
+        byte = uint8_t((byte & ~(3 << shift)) | (codes[r * k + c] + 1) << shift);
+      }
+    const uint8_t* source = kind == kBytes ? reinterpret_cast<const uint8_t*>(codes.data()) : hub.data();
+    std::vector<int8_t> back(n * k);
+    for (int form : {kTwoBits, kBase3, kEightBits, kOneBit}) {
+      if (kind_of(form) != kind) continue;
+      const int64_t step = form == kEightBits ? 4 : form == kBase3 ? 20 : form == kOneBit ? 32 : 16;
+      forms[form].resize((n + 31) / 32 * ((k + step - 1) / step) * 128);
+      uint8_t* weight = forms[form].data();
+      require(!bitnet_prepack(codes.data(), 1, n, k, weight, form, 2), "prepack of codes", "all", 0, n, k);
+      const std::vector<uint8_t> of_codes = forms[form];
+      require(!bitnet_prepack(source, 0, n, k, weight, form, 2), "prepack", "all", 0, n, k);
+      require(same(forms[form], of_codes), "prepack of codes", "all", 0, n, k);
+      require(!bitnet_unprepack(weight, n, k, back.data(), form, 2) && codes == back, "unprepack", "all", 0, n, k);
+    }
   }
+};
 
-  const int64_t stride = k + draw(3), rows = m ? (m - 1) * stride + k : 0;
-  std::vector<int8_t> q(rows);
-  for (auto& v : q) v = extreme ? -128 : int8_t(draw(256));
-  std::vector<int32_t> acc(m * n), expected(m * n);
+template <class Code>
+std::vector<Code> draw_tokens(int64_t count, int extreme) {
+  const int top = sizeof(Code) == 1 ? 128 : 32639;
+  std::vector<Code> q(count);
+  for (auto& v : q) v = Code(extreme ? -top : int(draw(2 * top)) - top);
+  return q;
+}
+
+template <class Code>
+int32_t dot(const Code* q, const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t c = 0; c < count; ++c) sum += q[c] * codes[c];
+  return sum;
+}
+
+// Bare accumulators of one weight, against plain loops.
+template <class Code>
+void check_products(const Weight& w, int64_t m, int64_t stride, int extreme) {
+  const auto q = draw_tokens<Code>(m ? (m - 1) * stride + w.k : 0, extreme);
+  const int32_t type = sizeof(Code) == 1 ? kInt8 : kInt16;
+  std::vector<int32_t> acc(m * w.n), expected(m * w.n);
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t c = 0; c < k; ++c) expected[i * n + r] += q[i * stride + c] * codes[r * k + c];
+    for (int64_t r = 0; r < w.n; ++r) expected[i * w.n + r] = dot(&q[i * stride], &w.codes[r * w.k], w.k);
+  for (const auto& target : targets())
+    for (int threads = 1; threads <= 2 && kind_of(target.form) == w.kind; ++threads) {
+      const PreparedWeight layer{w.forms[target.form].data(), nullptr, nullptr, w.n, w.k, 0, 0, kFloat32, target.form, 8,
+                                 target.index};
+      const auto status = bitnet_linear(&layer, q.data(), type, stride, nullptr, m, acc.data(), kInt32, threads);
+      require(!status && same(acc, expected), "accumulator", target.isa, m, w.n, w.k);
+    }
+}
 
+// Scales of groups, against plain loops.
+template <class Code>
+void check_groups(const Weight& w, int64_t m, int64_t size, int extreme) {
+  const int64_t n = w.n, k = w.k, groups = (k + size - 1) / size, blocks = (n + 31) / 32;
+  const auto q = draw_tokens<Code>(m * k, extreme);
+  std::vector<uint16_t> half(blocks * groups * 32);
+  std::vector<float> scale(half.size()), s(m), bias(n), y(m * n), expected(m * n);
+  for (size_t i = 0; i < half.size(); ++i) {  // 1 + fraction / 1024
+    const uint32_t fraction = draw(1024);
+    half[i] = uint16_t(15 << 10 | fraction);
+    scale[i] = 1 + float(fraction) / 1024;
+  }
+  for (auto& v : s) v = float(1 + draw(1000)) / 777;
+  for (auto& v : bias) v = float(draw(1000)) / 333 - 1;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t r = 0; r < n; ++r) {
+      float total = 0;
+      for (int64_t span = 0; span < k; span += 1024) {
+        float part = 0;
+        for (int64_t at = span; at < k && at < span + 1024; at += size) {
+          const int64_t end = at + size < k ? at + size : k;
+          const float product = float(dot(&q[i * k + at], &w.codes[r * k + at], end - at));
+          part += product * scale[(r / 32 * groups + at / size) * 32 + r % 32];
+        }
+        total += part;
+      }
+      expected[i * n + r] = total * (1 / s[i]) + bias[r];
+    }
+  for (const auto& target : targets())
+    for (int threads = 1; threads <= 2 && kind_of(target.form) == w.kind; ++threads) {
+      const PreparedWeight layer{w.forms[target.form].data(), half.data(), bias.data(), n, k, size, 0, kFloat32,
+                                 target.form, 8, target.index};
+      const auto status = bitnet_linear(&layer, q.data(), sizeof(Code) == 1 ? kInt8 : kInt16, k, s.data(), m, y.data(),
+                                        kFloat32, threads);
+      require(!status && same(y, expected), "scales of groups", target.isa, m, n, k);
+    }
+}
+
+// Float tokens: every instruction set must agree with the first.
+void check_floats(const Weight& w, int64_t m, int64_t stride, int32_t activation_bits) {
+  const int64_t n = w.n, rows = m ? (m - 1) * stride + w.k : 0;
   std::vector<float> scale(n), bias(n), x(rows);
   for (int64_t r = 0; r < n; ++r) scale[r] = float(1 + draw(1000)) / 777, bias[r] = float(draw(1000)) / 333 - 1;
   for (auto& v : x) v = float(int(draw(2001)) - 1000) / 123;
   std::vector<uint16_t> half(rows);
   for (auto& v : half) v = uint16_t(draw(2) << 15 | draw(0x4200));  // finite as float16 and as bfloat16
-
   std::vector<float> y(m * n), first_y;
   std::vector<uint16_t> y16(m * n), first_y16[3];
-  for (const auto& target : targets()) {
-    if ((target.form == kEightBits) != eight) continue;
-    for (int threads = 1; threads <= 2; ++threads) {
+  for (const auto& target : targets())
+    for (int threads = 1; threads <= 2 && kind_of(target.form) == w.kind; ++threads) {
       const char* isa = target.isa;
-      PreparedWeight layer{weights[target.form].data(), scale.data(), bias.data(), n, k, n > 1, kFloat32, target.form,
-                           8, target.index};
-      auto run = [&](const void* in, Type in_type, void* out, Type out_type) {
-        return bitnet_linear(&layer, in, in_type, stride, nullptr, m, out, out_type, threads) == kOk;
+      const PreparedWeight layer{w.forms[target.form].data(), scale.data(), bias.data(), n, w.k, 0, n > 1, kFloat32,
+                                 target.form, activation_bits, target.index};
+      auto run = [&](const void* in, Type type, void* out) {
+        return bitnet_linear(&layer, in, type, stride, nullptr, m, out, type, threads) == kOk;
       };
-      require(run(q.data(), kInt8, acc.data(), kInt32) && same(acc, expected), "accumulator", isa, m, n, k);
-      require(run(x.data(), kFloat32, y.data(), kFloat32), "float32", isa, m, n, k);
+      require(run(x.data(), kFloat32, y.data()), "float32", isa, m, n, w.k);
       if (first_y.empty()) first_y = y;
-      require(same(y, first_y), "float32", isa, m, n, k);
+      require(same(y, first_y), "float32", isa, m, n, w.k);
       for (Type type : {kBFloat16, kFloat16}) {
-        require(run(half.data(), type, y16.data(), type), "16 bits", isa, m, n, k);
+        require(run(half.data(), type, y16.data()), "16-bit floats", isa, m, n, w.k);
         if (first_y16[type].empty()) first_y16[type] = y16;
-        require(same(y16, first_y16[type]), "16 bits", isa, m, n, k);
+        require(same(y16, first_y16[type]), "16-bit floats", isa, m, n, w.k);
       }
     }
-  }
 }
 
 void check(int64_t m, int64_t n, int64_t k, int extreme) {
-  check_with(false, m, n, k, extreme);
-  if (k <= 65536) check_with(true, m, n, k, extreme);
+  for (Kind kind : {kTernary, kBytes, kBinary}) {
+    if (kind == kBytes && k > 65536) continue;
+    const Weight w(kind, n, k, extreme);
+    const int64_t stride = k + draw(3);
+    check_products<int8_t>(w, m, stride, extreme);
+    check_floats(w, m, stride, 8);
+    if (kind == kBytes) continue;
+    if (k <= 65536) check_products<int16_t>(w, m, stride, extreme), check_floats(w, m, stride, 16);
+    const int64_t size = 32 << draw(4);
+    check_groups<int8_t>(w, m, size, extreme);
+    check_groups<int16_t>(w, m, size, extreme);
+  }
 }
 
 // The quantizers have no plain loops here: every instruction set must agree with the plainest one.
@@ -122,13 +208,13 @@ void check_quantizers(int64_t n, int64_t k) {
   while (bitnet_isa(kTwoBits, plainest + 1)) ++plainest;
   for (Type type : {kFloat32, kBFloat16, kFloat16}) {
     const void* x = type == kFloat32 ? static_cast<const void*>(wide.data()) : half.data();
-    std::vector<int8_t> codes[2], q[2];
+    std::vector<int8_t> codes[2], q[2], q16, q8, q4;
     std::vector<uint8_t> hub[2];
     std::vector<double> sums[2];
-    std::vector<float> s[2];
+    std::vector<float> s[2], s16, s8, s4;
     for (int isa = plainest; isa >= 0; --isa) {
       const int i = isa != plainest;
-      codes[i].resize(n * k), q[i].resize(n * k), hub[i].resize(hub_rows * k), sums[i].resize(n), s[i].resize(n);
+      codes[i].resize(n * k), hub[i].resize(hub_rows * k), sums[i].resize(n), s[i].resize(n);
       const char* name = bitnet_isa(kTwoBits, isa);
       require(!bitnet_ternary_codes(x, type, n, k, inv.data(), 1, codes[i].data(), isa, 2) && (!i || codes[0] == codes[1]),
               "ternary codes", name, 0, n, k);
@@ -136,8 +222,15 @@ void check_quantizers(int64_t n, int64_t k) {
               "packed codes", name, 0, n, k);
       require(!bitnet_magnitudes(x, type, n, k, sums[i].data(), isa, 2) && (!i || same(sums[0], sums[1])), "magnitudes",
               name, 0, n, k);
-      require(!bitnet_quantize(x, type, k, n, k, 8, q[i].data(), s[i].data(), isa, 2) && (!i || (q[0] == q[1] && same(s[0], s[1]))),
-              "activation codes", name, 0, n, k);
+      for (int32_t activation_bits : {16, 8, 4}) {
+        q[i].resize(n * k * (activation_bits == 16 ? 2 : 1));
+        std::vector<int8_t>& first_q = activation_bits == 16 ? q16 : activation_bits == 8 ? q8 : q4;
+        std::vector<float>& first_s = activation_bits == 16 ? s16 : activation_bits == 8 ? s8 : s4;
+        require(!bitnet_quantize(x, type, k, n, k, activation_bits, q[i].data(), s[i].data(), isa, 2), "activation codes",
+                name, 0, n, k);
+        if (!i) first_q = q[i], first_s = s[i];
+        require(same(q[i], first_q) && same(s[i], first_s), "activation codes", name, 0, n, k);
+      }
     }
   }
 }
@@ -153,6 +246,7 @@ int main() {
   check(300, 40, 20, 0);
   check(1, 1000, 1100, 0);
   check(9, 500, 600, 0);
+  check(2, 70, 2100, 0);
   for (int64_t m : {1, 7})
     for (int extreme : {-1, 1}) check(m, 3, 16384, extreme);
   check(1, 2, 600001, 1);
