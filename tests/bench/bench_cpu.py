@@ -44,15 +44,16 @@ def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Ru
             twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
             own = arena.arena.empty(*weight.shape).view(weight.dtype).copy_(weight)
             twin._prepacked = layer._prepacked._replace(weight=own)
+            twin(torch.zeros(1, k))  # binds; scales of groups are copied then
             yield twin, weight.nbytes
 
     return make
 
 
-def raw_read(bits: int) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+def raw_read(bits: float) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
     def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
         while True:
-            weight = arena.arena.empty(n * k * bits // 8).fill_(1)
+            weight = arena.arena.empty(int(n * k * bits / 8)).fill_(1)
             yield (lambda x, w=weight: cpu_library.read(w)), weight.nbytes
 
     return make
@@ -95,6 +96,12 @@ CANDIDATES: Candidates = {
     "read": (raw_read(2), "2 bit"),
     "cpu": (ours("cpu"), "2 bit"),
     "cpu-base3": (ours("cpu-base3"), "1.6 bit"),
+    "cpu, 16-bit activations": (ours("cpu", activation_bits=16), "2 bit"),
+    "read, groups of 128": (raw_read(2.125), "2 bit"),
+    "cpu, groups of 128": (ours("cpu", group_size=128), "2 bit"),
+    "cpu, groups of 128, 16-bit activations": (ours("cpu", group_size=128, activation_bits=16), "2 bit"),
+    "read, 1 bit, groups of 128": (raw_read(1.125), "1 bit"),
+    "cpu-binary, groups of 128": (ours("cpu-binary", weights="binary", group_size=128), "1 bit"),
     "torch int4": (torch_int4, "4 bit"),
     "torch int8": (torch_int8, "int8"),
     "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
@@ -150,7 +157,7 @@ def calls() -> dict[str, Tensor]:
     layer, x, y = PackedBitLinear(64, 64, bias=False, backend="cpu"), torch.randn(1, 64), torch.empty(1, 64)
     described = cpu_linear.prepared(layer.prepack()[0], layer.weight_scale, None, 64, 64)
     arguments = (ctypes.byref(described), x.data_ptr(), 0, 64, None, 1, y.data_ptr(), 0, 1)
-    function = cpu_library.library().bitnet_linear
+    function = cpu_library.native().bitnet_linear
     return measure({"cpu": 1000 * [layer], "C function": 1000 * [lambda x: function(*arguments)]}, x, 0.5)
 
 
