@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TYPES = {"TQ2_0": 35, "TQ1_0": 34, "Q4_0": 2}  # enum ggml_type
+TYPES = {"TQ2_0": 35, "TQ1_0": 34, "Q4_0": 2, "Q1_0": 41, "Q2_0": 42}  # enum ggml_type
 
 
 class _InitParams(Structure):
