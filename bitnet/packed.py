@@ -341,8 +341,8 @@ class PackedEmbedding(Packed):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = F.embedding(input, self.weight).float() * F.embedding(input, self.weight_scale[:, None])
-        rows = rows.to(self.dtype_of.dtype)
+        codes, scale = F.embedding(input, self.weight), F.embedding(input, self.weight_scale[:, None]).squeeze(-1)
+        rows = reference.dequantize_weight(codes, scale, self.dtype_of.dtype)
         if self.multiplier is None:
             return rows
         return rows * torch.full((), self.multiplier, dtype=rows.dtype, device=rows.device)
