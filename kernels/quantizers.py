@@ -57,15 +57,16 @@ def int_linear(
 
     eight_bits: whether codes may be others than -1, 0 and 1
     """
+    groups = scale.dtype == torch.float16
+    if on_triton(q) and not groups and q.dtype == torch.int8:
+        return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     if q.is_cpu and _is_plain(q):
         run = torch.ops.bitnet.cpu_int_linear if is_observed() else _cpu_int_linear
         return run(q, s, codes, scale, bias, dtype, eight_bits)
-    if scale.dtype == torch.float16:
+    if groups:
         return reference.group_linear(q, s, codes, scale, bias, dtype)
     if q.dtype == torch.int16:
         return reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype)
-    if on_triton(q):
-        return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     return reference.rescale(int8.int_matmul(q, codes), s, scale, bias, dtype)
 
 
