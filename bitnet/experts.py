@@ -90,8 +90,9 @@ class BitExperts(_Experts, BitLayer):
     def from_experts(experts: nn.Module, spec: QuantSpec | None = None) -> "BitExperts":
         """Turn a module for which stacks_of finds stacks into BitExperts *in place* and return it."""
         spec, names, origin = spec or QuantSpec(), stacks_of(experts), type(experts)
-        if spec.rms_norm:
-            raise ValueError("fused experts cannot have an RMSNorm inside")
+        if spec.rms_norm or spec.hadamard is not None:
+            what = "an RMSNorm" if spec.rms_norm else "a Hadamard transform"
+            raise ValueError(f"fused experts cannot have {what} inside")
         stacks = []
         for name in names:
             count, n, k = experts.get_parameter(name).shape
@@ -168,12 +169,14 @@ class PackedStack(Packed):
         self._made_of: list[tuple[Tensor | None, int, int]] = []  # the buffers, their versions and where they are
 
     @renamed(bits="weight_bits")
-    def set_backend(self, backend: str = "auto", weight_bits: float = 2) -> None:
+    def set_backend(
+        self, backend: str = "auto", weight_bits: float = 2, activation_bits: int | str | None = "auto"
+    ) -> None:
         """See PackedBitLinear.set_backend."""
         check_backend(backend, weight_bits)
-        self.backend, self.weight_bits = backend, weight_bits
+        self.backend, self.weight_bits, self._activation_bits = backend, weight_bits, activation_bits
         for layer in self._layers:
-            layer.set_backend(backend, weight_bits)
+            layer.set_backend(backend, weight_bits, activation_bits)
 
     def layers(self) -> list[PackedBitLinear]:
         """One layer for each matrix, over the same memory; each prepacks at its first call.
@@ -192,6 +195,8 @@ class PackedStack(Packed):
                 PackedBitLinear.from_packed(*tensors, self.out_features, self.spec, self.backend, self.weight_bits)
                 for tensors in zip(weight, scales, biases, strict=True)
             ]
+            for layer in self._layers:
+                layer.set_backend(self.backend, self.weight_bits, self._activation_bits)
             self._made_of = present
         return self._layers
 

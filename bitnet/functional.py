@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import quantize
+from .kernels.rotation import hadamard
 from .linear import cast_for_autocast
 from .quantize import QuantSpec
 
@@ -24,7 +25,7 @@ def bit_linear(
               x does (BitNet, arXiv 2310.11453, sec. 2.2)
     bias:     floating [N] or None
     strength: how far both are quantized, from 0 (F.linear) to 1; a 0-d tensor is one graph for a compiler
-    options:  those of QuantSpec but the RMSNorm's: weights, per_row, activation_bits
+    options:  those of QuantSpec but the RMSNorm's and hadamard_signs: weights, per_row, activation_bits, ...
     returns:  [..., N] in x's dtype
 
     Raises TypeError or ValueError naming the argument that does not fit. NaN and Inf spread as they do in F.linear.
@@ -43,4 +44,8 @@ def bit_linear(
         raise ValueError(f"bit_linear: x is {list(x.shape)}, but the weight takes K = {weight.shape[1]} features")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bit_linear: bias must be [{len(weight)}], got {list(bias.shape)}")
+    if spec.hadamard_signs:
+        raise ValueError("bit_linear: signs are a layer's own; multiply x by them before, or take a BitLinear layer")
+    if spec.hadamard is not None:
+        x = hadamard(cast_for_autocast(x), spec.hadamard)
     return quantize.bit_linear(cast_for_autocast(x), weight, bias, spec, strength)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .kernels.rotation import hadamard
 from .quantize import QuantSpec, bit_linear
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,9 +70,11 @@ class _OneMatrix(BitLayer):
     weight: Tensor
     bias: Any  # [N] or None
     rms_norm: nn.RMSNorm | None
+    signs: Tensor | None  # int8 [K], with hadamard_signs
     transposed = False  # weight is [K, N]
 
     def _configure(self, spec: QuantSpec) -> None:
+        check_features(self.in_features, spec)
         self.spec = spec
         self.strength = 1.0
         self.rms_norm = None
@@ -79,6 +82,8 @@ class _OneMatrix(BitLayer):
             self.rms_norm = nn.RMSNorm(
                 self.in_features, spec.rms_norm_eps, device=self.weight.device, dtype=self.weight.dtype
             )
+
+        self.register_buffer("signs", random_signs(self.in_features, spec, self.weight.device))
 
     def latent_weights(self) -> list[LatentWeight]:
         return [LatentWeight("weight", self.out_features, self.in_features, self.transposed)]
@@ -88,6 +93,8 @@ class _OneMatrix(BitLayer):
         if self.rms_norm is not None:
             x = self.rms_norm(x)
         x = cast_for_autocast(x)
+        if self.spec.hadamard is not None:
+            x = hadamard(x, self.spec.hadamard, self.signs)
         weight = self.weight.T if self.transposed else self.weight
         return bit_linear(x, weight, self.bias, self.spec, self.strength if self.training else 1.0)
 
@@ -154,6 +161,21 @@ class BitConv1D(_OneMatrix):
         return layer
 
 
+def check_features(in_features: int, spec: QuantSpec) -> None:
+    """Raise ValueError if a layer of so many features cannot have these options."""
+    if spec.hadamard is not None and in_features % spec.hadamard:
+        raise ValueError(f"its {in_features} features are no multiple of hadamard={spec.hadamard}")
+
+
+def random_signs(in_features: int, spec: QuantSpec, device: Any) -> Tensor | None:
+    """The signs of a fresh layer: the same for all layers with as many features, so that layers can share an input."""
+    if not spec.hadamard_signs:
+        return None
+    draw = torch.Generator().manual_seed(in_features)
+    bits = torch.randint(0, 2, (in_features,), generator=draw, device="cpu", dtype=torch.int8)
+    return (2 * bits - 1).to(device)
+
+
 def cast_for_autocast(x: Tensor) -> Tensor:
     """x in the dtype autocast asks for, where it is on; custom functions are not on its lists."""
     if not torch._C._is_any_autocast_enabled():  # the rest costs a microsecond
@@ -173,5 +195,7 @@ def describe(spec: QuantSpec) -> str:
         words.append(f"scales of groups of {spec.group_size}")
     if not spec.centered:
         words.append("not centered")
+    if spec.hadamard is not None:
+        words.append(f"Hadamard blocks of {spec.hadamard}{' with signs' * spec.hadamard_signs}")
     words.append("float activations" if spec.activation_bits is None else f"int{spec.activation_bits} activations")
     return ", ".join(words)

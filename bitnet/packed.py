@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deprecated import renamed
-from .kernels import backends, layout, observed, ops, reference
-from .linear import BitConv1D, BitLinear, become, cast_for_autocast, describe
+from .kernels import backends, layout, observed, ops, reference, rotation
+from .linear import BitConv1D, BitLinear, become, cast_for_autocast, check_features, describe, random_signs
 from .quantize import QuantSpec
 
 
@@ -48,6 +48,7 @@ class PackedBitLinear(Packed):
     weight_scale: float32 [1], or [N] with per_row, or float16 [N, ceil(K / group_size)] with group_size; multiplies.
                   Keeps its dtype under .to(dtype)
     bias:         [N] or None
+    signs:        int8 [K] with hadamard_signs, or None
 
     The backend derives its own layout from these at the first call; it is never saved. Gradients flow through
     to the input, so adapters (LoRA) can be trained beside packed layers; the packed weight itself cannot.
@@ -56,6 +57,7 @@ class PackedBitLinear(Packed):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    signs: Tensor | None
     transposed = False  # made from a layer whose float weight is [K, N]; the packed one is the same
 
     @renamed(bits="weight_bits")
@@ -73,10 +75,12 @@ class PackedBitLinear(Packed):
     ) -> None:
         super().__init__()
         spec = QuantSpec(**options)
+        check_features(in_features, spec)
         packed, scale = packed_zeros(in_features, out_features, spec, device)
+        signs = random_signs(in_features, spec, device)
         b = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         norm = nn.RMSNorm(in_features, spec.rms_norm_eps, device=device, dtype=dtype) if spec.rms_norm else None
-        self._configure(in_features, out_features, spec, packed, scale, b, norm, backend, weight_bits)
+        self._configure(in_features, out_features, spec, packed, scale, b, norm, signs, backend, weight_bits)
 
     @staticmethod
     def from_bit_linear(
@@ -93,7 +97,7 @@ class PackedBitLinear(Packed):
         transposed = layer.transposed
         del layer.weight, layer.bias, layer.rms_norm, layer.strength
         module = become(layer, PackedBitLinear)
-        module._configure(k, n, spec, packed, scale, bias, norm, backend)
+        module._configure(k, n, spec, packed, scale, bias, norm, layer.signs, backend)
         if transposed:
             module.transposed = True
         return module
@@ -111,7 +115,7 @@ class PackedBitLinear(Packed):
         """A layer around tensors that exist already, which it shares."""
         module = PackedBitLinear.__new__(PackedBitLinear)
         nn.Module.__init__(module)
-        module._configure(packed.shape[-1], out_features, spec, packed, scale, bias, None, backend, weight_bits)
+        module._configure(packed.shape[-1], out_features, spec, packed, scale, bias, None, None, backend, weight_bits)
         return module
 
     def _configure(
@@ -123,6 +127,7 @@ class PackedBitLinear(Packed):
         scale: Tensor,
         bias: Tensor | None,
         rms_norm: nn.RMSNorm | None,
+        signs: Tensor | None,
         backend: str,
         weight_bits: float = 2,
     ) -> None:
@@ -130,9 +135,11 @@ class PackedBitLinear(Packed):
         self.register_buffer("weight", packed)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
+        self.register_buffer("signs", signs)
         self.rms_norm = rms_norm
         self._drop_derived()
         self.backend, self.weight_bits = "auto", 2.0
+        self._activation_bits: int | str | None = "auto"
         self.set_backend(backend, weight_bits)
 
     def _drop_derived(self) -> None:
@@ -140,12 +147,39 @@ class PackedBitLinear(Packed):
         self._bound: _Bound | None = None
 
     @renamed(bits="weight_bits")
-    def set_backend(self, backend: str = "auto", weight_bits: float = 2) -> None:
-        """Choose the backend and its bits a weight; see the class. Raises ValueError for values there are not."""
+    def set_backend(
+        self, backend: str = "auto", weight_bits: float = 2, activation_bits: int | str | None = "auto"
+    ) -> None:
+        """Choose the backend and its bits a weight; see the class. Raises ValueError for values there are not.
+
+        activation_bits: how a layer whose options say float activations runs: None leaves them float, 16 and 8 quantize
+            them all the same; "auto" takes float where a kernel does, else 16 if one takes those (CPUs), whose
+            error is below bfloat16's own rounding. Other layers run as their options say.
+        """
         check_backend(backend, weight_bits)
-        if (self.backend, self.weight_bits) != (backend, weight_bits):
-            self.backend, self.weight_bits = backend, weight_bits
+        if activation_bits not in ("auto", None, 8, 16):
+            raise ValueError(f"activation_bits must be 'auto', None, 8 or 16, got {activation_bits!r}")
+        chosen = backend, weight_bits, activation_bits
+        if (self.backend, self.weight_bits, self._activation_bits) != chosen:
+            self.backend, self.weight_bits, self._activation_bits = chosen
             self._drop_derived()
+
+    @property
+    def activation_bits(self) -> int | None:
+        """To how many bits activations are quantized here and now; None for float ones. See set_backend."""
+        spec = self.spec
+        if spec.activation_bits is not None or spec.weights == "int8":
+            return spec.activation_bits
+        if not isinstance(self._activation_bits, str):
+            return self._activation_bits
+        groups, backend, device = spec.group_size is not None, self.backend, self.weight.device
+        if backend == "auto":
+            if backends.choose_backend(backend, device, None, groups=groups) not in ("torch", "reference"):
+                return None
+            if not groups and self.in_features > reference.MOST_16:
+                return None
+            backend = backends.choose_backend(backend, device, 16, groups=groups)
+        return 16 if backend.startswith("cpu") else None
 
     def prepack(self) -> tuple[Tensor, str]:
         """Derive the backend's own layout now instead of at the first call; returns it with the backend's name.
@@ -157,10 +191,9 @@ class PackedBitLinear(Packed):
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             self._check_scale()
-            spec, groups = self.spec, self.spec.group_size is not None
-            backend = backends.choose_backend(
-                self.backend, weight.device, spec.activation_bits, self.weight_bits, groups
-            )
+            groups = self.spec.group_size is not None
+            bits = self.activation_bits
+            backend = backends.choose_backend(self.backend, weight.device, bits, self.weight_bits, groups)
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
                 prepacked = ops.prepack(weight, self.out_features, backend=backend)
@@ -210,15 +243,16 @@ class PackedBitLinear(Packed):
         """
         if self.rms_norm is not None:
             raise ValueError("it has an RMSNorm inside, which an nn.Linear cannot express")
-        weight, bias, transposed = (
-            reference.dequantize_weight(self.codes(), self.weight_scale, dtype),
-            self.bias,
-            self.transposed,
-        )
+        bias, transposed = self.bias, self.transposed
+        weight = reference.dequantize_weight(self.codes(), self.weight_scale)
+        if self.spec.hadamard is not None:
+            weight = rotation.unrotate(weight, self.spec.hadamard, self.signs)
+        weight = weight.to(dtype)
         origin = vars(self).pop("origin", nn.Linear)
-        for buffer in ("weight", "weight_scale", "bias"):
+        for buffer in ("weight", "weight_scale", "bias", "signs"):
             delattr(self, buffer)
-        del self.rms_norm, self.spec, self.backend, self.weight_bits, self._prepacked, self._bound
+        del self.rms_norm, self.spec, self.backend, self.weight_bits, self._activation_bits
+        del self._prepacked, self._bound
         if transposed:
             del self.in_features, self.out_features, self.transposed
         linear: nn.Module = become(self, origin)
@@ -233,12 +267,14 @@ class PackedBitLinear(Packed):
         x = cast_for_autocast(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input is {list(x.shape)}, but this layer takes {self.in_features} features")
+        if self.spec.hadamard is not None:
+            x = rotation.hadamard(x, self.spec.hadamard, self.signs)
         buffers = self._buffers  # a third of the cost of looking a buffer up as an attribute
         scale, bias = buffers["weight_scale"], buffers["bias"]
         assert scale is not None
         if observed.needs_operator(x, scale, bias):
             weight, backend = self.prepack()
-            return ops.linear_prepacked(x, weight, scale, bias, self.out_features, self.spec.activation_bits, backend)
+            return ops.linear_prepacked(x, weight, scale, bias, self.out_features, self.activation_bits, backend)
         bound = self._bound
         if (
             bound is None
@@ -254,7 +290,7 @@ class PackedBitLinear(Packed):
     def _bind(self, scale: Tensor, bias: Tensor | None) -> "_Bound":
         weight, backend = self.prepack()
         n, k = self.out_features, self.in_features
-        run = ops.bind(weight, scale, bias, n, k, self.spec.activation_bits, backend)
+        run = ops.bind(weight, scale, bias, n, k, self.activation_bits, backend)
         made = self._prepacked
         assert made is not None
         # of scales of groups backends have copies in an order of their own
@@ -266,7 +302,9 @@ class PackedBitLinear(Packed):
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, {describe(self.spec)}, backend={self.backend}"
+        bits = self.activation_bits
+        run = f" run as int{bits}" if self.spec.activation_bits is None and bits is not None else ""
+        return f"{shape}, {describe(self.spec)}{run}, backend={self.backend}"
 
 
 class _Prepacked(NamedTuple):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import quantizers, reference
+from .kernels import quantizers, reference, rotation
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class QuantSpec:
     group_size:      one scale, a float16, per output row and group of so many features: 32, 64, 128 or 256. The last
                      group may be shorter
     centered:        of "binary": whether the mean is taken off first
+    hadamard:        features, a power of two: activations pass through a Walsh-Hadamard transform in blocks of so many
+                     before they are quantized, which spreads outliers (BitNet v2, arXiv 2504.18415), and the weight is
+                     one of transformed features: y = Q(H x) Q(W H)
+    hadamard_signs:  of `hadamard`: features are multiplied by fixed signs first, y = Q(H S x) Q(W S H); the layer's
+                     buffer `signs`
     activation_bits: 16, 8, 4, or None for float activations
     rms_norm:        an RMSNorm with learnable weight inside the layer, before the activation quantizer
     rms_norm_eps:    its epsilon
@@ -40,6 +45,8 @@ class QuantSpec:
     rms_norm_eps: float = 1e-6
     group_size: int | None = None
     centered: bool = True
+    hadamard: int | None = None
+    hadamard_signs: bool = False
 
     def __post_init__(self) -> None:
         if self.weights not in ("ternary", "binary", "int8"):
@@ -55,6 +62,10 @@ class QuantSpec:
             raise ValueError("activation_bits=16 is for ternary and binary weights, not for 8-bit ones")
         if not self.centered and self.weights != "binary":
             raise ValueError(f"centered=False is an option of binary weights, not of {self.weights} ones")
+        if self.hadamard is not None:
+            rotation.check_block(self.hadamard)
+        elif self.hadamard_signs:
+            raise ValueError("hadamard_signs=True is an option of hadamard=BLOCK, which is missing")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps!r}")
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitnet.kernels import rotation
 from bitnet.kernels.reference import GROUP_SIZES, grouped
 from bitnet.packing import quantize_matrix
 from bitnet.quantize import QuantSpec
@@ -28,6 +29,11 @@ def rounded(weight: Tensor, spec: QuantSpec) -> Quantized:
     """Codes and scale of a float matrix [N, K]. Raises ValueError for NaN or Inf."""
     found = exact(weight, spec)
     return found or Quantized(*quantize_matrix(weight, spec))
+
+
+def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Floats [..., K] of a plain layer, its weight or its input, in the basis of these options: themselves, or x H."""
+    return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard)
 
 
 def exact(weight: Tensor, spec: QuantSpec) -> Quantized | None:

@@ -40,7 +40,7 @@ def quantize_tokens(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
     if on_triton(x) and activation_bits != 16:
         return torch.ops.bitnet.quantize_activation(x, activation_bits)
-    run = cpu_latent.quantize_tokens if _on_native(x) else reference.quantize_activation
+    run = cpu_latent.quantize_tokens if on_native(x) else reference.quantize_activation
     return run(x, activation_bits)
 
 
@@ -102,10 +102,10 @@ def _triton_is_chosen() -> bool:
 
 def is_native(weight: Tensor, kind: str) -> bool:
     """Whether the CPU library can quantize this weight."""
-    return kind == "ternary" and weight.is_contiguous() and _on_native(weight)
+    return kind == "ternary" and weight.is_contiguous() and on_native(weight)
 
 
-def _on_native(t: Tensor) -> bool:
+def on_native(t: Tensor) -> bool:
     able = t.is_cpu and t.dtype in cpu_library.FLOATS and _is_plain(t)
     return able and not is_observed() and _native_is_chosen()
 

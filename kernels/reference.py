@@ -13,6 +13,7 @@ from torch import Tensor
 EPS = 1e-5  # lower bound of mean|W| and max|x|: keeps scales finite (The Era of 1-bit LLMs: Training Tips, p. 5)
 GROUP_SIZES = (32, 64, 128, 256)  # features that may share a scale in a row
 SPAN = 1024  # features whose groups are summed before the sum goes to the total: see group_linear
+MOST_16 = 65_536  # features whose products with 16-bit activations an int32 holds
 MAX_16 = 127 * 256 + 127  # of 16-bit activations: the largest integer that is two int8 limbs, 256 h + l
 
 
@@ -161,7 +162,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     a: int8 [M, K], or int16 of at most MAX_16 where b is ternary; b: int8 [N, K]; returns int32 [M, N].
     """
-    if a.dtype == torch.int16:  # 256 K h + K l stays below 2^31 up to K = 65,536
+    if a.dtype == torch.int16:  # 256 K h + K l stays below 2^31 up to MOST_16
         high, low = limbs(a)
         return 256 * int_matmul(high, b) + int_matmul(low, b)
     acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
@@ -212,8 +213,8 @@ def hadamard(x: Tensor, block: int, signs: Tensor | None = None) -> Tensor:
     """H (signs x) in blocks of features: the normalized Walsh-Hadamard transform in Sylvester's order, its own inverse.
 
     x: floating [..., K], K a multiple of block; block: a power of two; signs: int8 [K], each 1 or -1
-    returns: float32 [..., K]. Butterflies (a + b, a - b) of neighbours first, then at distance 2, 4, ...; the factor
-    block ** -0.5, rounded to float32, comes last. (BitNet v2, arXiv 2504.18415, eq. 4; H H = 1)
+    returns: x.dtype [..., K], rounded once. Butterflies (a + b, a - b) of neighbours first, then at distance 2, 4, ...;
+    the factor block ** -0.5, rounded to float32, comes last. (BitNet v2, arXiv 2504.18415, eq. 4; H H = 1)
     """
     y = x.float() if signs is None else x.float() * signs
     y = y.unflatten(-1, (-1, block))
@@ -222,7 +223,7 @@ def hadamard(x: Tensor, block: int, signs: Tensor | None = None) -> Tensor:
         a, b = y.unflatten(-1, (-1, 2, distance)).unbind(-2)
         y = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         distance *= 2
-    return (y * block**-0.5).flatten(-2)
+    return (y * block**-0.5).flatten(-2).to(x.dtype)
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

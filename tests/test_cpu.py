@@ -359,8 +359,13 @@ def test_unpacking_inverts_prepacking_at_any_shape(form: int) -> None:
 
 def test_float_activations_are_refused_with_the_remedy() -> None:
     with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float; choose 'auto' or 'torch'"):
-        PackedBitLinear(8, 4, backend="cpu", activation_bits=None)(torch.ones(1, 8))
-    layer = PackedBitLinear(8, 4, activation_bits=None)
+        backends.choose_backend("cpu", torch.device("cpu"), None)
+    layer = PackedBitLinear(8, 4, backend="cpu", activation_bits=None)
+    assert layer.activation_bits == 16  # whose error is stated
+    layer.set_backend("cpu", activation_bits=None)
+    with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float; choose 'auto' or 'torch'"):
+        layer(torch.ones(1, 8))
+    layer.set_backend(activation_bits=None)
     assert layer.prepack()[1] == "torch"
 
 

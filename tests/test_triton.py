@@ -709,3 +709,16 @@ def test_tuning_measures_checks_and_keeps_the_fastest(
     with pytest.raises(RuntimeError, match="gives wrong results for 1 tokens and 12 x 40 weights"):
         tune.tune(["12x40"], [1], device="cpu")
     configs.tuned.cache_clear()
+
+
+@runs
+@each_dtype
+@pytest.mark.parametrize(("k", "block"), [(6, 2), (96, 32), (8192, 8192), (3 * 128, 128)])
+def test_the_hadamard_transform_has_the_definitions_bits(dtype: torch.dtype, k: int, block: int) -> None:
+    from bitnet.kernels.gpu import rotate
+
+    x = torch.randn(2, 3, k).to(DEVICE, dtype)
+    signs = (torch.randint(0, 2, (k,), dtype=torch.int8) * 2 - 1).to(DEVICE)
+    for view in (x, x.transpose(0, 1), x[:0]):
+        for s in (None, signs):
+            assert torch.equal(rotate.hadamard(view, block, s), reference.hadamard(view, block, s))

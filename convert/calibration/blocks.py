@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bitnet.kernels import quantizers
 from bitnet.linear import BitLinear, become
 
-from ..rounding import Quantized, rounded
+from ..rounding import Quantized, rotated, rounded
 from ..source import Source
 
 FLOAT, PLAIN, CALIBRATED = STREAMS = "float", "plain", "calibrated"
@@ -43,6 +43,7 @@ class ObservedLinear(BitLinear):
 
     def output(self, input: Tensor, stream: str) -> Tensor:
         """In float32, or exactly as it will be served."""
+        input = rotated(input, self.spec)
         if stream not in self.rounded:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(-1, self.in_features)
@@ -117,6 +118,8 @@ class BlockModel:
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 value = self.read(f"{name}.{leaf}" if name else leaf, parameter.shape)
+                if isinstance(module, ObservedLinear) and leaf == "weight":
+                    value = rotated(value, module.spec)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for leaf, buffer in module._buffers.items():
             if buffer is not None and f"{name}.{leaf}" in self.stored:
@@ -251,7 +254,7 @@ class BlockModel:
             self.watch = watch
             self.block(index, hidden, stream)
         except _Stop as stop:
-            return stop.args[0].reshape(-1, layer.in_features)
+            return rotated(stop.args[0], layer.spec).reshape(-1, layer.in_features)
         finally:
             self.watch = None
         raise self.refusal(f"{self.names[layer]} does not run for every text")
@@ -282,7 +285,7 @@ class BlockModel:
                 reasons[layer] = "does not see every token"
             if layer in reasons:
                 continue
-            key = (input.data_ptr(), input.shape, input.stride(), layer.spec.activation_bits)
+            key = (input.data_ptr(), input.shape, input.stride(), layer.spec)
             if key != last:
                 groups.append([])
             groups[-1].append(layer)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitnet.experts import BitExperts, PackedExperts
-from bitnet.kernels import layout
+from bitnet.kernels import layout, rotation
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
@@ -25,7 +25,7 @@ from ..files.safetensors import DTYPES
 from ..hub.config import config_of
 from ..hub.values import stored_scale
 from ..llama_cpp import writer
-from ..rounding import exact
+from ..rounding import exact, rotated
 from ..source import Source, Weight
 
 TARGETS = ("hub", "base3", "latent", "bf16", *writer.KINDS)
@@ -86,7 +86,7 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
     consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}
     consumed |= {f"{weight.name}.weight_scale" for weight in weights.values()}
     if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
-        consumed |= {
+        consumed |= {f"{weight.name}.signs" for weight in weights.values()} | {
             f"{name}.weight_scale" for name, m in source.model.named_modules() if isinstance(m, PackedBitLinear)
         }
     names = {} if to == "latent" else _bias_names(source, to)
@@ -96,7 +96,8 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
         name = key.removesuffix(".weight")
         weight = starts.get(key)
         whole = weight is not None and weight.key == key and weight.experts is None
-        if to == "latent" and weight and whole and (calibrated or weight.name in source.ternary):
+        rotates = source.plain and weight is not None and weight.spec.hadamard is not None
+        if to == "latent" and weight and whole and (calibrated or rotates or weight.name in source.ternary):
             jobs.append(_latent(source, weight))
         elif key not in consumed or to == "latent":
             floats = to == "bf16" and DTYPES[dtype].is_floating_point
@@ -147,14 +148,17 @@ def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: st
 
 
 def _latent(source: Source, weight: Weight) -> Job:
-    """Float weights that round to codes which were calibrated, or which the floats are times a scale."""
-
+    """Float weights that round to codes which were calibrated, or which the floats are times a scale; or rotated."""
     dtype, shape = source.stored()[weight.key]
 
     def make() -> list[Iterable[Tensor]]:
         if weight.name in source.calibrated:
             return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
         floats = source.tensor(weight.key)
+        if source.plain and weight.spec.hadamard is not None:
+            floats = (
+                rotated(floats.mT.contiguous(), weight.spec).mT if weight.transposed else rotated(floats, weight.spec)
+            )
         found = exact(floats, weight.spec) if weight.name in source.ternary else None
         return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
 
@@ -170,9 +174,7 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
     if to == "bf16":
         shape = (k, n) if weight.transposed else (n, k)
         output = Output(source.file_key(weight.float_key), "BF16", (*stack, *shape))
-        return Job(
-            weight.name, [output], reads, memory, lambda: [_bfloat16(source.matrices(weight), weight.transposed)]
-        )
+        return Job(weight.name, [output], reads, memory, lambda: [_floats(source, weight)])
     key = source.file_key(f"{weight.name}.weight")
     base3 = to == "base3" and spec.weights != "int8"
     if spec.weights == "int8":
@@ -212,6 +214,18 @@ def _embedding(source: Source, name: str, to: str) -> list[Job]:
     output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
     reads = source.nbytes(weight)
     return [Job(name, [output], reads, reads, dequantize)]
+
+
+def _floats(source: Source, weight: Weight) -> Iterator[Tensor]:
+    """A low-bit weight as floats in bfloat16, out of the basis that its activations were transformed to."""
+    block, key = weight.spec.hadamard, f"{weight.name}.signs"
+    if block is None:
+        yield from _bfloat16(source.matrices(weight), weight.transposed)
+        return
+    signs = source.tensor(key) if weight.spec.hadamard_signs else None
+    for codes, scale in source.matrices(weight):
+        floats = rotation.unrotate(dequantize_weight(codes, scale), block, signs).bfloat16()
+        yield floats.T if weight.transposed else floats
 
 
 def _blocks(codes: Tensor) -> tuple[Tensor, ...]:

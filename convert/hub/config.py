@@ -117,6 +117,7 @@ def config_of(model: nn.Module, weight_bits: float = 2) -> BitNetConfig | None:
         and not spec.per_row
         and spec.group_size is None
         and spec.centered
+        and spec.hadamard is None
         and spec.activation_bits == 8
         and (spec.weights == "ternary" or (packed and spec.weights == "binary"))
         and all(should_convert_module(name, with_fp32(model, skips)) for name in layers)

@@ -18,7 +18,7 @@ from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.packing import to_packed
 
 from ..files.safetensors import TensorHeader
-from ..swap.kinds import HEADS, settle_fast_paths, to_training
+from ..swap.kinds import HEADS, misfit, settle_fast_paths, to_training
 from .compare import compare_layer, compare_merged
 from .config import EXTENDED, BitNetConfig, candidates, with_fp32
 from .match import misfits
@@ -51,6 +51,8 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         if headers is not None and _is_new(model, name, headers):
             continue
         packed, spec = config.layer(name)
+        if why := misfit(module, spec):
+            raise ValueError(f"config.json gives {name} options it cannot have: {why}")
         layer = to_training(module, spec)
         if packed and stored and stored.dtype != "U8" and config.linear_class == "autobitlinear":
             # the codes as floats, which finish_loading packs

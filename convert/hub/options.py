@@ -15,8 +15,10 @@ KINDS = {
     "activation_bits": int,
     "rms_norm": bool,
     "rms_norm_eps": float,
+    "hadamard": int,
+    "hadamard_signs": bool,
 }
-NONE = {"group_size", "activation_bits"}  # may be null
+NONE = {"group_size", "activation_bits", "hadamard"}  # may be null
 MAX_PATTERN = 1000  # characters
 
 

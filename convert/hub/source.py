@@ -20,7 +20,7 @@ from ..files.damaged import Damaged
 from ..files.folder import CONFIG, weight_files
 from ..files.json_object import read_json
 from ..files.safetensors import DTYPES, read_headers, read_into
-from ..rounding import Quantized, exact, rounded, ternary_spec
+from ..rounding import Quantized, exact, rotated, rounded, ternary_spec
 from ..source import PIECE, Source, Weight, naming, uniform
 from ..swap.replace import replace_linear
 from . import tokenizers
@@ -65,6 +65,10 @@ class FolderSource(Source):
         self.settings: BitNetConfig | None = None
         report = None
         if settings is None:
+            if options.get("hadamard_signs"):
+                raise ValueError(
+                    "hadamard_signs is for models in memory; convert rotates without signs: hadamard=BLOCK"
+                )
             report = replace_linear(model, skip=skip, include=include, **options)
         else:
             if not isinstance(settings, dict):
@@ -80,7 +84,8 @@ class FolderSource(Source):
             self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = merged(self.model, self.headers)
         self._layers, self._weights = super().layers(), super().weights()
-        if self.plain and self._weights and next(iter(self._weights.values())).spec.weights == "ternary":
+        spec = next(iter(self._weights.values())).spec if self.plain and self._weights else None
+        if spec is not None and spec.weights == "ternary" and spec.hadamard is None:
             self.ternary = self._probe()
             self._weights = super().weights()  # with the options that were found
         self.problems += [f"{line}; it will be random" for line in super().missing() if "pooler." in line]
@@ -189,7 +194,8 @@ class FolderSource(Source):
         if weight.latent and weight.transposed:
             values = values.mT
         if weight.experts is None:
-            yield weight.name, values.contiguous(), scale
+            values = values.contiguous()
+            yield weight.name, rotated(values, weight.spec) if self.plain else values, scale
             return
         for expert in range(weight.experts):
             part = None if scale is None else scale[expert]

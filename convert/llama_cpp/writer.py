@@ -204,6 +204,8 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         raise ValueError(mismatches[0])
     if inside := [module for module, layer in layers.items() if layer.spec.rms_norm]:
         raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
+    if turned := [module for module, layer in layers.items() if layer.spec.hadamard is not None]:
+        raise ValueError(f"{turned[0]} rotates its activations (hadamard), which llama.cpp's graphs do not; take bf16")
     entries = {}
     if config.rope_parameters["rope_type"] == "llama3":
         factors = rope_factors(config)

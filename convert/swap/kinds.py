@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitnet.experts import BitExperts, stacks_of
-from bitnet.linear import BitConv1D, BitLayer, BitLinear
+from bitnet.kernels import rotation
+from bitnet.linear import BitConv1D, BitLayer, BitLinear, check_features
 from bitnet.packed import PackedBitLinear
 from bitnet.quantize import QuantSpec
 
@@ -33,6 +34,26 @@ def to_training(module: nn.Module, spec: QuantSpec) -> BitLayer:
     if isinstance(module, nn.Linear):
         return BitLinear.from_linear(module, spec)
     return BitConv1D.from_conv1d(module, spec) if isinstance(module, Conv1D) else BitExperts.from_experts(module, spec)
+
+
+def misfit(module: nn.Module, spec: QuantSpec) -> str:
+    """Why a module cannot have these options; empty if it can."""
+    if stacks_of(module):
+        if spec.rms_norm or spec.hadamard is not None:
+            return f"{'an RMSNorm' if spec.rms_norm else 'a Hadamard transform'} inside fused experts is not supported"
+        return ""
+    try:
+        check_features(module.nx if isinstance(module, Conv1D) else module.in_features, spec)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def rotate(layer: BitLayer) -> None:
+    """Take the float weights of a fresh layer into the basis that its activations are transformed to, in place."""
+    if isinstance(layer, BitLinear | BitConv1D) and layer.spec.hadamard is not None and not layer.weight.is_meta:
+        (weight,) = layer.latent_weights()[0].views(layer.weight.detach())
+        weight.copy_(rotation.hadamard(weight.contiguous(), layer.spec.hadamard, layer.signs))
 
 
 def computes_linear(module: nn.Module) -> bool:

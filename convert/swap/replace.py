@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from bitnet.experts import stacks_of
 from bitnet.linear import BitLayer
 from bitnet.quantize import QuantSpec
 
 from ..hub import quantizer
-from .kinds import settle_fast_paths, swappable, to_training
+from .kinds import misfit, rotate, settle_fast_paths, swappable, to_training
 from .report import Report, report_on
 from .safety import judge
 
@@ -36,7 +35,8 @@ def replace_linear(
              shares, is written for the names inside what is passed
     skip:    what to leave alone besides the defaults (output embeddings, task heads, routers, adapters)
     include: swap only what matches; being named here overrides those defaults
-    options: those of bitnet.QuantSpec: weights, per_row, activation_bits, rms_norm, rms_norm_eps
+    options: those of bitnet.QuantSpec: weights, per_row, group_size, activation_bits, rms_norm, hadamard, ...; with
+             hadamard, weights are rotated (in place) so that the float model stays what it is, but for their rounding
 
     A pattern is a regular expression that must match the whole module name or its last dotted parts ("fc1" hits
     "layers.0.fc1", not "xfc1"), or a predicate (name, module) -> bool; give one or several. One that matches no
@@ -66,8 +66,7 @@ def replace_linear(
     reasons = {}
     for module, (reason, possible, default) in verdicts.items():
         names = layers[module]
-        if not reason and spec.rms_norm and stacks_of(module):
-            reason = "an RMSNorm inside fused experts is not supported"
+        reason = reason or misfit(module, spec)
         if not reason and any(matches(name, module) for _, matches in skips for name in names):
             reason = "skipped by request"
         if not reason and include is not None:
@@ -77,7 +76,7 @@ def replace_linear(
         if reason:
             reasons[names[0]] = reason
         else:
-            to_training(module, spec)
+            rotate(to_training(module, spec))
     settle_fast_paths(model)
     quantizer.attach(model)
     return report_on(model, reasons)

@@ -1,4 +1,4 @@
-"""Quantizers of training: codes of tokens and of latent weights, in one pass over them."""
+"""What is done to activations and latent weights, in one pass over them: quantizers, and the rotation before."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ def quantize_tokens(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
     args = (x.data_ptr(), TYPES[x.dtype], x.stride(0), m, k, activation_bits, q.data_ptr(), s.data_ptr(), isa_index())
     check(native().bitnet_quantize(*args, torch.get_num_threads()))
     return q, s
+
+
+def hadamard(x: Tensor, block: int, signs: Tensor | None = None) -> Tensor:
+    """reference.hadamard of float32, bfloat16 or float16 x [..., K]."""
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    signs = None if signs is None else signs.contiguous()
+    y = x.new_empty(x.shape)
+    where = (rows.data_ptr(), TYPES[x.dtype], rows.stride(0), len(rows), k, block)
+    args = (*where, None if signs is None else signs.data_ptr(), block**-0.5, y.data_ptr(), isa_index())
+    check(native().bitnet_hadamard(*args, torch.get_num_threads()))
+    return y
 
 
 def ternary_codes(weight: Tensor, inv: Tensor) -> Tensor:

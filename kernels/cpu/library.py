@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 10  # bitnet_abi() of a library built from these sources
+_ABI = 11  # bitnet_abi() of a library built from these sources
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}
@@ -102,6 +102,8 @@ def load() -> ctypes.CDLL | str:
     library.bitnet_prepack.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)
     library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
     library.bitnet_quantize.argtypes = (pointer, int32, int64, int64, int64, int32, pointer, pointer, int32, int32)
+    where = (pointer, int32, int64, int64, int64)  # x, its type, stride, M, K
+    library.bitnet_hadamard.argtypes = (*where, int64, pointer, ctypes.c_float, pointer, int32, int32)
     library.bitnet_ternary_codes.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32, int32)
     library.bitnet_pack_ternary.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32, int32)
     library.bitnet_magnitudes.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)

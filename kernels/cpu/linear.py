@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..layout import check_rows
-from ..reference import size_of_groups
+from ..reference import MOST_16, size_of_groups
 from .arena import arena
 from .library import BASE3, EIGHT_BITS, FLOATS, ONE_BIT, TWO_BITS, TYPES, check, isa_index, native
-
-_MOST = 65_536  # features of a 32-bit accumulator of 16-bit activations
 
 
 class PreparedWeight(ctypes.Structure):
@@ -91,9 +89,9 @@ def check_prepacked(
 def _check_product(form: int, activation_bits: int, groups: bool, k: int) -> None:
     if form == EIGHT_BITS and (groups or activation_bits == 16):
         raise ValueError("8-bit weights take neither scales of groups nor 16-bit activations; choose backend 'torch'")
-    if activation_bits == 16 and not groups and k > _MOST:
+    if activation_bits == 16 and not groups and k > MOST_16:
         raise ValueError(
-            f"16-bit activations and a scale of a tensor or row take up to {_MOST} features, not {k}; "
+            f"16-bit activations and a scale of a tensor or row take up to {MOST_16} features, not {k}; "
             "choose scales of groups, or activation_bits=8"
         )
 

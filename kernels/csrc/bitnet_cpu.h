@@ -68,6 +68,11 @@ BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t
 BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k,
                                       int32_t activation_bits, void* q, float* s, int32_t isa, int32_t threads);
 
+// y [m, k] contiguous = the Walsh-Hadamard transform of float x [m, k] (rows x_stride elements apart) times signs [k]
+// (null: 1), in blocks of so many features, a power of two that divides k. y has x's type.
+BITNET_EXPORT int32_t bitnet_hadamard(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int64_t block,
+                                      const int8_t* signs, float factor, void* y, int32_t isa, int32_t threads);
+
 // Ternary codes int8 [n, k] of a contiguous latent weight [n, k]: clamp(round(w inv), -1, 1). inv: [1], or [n] if per_row.
 BITNET_EXPORT int32_t bitnet_ternary_codes(const void* w, int32_t type, int64_t n, int64_t k, const float* inv,
                                            int32_t per_row, int8_t* codes, int32_t isa, int32_t threads);

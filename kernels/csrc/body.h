@@ -15,6 +15,7 @@
 //   kFactor, kZero            a weight is kFactor times what its field holds, minus kZero
 #pragma once
 #include "finish.h"
+#include "hadamard.h"
 #include "quantize.h"
 
 namespace {
@@ -371,7 +372,7 @@ struct EightBits : I {
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
   return {name, supported, I::kForm, I::kMaxTokens, quantize, sum_groups, split,
-          ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
+          hadamard, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
 }
 
 }  // namespace

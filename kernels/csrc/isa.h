@@ -9,6 +9,7 @@ constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at onc
 constexpr int64_t kStepBytes = 128;   // bytes of one block and step: a 32-bit lane for each row
 constexpr int64_t kSpan = 1024;       // features whose groups are summed before the sum goes to the total
 constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
+constexpr int64_t kMaxHadamard = 8192;  // features of the largest block of a Walsh-Hadamard transform
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
 
 // Features of a step.
@@ -76,6 +77,9 @@ struct Isa {
   float (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, void* codes);
   void (*sum_groups)(const void* codes, int32_t activation_bits, int64_t k, int64_t size, int32_t* sums);
   void (*split)(const int16_t* codes, int64_t k, int8_t* high, int8_t* low);
+
+  // The Walsh-Hadamard transform of one token of k features, in blocks. signs [k] or null; factor: block ** -0.5.
+  void (*hadamard)(const void* x, int32_t type, int64_t k, int64_t block, const int8_t* signs, float factor, void* y);
 
   // Ternary codes of one row of k latent weights.
   void (*ternary_codes)(const void* w, int32_t type, int64_t k, float inv, int8_t* codes);

@@ -19,7 +19,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 10; }
+BITNET_EXPORT int32_t bitnet_abi() { return 11; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -84,6 +84,22 @@ BITNET_EXPORT int32_t bitnet_quantize(const void* x, int32_t x_type, int64_t x_s
       char* to = static_cast<char*>(q) + row * k * (activation_bits == 16 ? 2 : 1);
       s[row] = target->quantize(from, x_type, activation_bits, k, to);
     }
+  });
+  return kOk;
+}
+
+BITNET_EXPORT int32_t bitnet_hadamard(const void* x, int32_t x_type, int64_t x_stride, int64_t m, int64_t k, int64_t block,
+                                      const int8_t* signs, float factor, void* y, int32_t isa, int32_t threads) {
+  const Isa* target = find_isa(kTwoBits, isa);
+  if (!target) return kBadIsa;
+  if (!is_float(x_type)) return kBadType;
+  if (m < 0 || k < 1 || block < 1 || block > kMaxHadamard || block & (block - 1) || k % block) return kBadShape;
+  const int64_t size = element_size(x_type);
+  if (m * k < int64_t(1) << 17) threads = 1;
+  parallel(threads, [&](int thread, int count) {
+    for (int64_t row = share(m, thread, count); row < share(m, thread + 1, count); ++row)
+      target->hadamard(static_cast<const char*>(x) + row * x_stride * size, x_type, k, block, signs, factor,
+                       static_cast<char*>(y) + row * k * size);
   });
   return kOk;
 }

@@ -23,12 +23,13 @@ INLINE To bits(From from) {
   return to;
 }
 
-// x & kAbs orders |x| as integers, NaN above Inf above all else; value() is exact where x is finite.
+// x & kAbs orders |x| as integers, NaN above Inf above all else; value() is exact where x is finite, any() everywhere.
 
 struct F32 {
   using Bits = uint32_t;
   static constexpr Bits kAbs = 0x7fffffff, kInf = 0x7f800000;
   static INLINE float value(Bits x) { return bits<float>(x); }
+  static INLINE float any(Bits x) { return value(x); }
   static INLINE Bits round(float y) { return bits<Bits>(y); }
 };
 
@@ -36,6 +37,7 @@ struct BF16 {
   using Bits = uint16_t;
   static constexpr Bits kAbs = 0x7fff, kInf = 0x7f80;
   static INLINE float value(Bits x) { return bits<float>(uint32_t(x) << 16); }
+  static INLINE float any(Bits x) { return value(x); }
   static INLINE Bits round(float y) {
     const uint32_t u = bits<uint32_t>(y);
     const uint32_t even = (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -50,6 +52,7 @@ struct F16 {
     const float magnitude = bits<float>(uint32_t(x & 0x7fff) << 13) * 0x1p112f;
     return bits<float>(bits<uint32_t>(magnitude) | uint32_t(x & 0x8000) << 16);
   }
+  static INLINE float any(Bits x) { return bits<float>(bits<uint32_t>(value(x)) | ((x & kAbs) >= kInf ? 0x7f800000 : 0)); }
   static INLINE Bits round(float y) {
     const uint32_t u = bits<uint32_t>(y), a = u & 0x7fffffff;
     // Below the smallest normal number (2^-14) float32 addition rounds at 2^-24, the spacing there, all by itself.
@@ -64,10 +67,7 @@ struct F16 {
 
 // The values of a block's scales, Inf and NaN included.
 INLINE void widen_scales(const uint16_t* half, float* values) {
-  for (int i = 0; i < kBlockRows; ++i) {
-    const uint32_t special = (half[i] & F16::kAbs) >= F16::kInf ? 0x7f800000 : 0;
-    values[i] = bits<float>(bits<uint32_t>(F16::value(half[i])) | special);
-  }
+  for (int i = 0; i < kBlockRows; ++i) values[i] = F16::any(half[i]);
 }
 
 }  // namespace
