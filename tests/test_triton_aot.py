@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
-from bitnet.kernels.gpu import linear, quantize  # noqa: E402
+from bitnet.kernels.gpu import linear, parts, quantize  # noqa: E402
 from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -313,7 +313,7 @@ def words() -> np.ndarray:
 @pytest.mark.parametrize("planes", [TWO_BITS, BASE3])
 def test_assembly_unpacks_like_the_plain_path(planes: int) -> None:
     packed = words()
-    source = linear._TWO_BITS if planes == TWO_BITS else linear._BASE3
+    source = parts._TWO_BITS if planes == TWO_BITS else parts._BASE3
     found = [
         word.view(np.uint8).reshape(-1, 4) for word in execute(source.value, [packed.view(np.uint32)[:, 0]], planes)
     ]
@@ -329,7 +329,7 @@ def test_assembly_unpacks_like_the_plain_path(planes: int) -> None:
 def test_assembly_adds_four_signed_products() -> None:
     a, b = words(), words()[::-1].copy()
     acc = np.arange(len(a), dtype=np.int32) - 500
-    found = execute(linear._DOT4.value, [a.view(np.uint32)[:, 0], b.view(np.uint32)[:, 0], acc.view(np.uint32)], 1)[0]
+    found = execute(parts._DOT4.value, [a.view(np.uint32)[:, 0], b.view(np.uint32)[:, 0], acc.view(np.uint32)], 1)[0]
     assert (found.view(np.int32) == acc + (a.view(np.int8).astype(int) * b.view(np.int8).astype(int)).sum(1)).all()
 
 

@@ -15,8 +15,8 @@ _dot, for any number of tokens, on tensor cores. It computes codes . q^T: as fir
 _unpack, for thousands of tokens where a configuration says so: int8 codes once, then _dot on those.
 
 Zero points: packed codes are code + 1, so the token's sum of codes is subtracted from each accumulator.
-One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
-or the same in Triton, for AMD and the interpreter, which knows no assembly.
+One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses assembly (parts.py), for NVIDIA, or the
+same in Triton, for AMD and the interpreter, which knows no assembly.
 
 Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
 """
@@ -31,119 +31,10 @@ from torch import Tensor
 
 from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, tiles, workspace_of
 from .layout import INT8
+from .parts import GROUP, assembly, base3_planes, comes_last, dot4, in_order, place, two_bit_planes, word_plane
 from .quantize import activation_codes, activation_scale, largest_bits, quantize, quantize_4_bits, rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
-
-# Assembly. $0.. are the outputs, then the inputs; registers are 32 bits: four bytes of packed weights or codes.
-
-_TWO_BITS = tl.constexpr("""{
-.reg .b32 t;
-and.b32 $0, $4, 0x03030303;
-shr.u32 t, $4, 2;
-and.b32 $1, t, 0x03030303;
-shr.u32 t, $4, 4;
-and.b32 $2, t, 0x03030303;
-shr.u32 t, $4, 6;
-and.b32 $3, t, 0x03030303;
-}""")
-# the even and the odd bytes times 3^(p + 1), in 16 bits each; their upper bytes, side by side, are T_p
-_BASE3 = tl.constexpr("""{
-.reg .b32 even, odd, a, b, t, u;
-and.b32 even, $5, 0x00FF00FF;
-shr.u32 odd, $5, 8;
-and.b32 odd, odd, 0x00FF00FF;
-mul.lo.u32 a, even, 3;
-mul.lo.u32 b, odd, 3;
-prmt.b32 t, a, b, 0x7351;
-mov.b32 $0, t;
-mul.lo.u32 a, even, 9;
-mul.lo.u32 b, odd, 9;
-prmt.b32 u, a, b, 0x7351;
-mad.lo.s32 $1, t, -3, u;
-mul.lo.u32 a, even, 27;
-mul.lo.u32 b, odd, 27;
-prmt.b32 t, a, b, 0x7351;
-mad.lo.s32 $2, u, -3, t;
-mul.lo.u32 a, even, 81;
-mul.lo.u32 b, odd, 81;
-prmt.b32 u, a, b, 0x7351;
-mad.lo.s32 $3, t, -3, u;
-mul.lo.u32 a, even, 243;
-mul.lo.u32 b, odd, 243;
-prmt.b32 t, a, b, 0x7351;
-mad.lo.s32 $4, u, -3, t;
-}""")
-_DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
-
-
-@triton.jit
-def two_bit_planes(w, ASM: tl.constexpr):
-    """Bytes [R, B] to the four planes of codes + 1, int8 [R, B] each."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            _TWO_BITS, "=r,=r,=r,=r,r", [w], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
-        )
-    else:
-        return (w & 3).to(tl.int8), (w >> 2 & 3).to(tl.int8), (w >> 4 & 3).to(tl.int8), (w >> 6).to(tl.int8)
-
-
-@triton.jit
-def base3_planes(w, ASM: tl.constexpr):
-    """Bytes [R, B] to the five planes of codes + 1, int8 [R, B] each."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            _BASE3, "=r,=r,=r,=r,=r,r", [w],
-            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        v = w.to(tl.int32)
-        a, b, c, d, e = v * 3 >> 8, v * 9 >> 8, v * 27 >> 8, v * 81 >> 8, v * 243 >> 8
-        b3, c3, d3, e3 = b - 3 * a, c - 3 * b, d - 3 * c, e - 3 * d
-        return a.to(tl.int8), b3.to(tl.int8), c3.to(tl.int8), d3.to(tl.int8), e3.to(tl.int8)
-
-
-@triton.jit
-def in_order(a, b, c, d):
-    """Four planes [R, B] as one tile [R, 4 B] in the order of the features."""
-    R: tl.constexpr = a.shape[0]
-    B: tl.constexpr = a.shape[1]
-    both = tl.join(tl.join(a, c), tl.join(b, d))  # [R, B, 2, 2]; the last two axes are bits 1 and 0 of the plane
-    return both.reshape(R, B // 32, 32, 4).permute(0, 1, 3, 2).reshape(R, 4 * B)
-
-
-@triton.jit
-def thirds(w, power):
-    """(byte * power) >> 8 for each byte of int32 words."""
-    even = (w & 0x00FF00FF) * power
-    odd = (w >> 8 & 0x00FF00FF) * power
-    return (even >> 8 & 0x00FF00FF) | (odd & ~0x00FF00FF)
-
-
-@triton.jit
-def word_plane(w, p: tl.constexpr, PLANES: tl.constexpr):
-    """Plane p of int32 words of packed bytes, as words of four codes."""
-    if PLANES == 1:
-        return w
-    elif PLANES == 4:
-        return w >> 2 * p & 0x03030303
-    elif p == 0:
-        return thirds(w, 3)
-    else:
-        return thirds(w, 3 ** (p + 1)) - 3 * thirds(w, 3**p)
-
-
-@triton.jit
-def dot4(a, b, acc, ASM: tl.constexpr):
-    """acc + the sum of the four products of signed bytes."""
-    if ASM:
-        return tl.inline_asm_elementwise(_DOT4, "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        for i in tl.static_range(4):
-            acc += (a << 24 - 8 * i >> 24) * (b << 24 - 8 * i >> 24)
-        return acc
-
 
 @triton.jit(do_not_specialize=["m"])
 def _gemv(
@@ -215,16 +106,7 @@ def _dot(
     """Codes q times packed rows w; without s the accumulators themselves. See the top of this file."""
     STEPS: tl.constexpr = (BYTES + BLOCK_B * SPLIT - 1) // (BLOCK_B * SPLIT)
     EVEN: tl.constexpr = BYTES == BLOCK_B * SPLIT * STEPS and K == BYTES * PLANES
-    split = tl.program_id(0) % SPLIT
-    tile = tl.program_id(0) // SPLIT
-    n_tiles = tl.cdiv(n, BLOCK_N)
-    group = tile // (GROUP * n_tiles)
-    width = tl.minimum(tl.cdiv(m, BLOCK_M) - group * GROUP, GROUP)
-    m_tile = group * GROUP + tile % (GROUP * n_tiles) % width
-    n_tile = tile % (GROUP * n_tiles) // width
-
-    rows = n_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = m_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
     # rows and tokens beyond the end repeat the last one; they are not stored
     first = split * STEPS * BLOCK_B
     b = tl.arange(0, BLOCK_B)
@@ -262,8 +144,7 @@ def _dot(
         part = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
         part += partial + tile.to(tl.int64) * (SPLIT * SIZE)
         tl.store(part + split * SIZE, acc)
-        tl.debug_barrier()  # every thread's stores before the one that counts
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        last = comes_last(counters + tile, SPLIT)
         if last:
             acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
             for i in range(SPLIT):
@@ -393,14 +274,9 @@ def unpack(layer: PreparedWeight) -> Tensor:
     with torch.cuda.device_of(codes):
         _unpack[triton.cdiv(layer.n, 16), triton.cdiv(size, 128)](
             layer.weight, codes, layer.n, K=layer.k, PLANES=layer.planes, BYTES=size,
-            BLOCK_N=16, BLOCK_B=128, ASM=_assembly(codes),
+            BLOCK_N=16, BLOCK_B=128, ASM=assembly(codes),
         )  # fmt: skip
     return codes
-
-
-def _assembly(x: Tensor) -> bool:
-    """Whether NVIDIA's assembly can be used; tensors on the CPU are here only in the interpreter."""
-    return x.is_cuda and torch.version.hip is None
 
 
 def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
@@ -410,7 +286,7 @@ def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | Non
             x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, len(x), layer.n, x.stride(0),
             K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
             BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
-            PER_ROW=layer.scale.numel() > 1, ASM=_assembly(x), num_warps=config.warps, enable_fp_fusion=False,
+            PER_ROW=layer.scale.numel() > 1, ASM=assembly(x), num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -429,6 +305,6 @@ def _launch_dot(
             q, s, sums, layer.weight, layer.scale, layer.bias, y, space, counters_of(config, space),
             len(q), n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4),
-            SPLIT=config.split, GROUP=_GROUP, PER_ROW=layer.scale.numel() > 1, ASM=_assembly(q),
+            SPLIT=config.split, GROUP=GROUP, PER_ROW=layer.scale.numel() > 1, ASM=assembly(q),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
