@@ -30,6 +30,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
 from bitnet.kernels.gpu import linear as linear  # noqa: E402
 from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
+from bitnet.kernels.gpu.parts import PreparedWeight  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8, False)
@@ -50,7 +51,7 @@ def on_gpu(test: Callable) -> Callable:
 
 each_planes = pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8], ids=["2_bits", "base3", "int8"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
+each_bits = pytest.mark.parametrize("bits", [16, 8, 4], ids=["a16", "a8", "a4"])
 
 REALLY_ON_TRITON = quantizers.on_triton
 SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
@@ -191,7 +192,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
     """The GEMV with more rows and tokens than there are, from floats and from codes."""
     n, k = 11, 200
     codes, x, scale = weights(n, k, planes), torch.randn(tokens, k), torch.rand(n) + 0.1
-    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     y = torch.empty(tokens, n, device=DEVICE)
     q, s = reference.quantize_activation(x)
     given = (q.to(DEVICE), s.to(DEVICE)) if quantized else (x.to(DEVICE), None)
@@ -204,7 +205,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
 def test_unpacking_first_changes_nothing(planes: int) -> None:
     n, k = 37, 330
     codes, x, scale = weights(n, k, planes), torch.randn(5, k), torch.rand(1) + 0.1
-    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     assert torch.equal(linear.unpack(layer).cpu(), codes)
     y = torch.empty(5, n, device=DEVICE)
     linear.multiply(configs.Dot(32, 16, 128, 4, 2, dense=True), layer, x.to(DEVICE), None, y)
@@ -555,7 +556,7 @@ def test_every_candidate_configuration_is_exact() -> None:
     gpu, planes = configs.gpu_of(torch.device("cuda")), TWO_BITS
     n, k = 1000, 4160
     codes = weights(n, k, planes)
-    layer = linear.PreparedWeight(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
     for m in (1, 16, 700):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         expected = reference.ternary_linear(x, codes.cuda(), layer.scale)

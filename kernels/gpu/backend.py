@@ -17,9 +17,8 @@ def missing(device: torch.device, activation_bits: int | None = 8, groups: bool 
         return f"it runs on CUDA and ROCm GPUs; on {device.type} choose 'auto'"
     if activation_bits is None:
         return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
-    if groups or activation_bits == 16:
-        what = "scales of groups" if groups else "16-bit activations"
-        return f"it has no kernel for {what}; choose 'auto' or 'torch'"
+    if groups:
+        return "it has no kernel for scales of groups; choose 'auto' or 'torch'"
     if not torch.cuda.is_available():
         return "torch sees no GPU; install a torch built for yours (bitnet info shows which this is)"
     if _triton_version() is None:
@@ -70,8 +69,10 @@ def bind(
     if weight.is_meta:
         return lambda x: x.new_empty(*x.shape[:-1], n)
     planes = planes_of(weight, planes)
-    from .linear import PreparedWeight, bind
+    from .linear import bound
+    from .parts import PreparedWeight, bind
 
     assert activation_bits is not None
     bias = None if bias is None else bias.contiguous()
-    return bind(PreparedWeight(weight, scale.contiguous(), bias, n, k, planes), activation_bits)
+    layer = PreparedWeight(weight, scale.contiguous(), bias, n, k, planes)
+    return bind(layer, bound(layer, activation_bits))

@@ -93,21 +93,25 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
-def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
-    """The configuration for m tokens where nothing was tuned; per_row says that each row has a scale."""
+def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:
+    """The configuration for m tokens where nothing was tuned; per_row says that each row has a scale.
+
+    limbs: int8 limbs of a token's codes, each with accumulators of its own
+    """
     amd = family(gpu.arch) == "gfx"
     # longer rows would not fit registers, nor would two tokens on AMD; with three the integer units fall behind memory
-    if k <= {1: 8192 if amd else 32768, 2: 0 if amd else 8192}.get(m, 0):
+    if limbs * k <= {1: 8192 if amd else 32768, 2: 0 if amd else 8192}.get(m, 0):
         return _gemv(gpu, n, row_bytes(k, planes))
     tiles = _TILES[family(gpu.arch)]
-    tile = next((tile for most, tile in tiles if m <= most), tiles[-1][1])
+    tile = next((tile for most, tile in tiles if limbs * m <= most), tiles[-1][1])
+    tile = tile._replace(block_m=max(16, tile.block_m // limbs))
     if planes == INT8 and tile.block_k > 128:
         tile = tile._replace(block_k=128)  # four times the bytes a feature
-    if planes == BASE3 and 16 < m <= 64:
+    if planes == BASE3 and 16 < limbs * m <= 64:
         tile = tile._replace(block_k=128)  # decoding takes more registers
-    elif planes == BASE3 and m <= 16 and family(gpu.arch) == "sm_80":
+    elif planes == BASE3 and limbs * m <= 16 and family(gpu.arch) == "sm_80":
         tile = tile._replace(block_n=64)  # with 128 rows Triton 3.8 takes 116 KB of shared memory
-    if per_row and tile.block_n * tile.block_m > 2048 * tile.warps:
+    if per_row and limbs * tile.block_n * tile.block_m > 2048 * tile.warps:
         tile = tile._replace(block_n=128, warps=8)  # a division for each output takes registers, too
     return tile._replace(split=_split(gpu, tile, m, n, k))
 
@@ -137,10 +141,11 @@ def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
     return -(-steps // -(-steps // most))
 
 
-def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
-    """The tuned configuration for bucket(m) if there is one, else the heuristic's."""
+def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:
+    """The tuned configuration for bucket(m) if there is one, else the heuristic's; with two limbs that at once."""
     m = bucket(m)
-    return tuned(gpu.name).get((m, n, k, planes)) or heuristic(gpu, m, n, k, planes, per_row)
+    found = tuned(gpu.name).get((m, n, k, planes)) if limbs == 1 else None
+    return found or heuristic(gpu, m, n, k, planes, per_row, limbs)
 
 
 def candidates(gpu: Gpu, m: int, n: int, k: int, planes: int) -> list[Config]:

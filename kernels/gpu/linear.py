@@ -22,7 +22,6 @@ Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,16 +30,26 @@ from torch import Tensor
 
 from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, tiles, workspace_of
 from .layout import INT8
-from .parts import GROUP, assembly, base3_planes, comes_last, dot4, in_order, place, two_bit_planes, word_plane
-from .quantize import activation_codes, activation_scale, largest_bits, quantize, quantize_4_bits, rows_of
+from .parts import (
+    GROUP,
+    PreparedWeight,
+    assembly,
+    base3_planes,
+    comes_last,
+    dot4,
+    in_order,
+    place,
+    two_bit_planes,
+    word_plane,
+)
+from .quantize import TOP_8, TOP_16, activation_codes, activation_scale, largest_bits, limb, quantize, quantize_4_bits
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit(do_not_specialize=["m"])
 def _gemv(
     x, s, w, scale, bias, y, m, n, x_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
-    REPEAT: tl.constexpr, BLOCK_W: tl.constexpr, PER_ROW: tl.constexpr, ASM: tl.constexpr,
+    REPEAT: tl.constexpr, BLOCK_W: tl.constexpr, PER_ROW: tl.constexpr, LIMBS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """m <= TOKENS tokens of floats, or of codes where there is s; w: int32 words. See the top of this file."""
     words = tl.arange(0, BLOCK_W)
@@ -59,7 +68,7 @@ def _gemv(
             for p in tl.static_range(PLANES):
                 v = tl.load(x + token * x_stride + k + 32 * p, mask=k + 32 * p < K, other=0.0)
                 bits = tl.maximum(bits, largest_bits(v))
-            token_s = activation_scale(tl.max(tl.max(bits, 1), 0))
+            token_s = activation_scale(tl.max(tl.max(bits, 1), 0), TOP_8 if LIMBS == 1 else TOP_16)
         else:
             token_s = tl.load(s + token)
         total = tl.zeros([BLOCK_W, 4], tl.int32)
@@ -69,7 +78,9 @@ def _gemv(
                 q = activation_codes(q, token_s)
             q = q.to(tl.int32)
             total += q
-            codes = codes + (tl.sum((q & 255) << (8 * tl.arange(0, 4))[None, :], 1),)  # type: ignore[assignment]
+            for i in tl.static_range(LIMBS):
+                byte = limb(q, i, LIMBS) & 255
+                codes = codes + (tl.sum(byte << (8 * tl.arange(0, 4))[None, :], 1),)  # type: ignore[assignment]
         scales = scales + (token_s,)  # type: ignore[assignment]
         sums = sums + (tl.sum(tl.sum(total, 1), 0),)  # type: ignore[assignment]
     for turn in tl.static_range(REPEAT):
@@ -85,8 +96,11 @@ def _gemv(
             row_scale = tl.load(scale)
         for t in tl.static_range(TOKENS):
             acc = tl.zeros([BLOCK_N, BLOCK_W], tl.int32)
-            for p in tl.static_range(PLANES):
-                acc = dot4(word_plane(packed, p, PLANES), codes[t * PLANES + p][None, :], acc, ASM)
+            for i in tl.static_range(LIMBS):
+                acc = acc << 8 * i
+                for p in tl.static_range(PLANES):
+                    word = codes[(t * PLANES + p) * LIMBS + i][None, :]
+                    acc = dot4(word_plane(packed, p, PLANES), word, acc, ASM)
             sum_of_row = tl.sum(acc, 1)
             if PLANES != 1:
                 sum_of_row -= sums[t]
@@ -101,9 +115,13 @@ def _gemv(
 def _dot(
     q, s, sums, w, scale, bias, y, partial, counters, m, n, q_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PER_ROW: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PER_ROW: tl.constexpr, LIMBS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """Codes q times packed rows w; without s the accumulators themselves. See the top of this file."""
+    """Codes q times packed rows w; without s the accumulators themselves. See the top of this file.
+
+    The low limbs of codes that have two follow all high ones, and have accumulators of their own.
+    """
     STEPS: tl.constexpr = (BYTES + BLOCK_B * SPLIT - 1) // (BLOCK_B * SPLIT)
     EVEN: tl.constexpr = BYTES == BLOCK_B * SPLIT * STEPS and K == BYTES * PLANES
     split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
@@ -112,7 +130,9 @@ def _dot(
     b = tl.arange(0, BLOCK_B)
     w_at = w + tl.minimum(rows, n - 1)[:, None] * BYTES + (first + b)[None, :]
     q_at = q + tl.minimum(tokens, m - 1)[:, None] * q_stride + first * PLANES
+    low = m.to(tl.int64) * q_stride
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    low_acc = acc
     for step in range(STEPS):
         byte = first + step * BLOCK_B
         if EVEN:
@@ -125,6 +145,9 @@ def _dot(
                 k = b // 32 * 160 + p * 32 + b % 32
                 codes = tl.load(q_at + k[None, :], mask=(byte * 5 + k)[None, :] < K, other=0)
                 acc = tl.dot(planes[p], codes.T, acc, out_dtype=tl.int32)
+                if LIMBS == 2:
+                    codes = tl.load(q_at + (low + k)[None, :], mask=(byte * 5 + k)[None, :] < K, other=0)
+                    low_acc = tl.dot(planes[p], codes.T, low_acc, out_dtype=tl.int32)
         else:
             k = tl.arange(0, BLOCK_B * PLANES)
             if EVEN:
@@ -132,11 +155,19 @@ def _dot(
             else:
                 codes = tl.load(q_at + k[None, :], mask=(byte * PLANES + k)[None, :] < K, other=0)
             if PLANES == 4:
-                low, second, third, high = two_bit_planes(packed, ASM)
-                packed = in_order(low, second, third, high)
+                first_plane, second, third, fourth = two_bit_planes(packed, ASM)
+                packed = in_order(first_plane, second, third, fourth)
             acc = tl.dot(packed, codes.T, acc, out_dtype=tl.int32)
+            if LIMBS == 2:
+                if EVEN:
+                    codes = tl.load(q_at + (low + k)[None, :])
+                else:
+                    codes = tl.load(q_at + (low + k)[None, :], mask=(byte * PLANES + k)[None, :] < K, other=0)
+                low_acc = tl.dot(packed, codes.T, low_acc, out_dtype=tl.int32)
         w_at += BLOCK_B
         q_at += BLOCK_B * PLANES
+    if LIMBS == 2:
+        acc = (acc << 8) + low_acc
 
     last = True
     if SPLIT > 1:
@@ -189,52 +220,33 @@ def _unpack(
 # Launchers
 
 
-class PreparedWeight(NamedTuple):
-    """A prepacked weight and what belongs to it; scale and bias are contiguous."""
+def bound(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tensor], None]:
+    """A function that fills y [..., N] with x [M, K] times the layer, with activations of 16, 8 or 4 bits."""
+    gpu, per_row, limbs = gpu_of(layer.weight.device), layer.scale.numel() > 1, 2 if activation_bits == 16 else 1
 
-    weight: Tensor  # layout.py
-    scale: Tensor
-    bias: Tensor | None
-    n: int
-    k: int
-    planes: int
+    def run(x: Tensor, y: Tensor) -> None:
+        s = None
+        if activation_bits == 4:
+            x, s = quantize_4_bits(x)
+        multiply(choose(gpu, len(x), layer.n, layer.k, layer.planes, per_row, limbs), layer, x, s, y, limbs)
 
-
-def bind(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor], Tensor]:
-    """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
-    device, n, k = layer.weight.device, layer.n, layer.k
-    gpu, per_row = gpu_of(device), layer.scale.numel() > 1
-
-    def linear(x: Tensor) -> Tensor:
-        if x.dtype not in FLOATS:  # float64 and exotic ones: the definition computes in float32, too
-            return linear(x.float()).to(x.dtype)
-        if x.device != device:
-            raise ValueError(f"x is on {x.device}, but this layer is on {device}; move one of them")
-        y = x.new_empty(*x.shape[:-1], n)
-        rows, s = rows_of(x, k), None
-        if len(rows):
-            if activation_bits == 4:
-                rows, s = quantize_4_bits(rows)
-            multiply(choose(gpu, len(rows), n, k, layer.planes, per_row), layer, rows, s, y)
-        return y
-
-    return linear
+    return run
 
 
-def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
-    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized to 8 bits, or codes with their s."""
+def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
+    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s; limbs: of codes."""
     if isinstance(config, Gemv):
-        _launch_gemv(config, layer, x, s, y)
+        _launch_gemv(config, layer, x, s, y, limbs)
         return
     if config.dense and layer.planes != INT8:
         layer = layer._replace(weight=unpack(layer), planes=INT8)
     workspace = workspace_of(config, len(x), layer.n, x.device)
-    if s is None or layer.planes != INT8 or workspace is not None:
-        x, own_s, sums = quantize(x, layer.planes != INT8, counters_of(config, workspace), aligned=True)
+    if s is None or layer.planes != INT8 or workspace is not None or limbs > 1:
+        x, own_s, sums = quantize(x, layer.planes != INT8, counters_of(config, workspace), aligned=True, limbs=limbs)
         s = s if own_s is None else own_s
     else:
         sums = None
-    _launch_dot(config, layer, x, s, sums, y, workspace)
+    _launch_dot(config, layer, x, s, sums, y, workspace, limbs)
 
 
 def int_matmul(q: Tensor, weight: Tensor, n: int, planes: int, config: Dot) -> Tensor:
@@ -253,17 +265,17 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) in one kernel: [M, N].
 
-    q: int8 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N] or None
+    q: int8 or int16 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N]
+    or None
     """
     y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
     if len(q):
         n, k = codes.shape
         bias = None if bias is None else bias.contiguous()
         layer = PreparedWeight(codes.contiguous(), scale.contiguous(), bias, n, k, INT8)
-        m = max(len(q), 256)  # never split: nobody has zeroed counters
-        config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
-        assert isinstance(config, Dot)
-        _launch_dot(config, layer, q.contiguous(), s.contiguous(), None, y, None)
+        m, limbs = max(len(q), 256), 2 if q.dtype == torch.int16 else 1  # never split: nobody has zeroed counters
+        config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1, limbs)
+        multiply(config, layer, q.contiguous(), s.contiguous(), y, limbs)
     return y
 
 
@@ -279,14 +291,14 @@ def unpack(layer: PreparedWeight) -> Tensor:
     return codes
 
 
-def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
     words = layer.weight.shape[1] // 4
     with torch.cuda.device_of(x):
         _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
             x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, len(x), layer.n, x.stride(0),
             K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
             BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
-            PER_ROW=layer.scale.numel() > 1, ASM=assembly(x), num_warps=config.warps, enable_fp_fusion=False,
+            PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(x), num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -298,13 +310,14 @@ def _launch_dot(
     sums: Tensor | None,
     y: Tensor,
     space: Tensor | None,
+    limbs: int = 1,
 ) -> None:
-    n, planes = layer.n, layer.planes
+    m, n, planes = len(q) // limbs, layer.n, layer.planes
     with torch.cuda.device_of(q):
-        _dot[tiles(config, len(q), n) * config.split,](
+        _dot[tiles(config, m, n) * config.split,](
             q, s, sums, layer.weight, layer.scale, layer.bias, y, space, counters_of(config, space),
-            len(q), n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
+            m, n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4),
-            SPLIT=config.split, GROUP=GROUP, PER_ROW=layer.scale.numel() > 1, ASM=assembly(q),
+            SPLIT=config.split, GROUP=GROUP, PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(q),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,10 +1,16 @@
 """What the Triton products share: packed bytes to planes of codes, which program computes what, and which comes last."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .quantize import rows_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
 
 
@@ -142,3 +148,32 @@ def comes_last(counter, SPLIT: tl.constexpr):
 def assembly(x: Tensor) -> bool:
     """Whether NVIDIA's assembly can be used; tensors on the CPU are here only in the interpreter."""
     return x.is_cuda and torch.version.hip is None
+
+
+class PreparedWeight(NamedTuple):
+    """A prepacked weight and what belongs to it; scale and bias are contiguous."""
+
+    weight: Tensor  # layout.py
+    scale: Tensor
+    bias: Tensor | None
+    n: int
+    k: int
+    planes: int
+
+
+def bind(layer: PreparedWeight, run: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor], Tensor]:
+    """The layer as a function x [..., K] -> [..., N] in x's dtype; run(x [M, K], y) fills y."""
+    device = layer.weight.device
+
+    def linear(x: Tensor) -> Tensor:
+        if x.dtype not in FLOATS:  # float64 and exotic ones: the definition computes in float32, too
+            return linear(x.float()).to(x.dtype)
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, but this layer is on {device}; move one of them")
+        y = x.new_empty(*x.shape[:-1], layer.n)
+        rows = rows_of(x, layer.k)
+        if len(rows):
+            run(rows, y)
+        return y
+
+    return linear
