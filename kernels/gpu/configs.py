@@ -141,6 +141,23 @@ def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
     return -(-steps // -(-steps // most))
 
 
+def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, limbs: int = 1) -> Dot:
+    """The configuration for m tokens and a weight with a scale for each row and group of `size` features.
+
+    Steps are fixed: a group, or a block of 128 features. Programs that share a tile have whole spans of 1024.
+    """
+    amd = family(gpu.arch) == "gfx"
+    if m <= 16:
+        tile = Dot(64, 16, size, 4, 2 if amd else 6)
+    elif m <= 64:
+        tile = Dot(64, 32, size, 4, 2 if amd else 5)
+    else:
+        tile = Dot(128, 64, size, 8, 2 if amd else 4)
+    count, spans = -(-n // tile.block_n) * -(-m // tile.block_m), -(-k // 1024)
+    most = max(1, min(4 * gpu.processors // count, spans)) if m <= 64 else 1
+    return tile._replace(split=-(-spans // -(-spans // most)))
+
+
 def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:
     """The tuned configuration for bucket(m) if there is one, else the heuristic's; with two limbs that at once."""
     m = bucket(m)

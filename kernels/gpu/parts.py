@@ -92,6 +92,13 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
+def pair_in_order(a, b):
+    """Two planes [R, 32] as one tile [R, 64] in the order of the features."""
+    R: tl.constexpr = a.shape[0]
+    return tl.join(a, b).permute(0, 2, 1).reshape(R, 64)
+
+
+@triton.jit
 def thirds(w, power):
     """(byte * power) >> 8 for each byte of int32 words."""
     even = (w & 0x00FF00FF) * power

@@ -21,8 +21,8 @@ _EPS = tl.constexpr(1e-5)  # reference.EPS
 _SQRT_7 = tl.constexpr(7**0.5)
 TOP_8 = tl.constexpr(127.0)
 TOP_16 = tl.constexpr(32639.0)  # reference.MAX_16
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no fraction bits, so it is rounded half to even
-_ROUND_BITS = tl.constexpr(0x4B400000)  # its bit pattern, which from there on counts whole numbers
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no fraction bits, so it is rounded half to even
+ROUND_BITS = tl.constexpr(0x4B400000)  # its bit pattern, which from there on counts whole numbers
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def activation_scale(bits, TOP: tl.constexpr):
 @triton.jit
 def activation_codes(x, s):
     """round(x s) as int32, and 0 in a token with NaN or Inf, whose s is NaN or 0. |x s| rounds to TOP at most."""
-    codes = (x.to(tl.float32) * s + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    codes = (x.to(tl.float32) * s + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
     return tl.where(s > 0, codes, 0)
 
 
@@ -124,7 +124,7 @@ def _quantize_4_bits(x, q, s, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
         k = start + tl.arange(0, BLOCK)
         v = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32) * scale
         v = tl.where(v < -8.0, -8.0, tl.where(v > 7.0, 7.0, v))  # clamped before it is rounded: the bounds are integers
-        codes = tl.where(scale > 0, (v + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS, 0)
+        codes = tl.where(scale > 0, (v + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS, 0)
         tl.store(q + row * K + k, codes.to(tl.int8), mask=k < K)
 
 
