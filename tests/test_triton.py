@@ -74,6 +74,16 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
 
         monkeypatch.setattr(interpreter, "_convert_float", rounded)
+        dot = interpreter.InterpreterBuilder.create_dot
+
+        def widened(self: Any, a: Any, b: Any, *others: Any) -> Any:
+            """The interpreter multiplies bfloat16's bits, as integers; its products are those of float32."""
+            if a.dtype.scalar == triton.language.bfloat16:
+                wide = [(operand.data.astype(np.uint32) << 16).view(np.float32) for operand in (a, b)]
+                a, b = (interpreter.TensorHandle(data, triton.language.float32) for data in wide)
+            return dot(self, a, b, *others)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
     with np.errstate(all="ignore"):  # the interpreter computes in numpy, which has opinions on NaN and Inf
         yield
 

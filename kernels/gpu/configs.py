@@ -146,16 +146,36 @@ def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, li
 
     Steps are fixed: a group, or a block of 128 features. Programs that share a tile have whole spans of 1024.
     """
-    amd = family(gpu.arch) == "gfx"
-    if m <= 16:
-        tile = Dot(64, 16, size, 4, 2 if amd else 6)
+    kind = family(gpu.arch)
+    stages = 2 if kind == "gfx" else 3 if limbs * size == 512 else 6  # on sm_90 27 KB for groups of 128, at most 49
+    if m <= 16 or size == 32:  # four groups a step take many registers
+        tile = Dot(64, 16, size, 4, stages)
     elif m <= 64:
-        tile = Dot(64, 32, size, 4, 2 if amd else 5)
+        tile = Dot(64, 32, size, 4, min(stages, 4))
+    elif size == 64 or (limbs == 2 and kind == "sm_80"):
+        tile = Dot(128, 32, size, 8, min(stages, 4))
     else:
-        tile = Dot(128, 64, size, 8, 2 if amd else 4)
+        tile = Dot(128, 64, size, 8, min(stages, 4))
     count, spans = -(-n // tile.block_n) * -(-m // tile.block_m), -(-k // 1024)
     most = max(1, min(4 * gpu.processors // count, spans)) if m <= 64 else 1
     return tile._replace(split=-(-spans // -(-spans // most)))
+
+
+def float_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int = 0, parts: int = 1) -> Dot:
+    """The configuration for m tokens of floats; size: features of a group, 0 without; parts: bfloat16s of a float32."""
+    stages = 2 if family(gpu.arch) == "gfx" else 4
+    step = max(size, 128) if size else 128  # 4 KB of tokens a stage, and 16 of them
+    if m <= 16 or size == 32:
+        tile = Dot(64, 16, step, 4, stages)
+    elif m <= 64 or size == 64:
+        tile = Dot(64, 32, step, 4, stages)
+    else:
+        tile = Dot(128, 64, step, 8, stages)
+    if planes == INT8 and size:
+        tile = tile._replace(block_k=size)
+    if parts > 1 or step == 256:
+        tile = tile._replace(stages=2 if tile.block_m > 32 else min(stages, 3))
+    return tile._replace(split=_split(gpu, tile, m, n, k))
 
 
 def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:

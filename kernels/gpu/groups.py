@@ -33,27 +33,37 @@ from .quantize import ROUND, ROUND_BITS, quantize, quantize_4_bits
 
 
 @triton.jit
-def _add_group(
-    part, tile, group, q_at, low, tokens, sums_at, scale_at, m,
-    K: tl.constexpr, PLANES: tl.constexpr, SIZE: tl.constexpr, LIMBS: tl.constexpr, EVEN: tl.constexpr,
+def _ahead(
+    step, sums_at, scale_at, tokens, m,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, PLANES: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """part plus a tile [R, SIZE] of a group's codes times the tokens' codes there, times the group's scale."""
-    GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE
-    ROUNDED: tl.constexpr = LIMBS == 1 or SIZE < 256
-    k = group * SIZE + tl.arange(0, SIZE)
-    start = tl.zeros([part.shape[1]], tl.int32)
-    if ROUNDED:
-        start += ROUND_BITS
-    if EVEN:
-        scale = tl.load(scale_at + group)
-        codes = tl.load(q_at + k[None, :])
-        if PLANES != 1:
-            start -= tl.load(sums_at + group.to(tl.int64) * m)
-    else:
-        scale = tl.load(scale_at + tl.minimum(group, GROUPS - 1))  # of a group that is not there: 0 times it is 0
-        codes = tl.load(q_at + k[None, :], mask=k[None, :] < K, other=0)
+    """What accumulators of a step's groups start at, and the groups' scales."""
+    starts = ()
+    scales = ()
+    for j in tl.static_range(EACH):
+        group = step * EACH + j
+        start = tl.zeros([tokens.shape[0]], tl.int32)
+        if ROUNDED:
+            start += ROUND_BITS
         if PLANES != 1:
             start -= tl.load(sums_at + group.to(tl.int64) * m, mask=tokens < tl.where(group < GROUPS, m, 0), other=0)
+        starts = starts + (start,)  # type: ignore[assignment]
+        # the sum of a group that is not there is 0, whatever it is multiplied with
+        scales = scales + (tl.load(scale_at + tl.minimum(group, GROUPS - 1)),)  # type: ignore[assignment]
+    return starts, scales
+
+
+@triton.jit
+def _add_group(
+    part, tile, start, scale, group, q_at, low,
+    K: tl.constexpr, SIZE: tl.constexpr, LIMBS: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """part plus a tile [R, SIZE] of a group's codes times the tokens' codes there, times the group's scale."""
+    k = group * SIZE + tl.arange(0, SIZE)
+    if EVEN:
+        codes = tl.load(q_at + k[None, :])
+    else:
+        codes = tl.load(q_at + k[None, :], mask=k[None, :] < K, other=0)
     acc = tl.broadcast_to(start[None, :], part.shape)
     if LIMBS == 2:
         high = tl.dot(tile, codes.T, out_dtype=tl.int32)
@@ -85,6 +95,8 @@ def _group_dot(
     SPANS: tl.constexpr = (K + SPAN - 1) // SPAN
     SHARE: tl.constexpr = (SPANS + SPLIT - 1) // SPLIT  # spans a program
     EVEN: tl.constexpr = K % STEP == 0 and BYTES * PLANES == K
+    GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE
+    ROUNDED: tl.constexpr = LIMBS == 1 or SIZE < 256
     SPACE: tl.constexpr = BLOCK_N * BLOCK_M
     split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
 
@@ -97,7 +109,7 @@ def _group_dot(
     w_at = w + row[:, None] * BYTES + (first * BLOCK_B + b)[None, :]
     q_at = q + token[:, None] * q_stride
     low = m.to(tl.int64) * q_stride
-    scale_at = scale + row * ((K + SIZE - 1) // SIZE)
+    scale_at = scale + row * GROUPS
     if PLANES == 1:
         sums_at = q  # of no use
     else:
@@ -107,8 +119,10 @@ def _group_dot(
         slot += partial + tile.to(tl.int64) * (SPANS * SPACE)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    starts, scales = _ahead(first, sums_at, scale_at, tokens, m, GROUPS, EACH, PLANES, ROUNDED)
     for i in range(steps):
         step = first + i
+        next_starts, next_scales = _ahead(step + 1, sums_at, scale_at, tokens, m, GROUPS, EACH, PLANES, ROUNDED)
         if EVEN:
             packed = tl.load(w_at)
         else:
@@ -124,10 +138,10 @@ def _group_dot(
         else:
             found = (packed,)
         for j in tl.static_range(EACH):
-            group = step * EACH + j
             part = _add_group(
-                part, found[j], group, q_at, low, tokens, sums_at, scale_at, m, K, PLANES, SIZE, LIMBS, EVEN
+                part, found[j], starts[j], scales[j], step * EACH + j, q_at, low, K, SIZE, LIMBS, EVEN, ROUNDED
             )
+        starts, scales = next_starts, next_scales
         w_at += BLOCK_B
         if SHARE > 1:
             if (i + 1) % TURN == 0:
@@ -197,11 +211,13 @@ def multiply(config: Dot, layer: PreparedWeight, x: Tensor, s: Tensor | None, y:
 def int_linear(
     q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    """reference.group_linear in one kernel, of contiguous tensors: [M, N]. codes: int8 [N, K], not prepacked."""
+    """reference.group_linear in one kernel: [M, N]. codes: int8 [N, K], not prepacked."""
     (m, k), n = q.shape, len(codes)
     y = torch.empty(m, n, dtype=dtype, device=q.device)
     if m:
         size, limbs = size_of_groups(k, scale.shape[1]), 2 if q.dtype == torch.int16 else 1
         config = group_heuristic(gpu_of(q.device), m, n, k, INT8, size, limbs)
-        multiply(config, PreparedWeight(codes, scale, bias, n, k, INT8), q, s, y, limbs)
+        bias = None if bias is None else bias.contiguous()
+        layer = PreparedWeight(codes.contiguous(), scale.contiguous(), bias, n, k, INT8)
+        multiply(config, layer, q.contiguous(), s.contiguous(), y, limbs)
     return y

@@ -53,6 +53,68 @@ mul.lo.u32 b, odd, 243;
 prmt.b32 t, a, b, 0x7351;
 mad.lo.s32 $4, u, -3, t;
 }""")
+# A code c + 1 of plane p, placed in the mantissa of a power of two, is that plus 4^p (c + 1): one exact multiplication and
+# addition make it c. Two halves of a register at a time; bfloat16's mantissa is too short for plane 3, which is shifted.
+_TWO_BITS_AS_BFLOAT16 = tl.constexpr("""{
+.reg .b32 low, high, t, one, c;
+mov.b32 one, 0x3F803F80;
+prmt.b32 low, $8, 0, 0x4140;
+prmt.b32 high, $8, 0, 0x4342;
+mov.b32 c, 0xC301C301;
+lop3.b32 t, low, 0x00030003, 0x43004300, 0xEA;
+fma.rn.bf16x2 $0, t, one, c;
+lop3.b32 t, high, 0x00030003, 0x43004300, 0xEA;
+fma.rn.bf16x2 $1, t, one, c;
+mov.b32 one, 0x3E803E80;
+mov.b32 c, 0xC204C204;
+lop3.b32 t, low, 0x000C000C, 0x43004300, 0xEA;
+fma.rn.bf16x2 $2, t, one, c;
+lop3.b32 t, high, 0x000C000C, 0x43004300, 0xEA;
+fma.rn.bf16x2 $3, t, one, c;
+mov.b32 one, 0x3D803D80;
+mov.b32 c, 0xC110C110;
+lop3.b32 t, low, 0x00300030, 0x43004300, 0xEA;
+fma.rn.bf16x2 $4, t, one, c;
+lop3.b32 t, high, 0x00300030, 0x43004300, 0xEA;
+fma.rn.bf16x2 $5, t, one, c;
+mov.b32 one, 0x3F803F80;
+mov.b32 c, 0xC301C301;
+shr.u32 low, low, 6;
+lop3.b32 t, low, 0x00030003, 0x43004300, 0xEA;
+fma.rn.bf16x2 $6, t, one, c;
+shr.u32 high, high, 6;
+lop3.b32 t, high, 0x00030003, 0x43004300, 0xEA;
+fma.rn.bf16x2 $7, t, one, c;
+}""")
+_TWO_BITS_AS_FLOAT16 = tl.constexpr("""{
+.reg .b32 low, high, t, one, c;
+prmt.b32 low, $8, 0, 0x4140;
+prmt.b32 high, $8, 0, 0x4342;
+mov.b32 one, 0x3C003C00;
+mov.b32 c, 0xE401E401;
+lop3.b32 t, low, 0x00030003, 0x64006400, 0xEA;
+fma.rn.f16x2 $0, t, one, c;
+lop3.b32 t, high, 0x00030003, 0x64006400, 0xEA;
+fma.rn.f16x2 $1, t, one, c;
+mov.b32 one, 0x34003400;
+mov.b32 c, 0xDC04DC04;
+lop3.b32 t, low, 0x000C000C, 0x64006400, 0xEA;
+fma.rn.f16x2 $2, t, one, c;
+lop3.b32 t, high, 0x000C000C, 0x64006400, 0xEA;
+fma.rn.f16x2 $3, t, one, c;
+mov.b32 one, 0x2C002C00;
+mov.b32 c, 0xD410D410;
+lop3.b32 t, low, 0x00300030, 0x64006400, 0xEA;
+fma.rn.f16x2 $4, t, one, c;
+lop3.b32 t, high, 0x00300030, 0x64006400, 0xEA;
+fma.rn.f16x2 $5, t, one, c;
+mov.b32 one, 0x24002400;
+mov.b32 c, 0xCC40CC40;
+lop3.b32 t, low, 0x00C000C0, 0x64006400, 0xEA;
+fma.rn.f16x2 $6, t, one, c;
+lop3.b32 t, high, 0x00C000C0, 0x64006400, 0xEA;
+fma.rn.f16x2 $7, t, one, c;
+}""")
 _DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
 
 
@@ -65,6 +127,43 @@ def two_bit_planes(w, ASM: tl.constexpr):
         )
     else:
         return (w & 3).to(tl.int8), (w >> 2 & 3).to(tl.int8), (w >> 4 & 3).to(tl.int8), (w >> 6).to(tl.int8)
+
+
+@triton.jit
+def _as_float(codes, dtype: tl.constexpr, ASM: tl.constexpr):
+    if ASM:
+        return codes.to(dtype)
+    else:
+        return codes.to(tl.float32).to(dtype)  # the interpreter knows no other way to bfloat16
+
+
+@triton.jit
+def float_planes(w, PLANES: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Bytes [R, B] to the planes of codes [R, B], as bfloat16 or float16."""
+    if PLANES == 1:
+        return (_as_float(w, dtype, ASM),)
+    elif PLANES == 5:
+        a, b, c, d, e = base3_planes(w, ASM)
+        return (
+            _as_float(a - 1, dtype, ASM), _as_float(b - 1, dtype, ASM), _as_float(c - 1, dtype, ASM),
+            _as_float(d - 1, dtype, ASM), _as_float(e - 1, dtype, ASM),
+        )  # fmt: skip
+    elif not ASM:
+        a, b, c, d = two_bit_planes(w, ASM)
+        return (
+            _as_float(a - 1, dtype, ASM), _as_float(b - 1, dtype, ASM), _as_float(c - 1, dtype, ASM),
+            _as_float(d - 1, dtype, ASM),
+        )  # fmt: skip
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _TWO_BITS_AS_BFLOAT16, "=r,=r,=r,=r,=r,=r,=r,=r,r", [w],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            _TWO_BITS_AS_FLOAT16, "=r,=r,=r,=r,=r,=r,=r,=r,r", [w],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit
