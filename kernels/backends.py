@@ -130,14 +130,14 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
     codes, scale, bias = proof.example()
     for bits in (8, 16):
         q, s = reference.quantize_activation(proof.tokens(67, torch.float32), bits)
-        args = [t.to(device) for t in (q, s, codes)]
+        there = q.to(device), s.to(device), codes.to(device)
         expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.bfloat16)
-        found = linear.int_linear(*args, scale.to(device), bias.to(device), torch.bfloat16)
+        found = linear.int_linear(*there, scale.to(device), bias.to(device), torch.bfloat16)
         yield f"codes times {bits}-bit codes", found, expected
         for size in reference.GROUP_SIZES:
             scales = proof.group_scales(size)
             expected = reference.group_linear(q, s, codes, scales, bias, torch.bfloat16)
-            found = groups.int_linear(*args, scales.to(device), bias.to(device), torch.bfloat16)
+            found = groups.int_linear(*there, scales.to(device), bias.to(device), torch.bfloat16)
             yield f"codes in groups of {size} times {bits}-bit codes", found, expected
 
 

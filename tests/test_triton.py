@@ -28,6 +28,8 @@ from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
+from bitnet.kernels.gpu import floats as floats  # noqa: E402
+from bitnet.kernels.gpu import groups as groups  # noqa: E402
 from bitnet.kernels.gpu import linear as linear  # noqa: E402
 from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
 from bitnet.kernels.gpu.parts import PreparedWeight  # noqa: E402
@@ -61,7 +63,8 @@ DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
-        monkeypatch.setattr(linear, "gpu_of", lambda device: SMALL_GPU)
+        for module in (linear, groups, floats):
+            monkeypatch.setattr(module, "gpu_of", lambda device: SMALL_GPU)
         monkeypatch.setattr(quantizers, "on_triton", lambda t: True)
         from triton.runtime import interpreter
 
@@ -431,9 +434,10 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 
 def proof_of(planes: int) -> str | None:
+    like = backends.BACKENDS["triton-base3" if planes == BASE3 else "triton"]
     prepack, bind = (partial(f, planes=planes) for f in (gpu_layout.prepack, gpu_backend.bind))
     return proof.fault(
-        proof.layers(prepack, bind, ("ternary", "int8")[: 2 if planes == TWO_BITS else 1], grouped=False),
+        proof.layers(prepack, bind, like.weights, like.grouped, like.widths),
         torch.device(DEVICE),
     )
 
@@ -485,9 +489,14 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert backends.choose_backend("auto", cuda) == "triton"
     assert backends.choose_backend("auto", cuda, weight_bits=1.6) == "triton-base3"
-    assert backends.choose_backend("auto", cuda, activation_bits=None) == "torch"
-    with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float"):
-        backends.choose_backend("triton", cuda, None)
+    for bits in (16, 8, 4, None):
+        assert backends.choose_backend("auto", cuda, activation_bits=bits) == "triton"
+        assert backends.choose_backend("auto", cuda, activation_bits=bits, groups=True) == "triton"
+        assert backends.choose_backend("auto", cuda, activation_bits=bits, weight_bits=1.6) == "triton-base3"
+    with pytest.raises(RuntimeError, match="hold no whole groups; choose weight_bits=2"):
+        backends.choose_backend("triton-base3", cuda, groups=True)
+    with pytest.warns(UserWarning, match="hold no whole groups; weights keep the form of backend 'triton'"):
+        assert backends.choose_backend("auto", cuda, weight_bits=1.6, groups=True) == "triton"
     for name in ("get_device_capability", "is_available"):
         backends._choose.cache_clear()
         monkeypatch.setattr(torch.cuda, name, {"is_available": lambda: False}.get(name, lambda device=None: (7, 5)))

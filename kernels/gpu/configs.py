@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .layout import BASE3, INT8, row_bytes
+from .layout import BASE3, INT8, TWO_BITS, row_bytes
 
 
 class Gemv(NamedTuple):
@@ -163,19 +163,28 @@ def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, li
 
 def float_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int = 0, parts: int = 1) -> Dot:
     """The configuration for m tokens of floats; size: features of a group, 0 without; parts: bfloat16s of a float32."""
-    stages = 2 if family(gpu.arch) == "gfx" else 4
-    step = max(size, 128) if size else 128  # 4 KB of tokens a stage, and 16 of them
+    kind = family(gpu.arch)
+    step = max(size, 128) if planes != INT8 or not size else size
     if m <= 16 or size == 32:
-        tile = Dot(64, 16, step, 4, stages)
+        tile = Dot(64, 16, step, 4, 8)  # 48 KB, of which 14 KB are weights in flight
     elif m <= 64 or size == 64:
-        tile = Dot(64, 32, step, 4, stages)
+        tile = Dot(128, 32, step, 8, 3) if kind == "sm_80" else Dot(64, 32, step, 4, 3)
+    elif m <= 256 or kind != "sm_90" or size or parts > 1 or planes != TWO_BITS:
+        tile = Dot(128, 64 if parts == 1 else 32, step, 8, 3)
     else:
-        tile = Dot(128, 64, step, 8, stages)
-    if planes == INT8 and size:
-        tile = tile._replace(block_k=size)
-    if parts > 1 or step == 256:
-        tile = tile._replace(stages=2 if tile.block_m > 32 else min(stages, 3))
-    return tile._replace(split=_split(gpu, tile, m, n, k))
+        tile = Dot(128, 128, step, 8, 3)  # 108 KB
+    if kind == "gfx" or planes == INT8 or (step == 256 and parts > 1):
+        tile = tile._replace(stages=2)
+    elif step == 256 or parts > 1:
+        tile = tile._replace(stages=3)
+    tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
+    return tile._replace(split=_even(-(-k // tile.block_k), 4 * gpu.processors // tiles if m <= 64 else 1))
+
+
+def _even(steps: int, most: int) -> int:
+    """Parts, at most 16 and `most`, that have as many steps, at least two."""
+    most = max(1, min(most, steps // 2, 16))
+    return -(-steps // -(-steps // most))
 
 
 def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:

@@ -1,11 +1,11 @@
 """Triton kernels of the packed linear layer when activations stay float, and their launchers.
 
-_float_dot computes codes . x^T on tensor cores: codes become bfloat16 or float16 in registers, exactly, tiles of x stay in
-  shared memory, and sums are float32. A scale of the tensor or row is applied to a whole sum, one of a group to that
+_float_dot computes codes . x^T on tensor cores: codes become bfloat16 or float16 in registers, exactly, tiles of x stay
+  in shared memory, and sums are float32. A scale of the tensor or row is applied to a whole sum, one of a group to that
   group's: in float32 both. So there is one rounding, to x's dtype, at the end, where reference.float_linear rounds the
   product, too, and with groups every weight: this is closer to the exact product.
-  |y - exact| <= 2^-9 |y| (bfloat16; 2^-12 float16) + K 2^-22 sum |x w|, the latter from float32 sums in whatever order
-  and width tensor cores have.
+  |y - exact| <= u |y| + K 2^-22 (sum |x w| + |bias|), with u = 2^-8 for bfloat16, 2^-11 for float16, 2^-24 for float32.
+  The second term is that of float32 sums in whatever order, cut off or rounded, as tensor cores have it.
   With few tokens, programs share a tile as in linear._dot; the last to arrive adds their sums up in the order of K, so
   that two runs give the same bits.
 _three_bfloat16s splits float32 x into three bfloat16 whose sum it is, exactly: three products on tensor cores, of the
@@ -96,9 +96,7 @@ def _float_dot(
                 k = b // 32 * 160 + p * 32 + b % 32
                 total = _add_product(total, planes[p], x_at, k, left, next_part, K, PARTS, EVEN)
         else:
-            if PLANES == 1:
-                found = planes
-            elif SIZE == 32:
+            if PLANES == 1 or SIZE == 32:
                 found = planes
             elif SIZE == 64:
                 found = (pair_in_order(planes[0], planes[1]), pair_in_order(planes[2], planes[3]))

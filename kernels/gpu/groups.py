@@ -1,16 +1,16 @@
 """Triton kernel of the packed linear layer with a scale for each row and group of features, and its launchers.
 
-_group_dot, for any number of tokens, on tensor cores: linear._dot with accumulators that live for one group. A step is a
-  group, or a block of 128 features that holds several. The integers of a group become float32, are multiplied by its
+_group_dot, for any number of tokens, on tensor cores: linear._dot with accumulators that live for one group. A step is
+  a group, or a block of 128 features that holds several. The integers of a group become float32, are multiplied by its
   scale and added, every operation rounded by itself (launches pass enable_fp_fusion=False), from first to last within a
   span of 1024 features; then the spans from first to last: reference.group_linear, whose bits it has to have.
   Where programs share a tile, each has whole spans and stores one float32 sum a span; the last to arrive adds all of
   them in their order. So the bits do not depend on how many there are.
 
-An accumulator starts at 1.5 * 2^23, as bits, minus the token's sum of codes in the group, since packed codes are code + 1:
-what it ends as is, read as a float, 1.5 * 2^23 plus the wanted sum, exactly, while that is below 2^22. A subtraction
-makes it a float32, at eight times the rate of a conversion. Only 16-bit codes in groups of 256 can be beyond and are
-converted.
+An accumulator starts at the bits of 1.5 * 2^23, minus the token's sum of codes in the group, since packed codes are
+code + 1: what it ends as is, read as a float, 1.5 * 2^23 plus the wanted sum, exactly, while that is below 2^22. A
+subtraction makes it a float32, at eight times the rate of a conversion. Only 16-bit codes in groups of 256 can be
+beyond and are converted. Scales and sums of the next step are loaded a step ahead.
 
 Bytes: those of linear._dot, and 2 N G of scales. Bound by memory with few tokens; with many by the four operations that
 each output takes a group, which for groups of 128 are about as long as the products.
@@ -132,11 +132,11 @@ def _group_dot(
             if SIZE == 32:
                 found = (one, two, three, four)
             elif SIZE == 64:
-                found = (pair_in_order(one, two), pair_in_order(three, four))
+                found = (pair_in_order(one, two), pair_in_order(three, four))  # type: ignore[assignment]
             else:
-                found = (in_order(one, two, three, four),)
+                found = (in_order(one, two, three, four),)  # type: ignore[assignment]
         else:
-            found = (packed,)
+            found = (packed,)  # type: ignore[assignment]
         for j in tl.static_range(EACH):
             part = _add_group(
                 part, found[j], starts[j], scales[j], step * EACH + j, q_at, low, K, SIZE, LIMBS, EVEN, ROUNDED
@@ -187,7 +187,10 @@ def bound(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tens
 
 
 def multiply(config: Dot, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
-    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s; limbs: of codes."""
+    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s.
+
+    limbs: 2 for codes of 16 bits
+    """
     (m, k), n, packed = x.shape, layer.n, layer.planes != INT8
     size = size_of_groups(k, layer.scale.shape[1])
     spans, counters = None, None
@@ -203,14 +206,12 @@ def multiply(config: Dot, layer: PreparedWeight, x: Tensor, s: Tensor | None, y:
         _group_dot[tiles(config, m, n) * config.split,](
             x, s, sums, layer.weight, layer.scale, layer.bias, y, spans, counters, m, n, x.stride(0),
             K=k, PLANES=layer.planes, BYTES=layer.weight.shape[1], SIZE=size, SPAN=SPAN,
-            BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLIT=config.split, GROUP=GROUP, LIMBS=limbs, ASM=assembly(x),
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLIT=config.split, GROUP=GROUP, LIMBS=limbs,
+            ASM=assembly(x), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def int_linear(
-    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:  # fmt: skip
+def int_linear(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """reference.group_linear in one kernel: [M, N]. codes: int8 [N, K], not prepacked."""
     (m, k), n = q.shape, len(codes)
     y = torch.empty(m, n, dtype=dtype, device=q.device)

@@ -15,8 +15,9 @@ _dot, for any number of tokens, on tensor cores. It computes codes . q^T: as fir
 _unpack, for thousands of tokens where a configuration says so: int8 codes once, then _dot on those.
 
 Zero points: packed codes are code + 1, so the token's sum of codes is subtracted from each accumulator.
-One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses assembly (parts.py), for NVIDIA, or the
-same in Triton, for AMD and the interpreter, which knows no assembly.
+One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses assembly (parts.py), for NVIDIA, or
+the same in Triton, for AMD and the interpreter, which knows no assembly. Codes of 16 bits are two int8 limbs (LIMBS)
+with products and accumulators of their own: 256 times the high ones and the low ones add up to the integer.
 
 Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
 """
@@ -99,8 +100,8 @@ def _gemv(
             for i in tl.static_range(LIMBS):
                 acc = acc << 8 * i
                 for p in tl.static_range(PLANES):
-                    word = codes[(t * PLANES + p) * LIMBS + i][None, :]
-                    acc = dot4(word_plane(packed, p, PLANES), word, acc, ASM)
+                    here = (t * PLANES + p) * LIMBS + i
+                    acc = dot4(word_plane(packed, p, PLANES), codes[here][None, :], acc, ASM)
             sum_of_row = tl.sum(acc, 1)
             if PLANES != 1:
                 sum_of_row -= sums[t]
@@ -234,7 +235,10 @@ def bound(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tens
 
 
 def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
-    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s; limbs: of codes."""
+    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s.
+
+    limbs: 2 for codes of 16 bits
+    """
     if isinstance(config, Gemv):
         _launch_gemv(config, layer, x, s, y, limbs)
         return
@@ -298,7 +302,8 @@ def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | Non
             x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, len(x), layer.n, x.stride(0),
             K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
             BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
-            PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(x), num_warps=config.warps, enable_fp_fusion=False,
+            PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(x),
+            num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 

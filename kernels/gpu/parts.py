@@ -1,4 +1,4 @@
-"""What the Triton products share: packed bytes to planes of codes, which program computes what, and which comes last."""
+"""What the Triton products share: packed bytes to planes of codes, which program has which tile, and which is last."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,8 +53,8 @@ mul.lo.u32 b, odd, 243;
 prmt.b32 t, a, b, 0x7351;
 mad.lo.s32 $4, u, -3, t;
 }""")
-# A code c + 1 of plane p, placed in the mantissa of a power of two, is that plus 4^p (c + 1): one exact multiplication and
-# addition make it c. Two halves of a register at a time; bfloat16's mantissa is too short for plane 3, which is shifted.
+# A code c + 1 of plane p, placed in the mantissa of a power of two, makes it that plus 4^p (c + 1): one multiplication
+# and addition, exact, make it c. Two weights a register; bfloat16's mantissa is too short for plane 3: it is shifted.
 _TWO_BITS_AS_BFLOAT16 = tl.constexpr("""{
 .reg .b32 low, high, t, one, c;
 mov.b32 one, 0x3F803F80;

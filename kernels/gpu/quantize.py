@@ -178,7 +178,7 @@ def quantize(
     """reference.quantize_activation with 8 or 16 bits, of x [M, K] floating: codes [M, K], s float32 [M, 1].
 
     x:        with stride 1 along K; integer x are codes already: they are copied, and s is None
-    sums:     return a token's sum of codes, too, int32 [M]; with a size [G, M], the sums over groups of as many features
+    sums:     return a token's sum of codes, too, int32 [M]; with a size [G, M], that of each group of as many features
     counters: int32, set to zero by the way, for a kernel that follows
     aligned:  the codes' rows begin at multiples of 16 bytes; the tensor is then a view of a larger one
     limbs:    2 for 16 bits in two int8 limbs, codes [2 M, K]: all high ones, then all low ones
