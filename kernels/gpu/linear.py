@@ -100,8 +100,8 @@ def _gemv(
             for i in tl.static_range(LIMBS):
                 acc = acc << 8 * i
                 for p in tl.static_range(PLANES):
-                    here = (t * PLANES + p) * LIMBS + i
-                    acc = dot4(word_plane(packed, p, PLANES), codes[here][None, :], acc, ASM)
+                    plane = word_plane(packed, p, PLANES)
+                    acc = dot4(plane, codes[(t * PLANES + p) * LIMBS + i][None, :], acc, ASM)
             sum_of_row = tl.sum(acc, 1)
             if PLANES != 1:
                 sum_of_row -= sums[t]
