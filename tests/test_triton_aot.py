@@ -216,37 +216,55 @@ def test_products_run_on_tensor_cores_with_no_conversion_in_the_loop(
         assert config.split > 1 if m == 16 else m < 4096 or config.split == 1  # both ways of finishing a tile are here
 
 
+# (M, size of groups, layout): every tile of group_heuristic and float_heuristic; and all that there are
+GROUPS = [(1, 32, TWO_BITS), (1, 128, TWO_BITS), (64, 256, TWO_BITS), (4096, 64, TWO_BITS), (4096, 128, TWO_BITS)]
+ALL_GROUPS = [(m, size, TWO_BITS) for m in (1, 64, 4096) for size in (32, 64, 128, 256)]
+ALL_GROUPS += [(4096, size, INT8) for size in (32, 64, 128, 256)]
+FLOATS = [(1, 0, TWO_BITS), (64, 128, TWO_BITS), (4096, 0, TWO_BITS)]
+ALL_FLOATS = [(m, size, TWO_BITS) for m in (1, 64, 4096) for size in (0, 32, 64, 128, 256)]
+ALL_FLOATS += [(m, 0, planes) for m in (1, 64, 4096) for planes in (BASE3, INT8)]
+FLOAT_MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma_f32_"}
+
+some_groups = [GROUPS, pytest.param(ALL_GROUPS, marks=pytest.mark.slow)]
+some_floats = [FLOATS, pytest.param(ALL_FLOATS, marks=pytest.mark.slow)]
+
+
 @each_arch
-@pytest.mark.parametrize("size", [32, 64, 128, 256])
 @pytest.mark.parametrize("limbs", [1, 2])
+@pytest.mark.parametrize("cases", some_groups, ids=["some", "all"])
 def test_groups_take_tensor_cores_and_no_stack(
-    arch: str, size: int, limbs: int, capfd: pytest.CaptureFixture[str]
+    arch: str, limbs: int, cases: list[tuple[int, int, int]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With few tokens, and with many."""
-    for m, planes in [(1, TWO_BITS), (64, TWO_BITS), (4096, TWO_BITS), (4096, INT8)]:
+    for m, size, planes in cases:
         program = group_dot(arch, m, size, limbs, planes)
         check(program, arch, capfd)
-        if arch != "sm_100":  # where so small tiles take the units of before
-            assert MATRIX[arch] in program.assembly
-        if arch == "sm_90" and m > 1:
+        assert MATRIX[arch] in program.assembly
+        if arch == "sm_90" and m > 1:  # few tokens store a span's sums within the loop
             assert program.loop_conversions() == 0
-
-
-FLOAT_MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma_f32_"}
 
 
 @each_arch
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_floats_take_tensor_cores_and_no_stack(arch: str, dtype: str, capfd: pytest.CaptureFixture[str]) -> None:
-    for m in (1, 64, 4096):
-        for size, planes in [(0, TWO_BITS), (32, TWO_BITS), (128, TWO_BITS), (256, TWO_BITS), (0, BASE3), (0, INT8)]:
-            if planes != TWO_BITS and dtype != "bf16":
-                continue
-            program = float_dot(arch, m, size, dtype, planes)
-            check(program, arch, capfd)
-            assert FLOAT_MATRIX[arch] in program.assembly
-            if arch == "sm_90" and planes != INT8:
-                assert program.loop_conversions() == 0
+@pytest.mark.parametrize("cases", some_floats, ids=["some", "all"])
+def test_floats_take_tensor_cores_and_no_stack(
+    arch: str, dtype: str, cases: list[tuple[int, int, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for m, size, planes in cases:
+        program = float_dot(arch, m, size, dtype, planes)
+        check(program, arch, capfd)
+        assert FLOAT_MATRIX[arch] in program.assembly
+        if arch == "sm_90" and planes != INT8:
+            assert program.loop_conversions() == 0
+
+
+def test_two_codes_become_floats_in_one_multiplication() -> None:
+    """And no conversion, of which a processor does a quarter or an eighth as many."""
+    program = float_dot("sm_90", 1)
+    weights = 8 * sum("HGMMA" in opcode for opcode in program.opcodes())  # 64 rows x 16 features, held by 128 threads
+    assert weights
+    assert sum("HFMA2" in opcode for opcode in program.opcodes()) == weights // 2
+    program = group_dot("sm_90", 1, 128)
+    assert not [opcode for opcode in (*program.opcodes(), *float_dot("sm_90", 1).opcodes()) if "I2F" in opcode]
 
 
 TIGHT: dict[str, tuple[str, Callable[[str], Program]]] = {

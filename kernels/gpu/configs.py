@@ -148,14 +148,18 @@ def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, li
     """
     kind = family(gpu.arch)
     stages = 2 if kind == "gfx" else 3 if limbs * size == 512 else 6  # on sm_90 27 KB for groups of 128, at most 49
-    if m <= 16 or size == 32:  # four groups a step take many registers
+    # registers decide: four groups a step take many, and so does a whole one of 256 or, on AMD, a pair
+    narrow = size == 32 or (kind != "sm_90" and limbs * size == 512) or (kind == "gfx" and size == 64)
+    if m <= 16 or narrow:
         tile = Dot(64, 16, size, 4, stages)
-    elif m <= 64:
+    elif m <= 64 or kind == "gfx":
         tile = Dot(64, 32, size, 4, min(stages, 4))
-    elif size == 64 or (limbs == 2 and kind == "sm_80"):
+    elif size == 64 or kind != "sm_90":
         tile = Dot(128, 32, size, 8, min(stages, 4))
     else:
         tile = Dot(128, 64, size, 8, min(stages, 4))
+    if planes == INT8 and size == 256:
+        tile = tile._replace(stages=2)  # four times the bytes
     count, spans = -(-n // tile.block_n) * -(-m // tile.block_m), -(-k // 1024)
     most = max(1, min(4 * gpu.processors // count, spans)) if m <= 64 else 1
     return tile._replace(split=-(-spans // -(-spans // most)))
@@ -165,12 +169,12 @@ def float_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int = 0
     """The configuration for m tokens of floats; size: features of a group, 0 without; parts: bfloat16s of a float32."""
     kind = family(gpu.arch)
     step = max(size, 128) if planes != INT8 or not size else size
-    if m <= 16 or size == 32:
+    if m <= 16 or size == 32 or (kind == "gfx" and size == 256):
         tile = Dot(64, 16, step, 4, 8)  # 48 KB, of which 14 KB are weights in flight
     elif m <= 64 or size == 64:
         tile = Dot(128, 32, step, 8, 3) if kind == "sm_80" else Dot(64, 32, step, 4, 3)
     elif m <= 256 or kind != "sm_90" or size or parts > 1 or planes != TWO_BITS:
-        tile = Dot(128, 64 if parts == 1 else 32, step, 8, 3)
+        tile = Dot(128, 64 if parts == 1 and (kind != "sm_80" or size) else 32, step, 8, 3)
     else:
         tile = Dot(128, 128, step, 8, 3)  # 108 KB
     if kind == "gfx" or planes == INT8 or (step == 256 and parts > 1):
