@@ -264,7 +264,9 @@ def test_two_codes_become_floats_in_one_multiplication() -> None:
     assert weights
     assert sum("HFMA2" in opcode for opcode in program.opcodes()) == weights // 2
     program = group_dot("sm_90", 1, 128)
-    assert not [opcode for opcode in (*program.opcodes(), *float_dot("sm_90", 1).opcodes()) if "I2F" in opcode]
+    assert not [
+        opcode for opcode in (*program.opcodes(), *float_dot("sm_90", 1).opcodes()) if re.match("I2FP?\\.[FSU]", opcode)
+    ]
 
 
 TIGHT: dict[str, tuple[str, Callable[[str], Program]]] = {
