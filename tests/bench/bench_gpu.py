@@ -48,7 +48,10 @@ def ours(bits: float, **options: Any) -> Callable[[int, int, int], Iterator[Run]
         weight, _ = layer.prepack()
         while True:
             twin = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="meta", **options)
-            twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
+            twin.weight, twin.weight_scale = (
+                layer.weight,
+                layer.weight_scale.clone(),
+            )  # Hub bytes are not read in a call
             twin._prepacked = layer._prepacked._replace(weight=weight.clone())
             yield twin
 
