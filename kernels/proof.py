@@ -2,7 +2,8 @@
 
 Compilers, drivers and hardware that nobody tried may do anything. So the first time that a backend is to run on a kind
 of hardware, each of its kernels runs once, with shapes that divide nothing, rows of only 1 and only -1, tokens of zeros
-and of one large value, and has to return what reference.py does on the CPU.
+and of one large value, and has to return what reference.py does on the CPU. Float activations, whose sums a kernel may
+take in any order, have few bits here, so that all orders give the same.
 """
 
 from collections.abc import Callable, Iterator
