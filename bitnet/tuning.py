@@ -88,13 +88,14 @@ def measure(
     from triton.runtime.errors import OutOfResources, PTXASError
 
     from .kernels.gpu import linear as linear
+    from .kernels.gpu.parts import PreparedWeight
 
     weights = rotation(n, k, planes, device)
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     scale = torch.ones(1, device=device)
     expected = int8.linear(x, unprepack(weights[0], n, k, planes), scale, None, 8)
     y = torch.empty_like(expected)
-    layers = [linear.PreparedWeight(weight, scale, None, n, k, planes) for weight in weights]
+    layers = [PreparedWeight(weight, scale, None, n, k, planes) for weight in weights]
     times: dict[Config, float] = {}
     for config in found:
         try:

@@ -38,7 +38,8 @@ class Backend(NamedTuple):
     check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
     weights: tuple[str, ...] = ("ternary", "int8")  # kinds it multiplies
-    grouped: bool = False  # whether it takes scales of groups and 16-bit activations
+    grouped: bool = False  # whether it has kernels for scales of groups
+    widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
 
@@ -119,18 +120,25 @@ def _cpu_quantizers(device: torch.device) -> proof.Results:
 
 
 def _triton_quantizers(device: torch.device) -> proof.Results:
-    from .gpu.linear import int_linear
+    from .gpu import groups, linear
     from .gpu.quantize import dequantize, magnitudes, quantize_activation, ternary_codes
 
-    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes, widths=(8, 4))
+    yield from _quantizers(device, quantize_activation, ternary_codes, magnitudes, widths=(16, 8, 4))
     for dtype in cpu_library.FLOATS:
         q, s = reference.quantize_activation(proof.tokens(5, dtype))
         yield f"tokens from codes as {dtype}", dequantize(q.to(device), s.to(device), dtype), (q / s).to(dtype)
     codes, scale, bias = proof.example()
-    q, s = reference.quantize_activation(proof.tokens(67, torch.float32))
-    expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.bfloat16)
-    q, s, codes, scale, bias = (t.to(device) for t in (q, s, codes, scale, bias))
-    yield "codes times codes", int_linear(q, s, codes, scale, bias, torch.bfloat16), expected
+    for bits in (8, 16):
+        q, s = reference.quantize_activation(proof.tokens(67, torch.float32), bits)
+        there = q.to(device), s.to(device), codes.to(device)
+        expected = reference.rescale(reference.int_matmul(q, codes), s, scale, bias, torch.bfloat16)
+        found = linear.int_linear(*there, scale.to(device), bias.to(device), torch.bfloat16)
+        yield f"codes times {bits}-bit codes", found, expected
+        for size in reference.GROUP_SIZES:
+            scales = proof.group_scales(size)
+            expected = reference.group_linear(q, s, codes, scales, bias, torch.bfloat16)
+            found = groups.int_linear(*there, scales.to(device), bias.to(device), torch.bfloat16)
+            yield f"codes in groups of {size} times {bits}-bit codes", found, expected
 
 
 def _cpu(form: int) -> Backend:
@@ -143,6 +151,7 @@ def _cpu(form: int) -> Backend:
         check=partial(cpu_linear.check_prepacked, form=form),
         weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, ("ternary", "int8")),
         grouped=True,
+        widths=(8, 16),
         hardware=lambda device: cpu_library.isas(form)[0],
         others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),
     )
@@ -151,12 +160,14 @@ def _cpu(form: int) -> Backend:
 def _triton(planes: int) -> Backend:
     return Backend(
         partial(gpu_backend.description, planes),
-        missing=gpu_backend.missing,
+        missing=partial(gpu_backend.missing, planes=planes),
         prepack=partial(gpu_layout.prepack, planes=planes),
         unprepack=partial(gpu_layout.unprepack, planes=planes),
         bind=partial(gpu_backend.bind, planes=planes),
         check=partial(gpu_backend.check, planes=planes),
         weights=("ternary", "int8") if planes == gpu_layout.TWO_BITS else ("ternary",),
+        grouped=planes == gpu_layout.TWO_BITS,
+        widths=(8, 16, None),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
     )
@@ -285,7 +296,7 @@ _FAULTS: dict[tuple[str, str], str | None] = {}  # by backend and hardware, of w
 
 def _prove(name: str, hardware: str, device: torch.device) -> str | None:
     backend = BACKENDS[name]
-    layers = proof.layers(backend.prepack, backend.bind, backend.weights, backend.grouped)
+    layers = proof.layers(backend.prepack, backend.bind, backend.weights, backend.grouped, backend.widths)
     for results in (layers, backend.others):
         if fault := proof.fault(results, device):
             return f"its results are wrong on this hardware ({hardware}): {fault}; choose 'auto'"

@@ -2,7 +2,8 @@
 
 Compilers, drivers and hardware that nobody tried may do anything. So the first time that a backend is to run on a kind
 of hardware, each of its kernels runs once, with shapes that divide nothing, rows of only 1 and only -1, tokens of zeros
-and of one large value, and has to return what reference.py does on the CPU.
+and of one large value, and has to return what reference.py does on the CPU. Float activations, whose sums a kernel may
+take in any order, have few bits here, so that all orders give the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,10 +60,12 @@ def layers(
     bind: Callable[..., Callable[[Tensor], Tensor]],
     kinds: tuple[str, ...],
     grouped: bool,
+    widths: tuple[int | None, ...],
 ) -> Callable[[torch.device], Results]:
     """Results of a backend's layers, from its prepack and bind (backends.Backend), for kinds of weights.
 
-    grouped: with scales of groups and with 16-bit activations, too
+    grouped: with scales of groups, too
+    widths:  the activation_bits to look at, of which 4 are codes of 8, None floats
     """
 
     def results(device: torch.device) -> Results:
@@ -71,14 +74,18 @@ def layers(
             stored = codes if kind == "int8" else pack_ternary(codes)
             weight = prepack(stored.to(device), N)
             for i, (m, dtype) in enumerate(TOKENS):
-                cases = [(row if m % 2 else row[:1].clone(), 8)]
+                scale = row if m % 2 else row[:1].clone()
+                cases = [(scale, bits) for bits in widths if bits != 16 or kind != "int8"]
                 if grouped and kind != "int8":
-                    cases += [(cases[0][0], 16), (group_scales(GROUP_SIZES[i % 4]), 8), (group_scales(128), 16)]
+                    cases += [(group_scales(GROUP_SIZES[(i + j) % 4]), bits) for j, bits in enumerate(widths)]
                 for scale, bits in cases:
-                    x = tokens(m, dtype)
+                    x = tokens(m, dtype) if bits else tokens(m, dtype).round().clamp(-1, 1) / 2
                     run = bind(weight, scale.to(device), bias.to(device, dtype), N, K, bits)
-                    expected = reference.ternary_linear(x, codes, scale, bias.to(dtype), bits)
-                    what = f"{kind} weights with {list(scale.shape)} scales times {m} {bits}-bit tokens of {dtype}"
+                    # of such floats every sum is exact in float32, in any order, as the kernels take them
+                    exactly = x if bits else x.float()
+                    expected = reference.ternary_linear(exactly, codes, scale, bias.to(dtype), bits).to(dtype)
+                    width = f"{bits}-bit" if bits else "float"
+                    what = f"{kind} weights with {list(scale.shape)} scales times {m} {width} tokens of {dtype}"
                     yield what, run(x.to(device)), expected
 
     return results

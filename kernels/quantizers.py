@@ -38,7 +38,7 @@ def quantize_latent(
 
 def quantize_tokens(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation of x [M, K]."""
-    if on_triton(x) and activation_bits != 16:
+    if on_triton(x):
         return torch.ops.bitnet.quantize_activation(x, activation_bits)
     run = cpu_latent.quantize_tokens if on_native(x) else reference.quantize_activation
     return run(x, activation_bits)
@@ -57,13 +57,12 @@ def int_linear(
 
     eight_bits: whether codes may be others than -1, 0 and 1
     """
-    groups = scale.dtype == torch.float16
-    if on_triton(q) and not groups and q.dtype == torch.int8:
+    if on_triton(q):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     if q.is_cpu and _is_plain(q):
         run = torch.ops.bitnet.cpu_int_linear if is_observed() else _cpu_int_linear
         return run(q, s, codes, scale, bias, dtype, eight_bits)
-    if groups:
+    if scale.dtype == torch.float16:
         return reference.group_linear(q, s, codes, scale, bias, dtype)
     if q.dtype == torch.int16:
         return reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype)
@@ -142,9 +141,15 @@ def _of_gpu(module: str, name: str) -> Callable[..., Any]:
 
 
 def _quantize_activation(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor]:
-    gpu = activation_bits != 16 and on_triton(x)
-    run = _of_gpu("quantize", "quantize_activation") if gpu else reference.quantize_activation
+    run = _of_gpu("quantize", "quantize_activation") if on_triton(x) else reference.quantize_activation
     return run(x, activation_bits)
+
+
+def _gpu_int_linear(
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    module = "groups" if scale.dtype == torch.float16 else "linear"
+    return _of_gpu(module, "int_linear")(q, s, codes, scale, bias, dtype)
 
 
 def _cpu_int_linear(
@@ -170,7 +175,7 @@ _LIBRARY.impl("quantize_activation", _contiguous(_quantize_activation), _EVERYWH
 _LIBRARY.impl("gpu_magnitudes", _of_gpu("quantize", "magnitudes"), _EVERYWHERE)
 _LIBRARY.impl("gpu_ternary_codes", _of_gpu("quantize", "ternary_codes"), _EVERYWHERE)
 _LIBRARY.impl("gpu_dequantize", _of_gpu("quantize", "dequantize"), _EVERYWHERE)
-_LIBRARY.impl("gpu_int_linear", _of_gpu("linear", "int_linear"), _EVERYWHERE)
+_LIBRARY.impl("gpu_int_linear", _gpu_int_linear, _EVERYWHERE)
 _LIBRARY.impl("cpu_int_linear", _cpu_int_linear, "CPU")
 
 

@@ -28,8 +28,11 @@ from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
+from bitnet.kernels.gpu import floats as floats  # noqa: E402
+from bitnet.kernels.gpu import groups as groups  # noqa: E402
 from bitnet.kernels.gpu import linear as linear  # noqa: E402
 from bitnet.kernels.gpu import quantize as quantize  # noqa: E402
+from bitnet.kernels.gpu.parts import PreparedWeight  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_GPU = not INTERPRETED and backends.BACKENDS["triton"].missing(torch.device("cuda"), 8, False)
@@ -50,7 +53,7 @@ def on_gpu(test: Callable) -> Callable:
 
 each_planes = pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8], ids=["2_bits", "base3", "int8"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-each_bits = pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
+each_bits = pytest.mark.parametrize("bits", [16, 8, 4], ids=["a16", "a8", "a4"])
 
 REALLY_ON_TRITON = quantizers.on_triton
 SMALL_GPU = configs.Gpu("the interpreter", "sm_80", 2)
@@ -60,7 +63,8 @@ DOTS = [configs.Dot(64, 16, 512, 4, 2), configs.Dot(64, 32, 256, 4, 2, split=3)]
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
-        monkeypatch.setattr(linear, "gpu_of", lambda device: SMALL_GPU)
+        for module in (linear, groups, floats):
+            monkeypatch.setattr(module, "gpu_of", lambda device: SMALL_GPU)
         monkeypatch.setattr(quantizers, "on_triton", lambda t: True)
         from triton.runtime import interpreter
 
@@ -73,6 +77,16 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
 
         monkeypatch.setattr(interpreter, "_convert_float", rounded)
+        dot = interpreter.InterpreterBuilder.create_dot
+
+        def widened(self: Any, a: Any, b: Any, *others: Any) -> Any:
+            """The interpreter multiplies bfloat16's bits, as integers; its products are those of float32."""
+            if a.dtype.scalar == triton.language.bfloat16:
+                wide = [(operand.data.astype(np.uint32) << 16).view(np.float32) for operand in (a, b)]
+                a, b = (interpreter.TensorHandle(data, triton.language.float32) for data in wide)
+            return dot(self, a, b, *others)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
     with np.errstate(all="ignore"):  # the interpreter computes in numpy, which has opinions on NaN and Inf
         yield
 
@@ -191,7 +205,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
     """The GEMV with more rows and tokens than there are, from floats and from codes."""
     n, k = 11, 200
     codes, x, scale = weights(n, k, planes), torch.randn(tokens, k), torch.rand(n) + 0.1
-    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     y = torch.empty(tokens, n, device=DEVICE)
     q, s = reference.quantize_activation(x)
     given = (q.to(DEVICE), s.to(DEVICE)) if quantized else (x.to(DEVICE), None)
@@ -204,7 +218,7 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
 def test_unpacking_first_changes_nothing(planes: int) -> None:
     n, k = 37, 330
     codes, x, scale = weights(n, k, planes), torch.randn(5, k), torch.rand(1) + 0.1
-    layer = linear.PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
     assert torch.equal(linear.unpack(layer).cpu(), codes)
     y = torch.empty(5, n, device=DEVICE)
     linear.multiply(configs.Dot(32, 16, 128, 4, 2, dense=True), layer, x.to(DEVICE), None, y)
@@ -420,9 +434,10 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 
 def proof_of(planes: int) -> str | None:
+    like = backends.BACKENDS["triton-base3" if planes == BASE3 else "triton"]
     prepack, bind = (partial(f, planes=planes) for f in (gpu_layout.prepack, gpu_backend.bind))
     return proof.fault(
-        proof.layers(prepack, bind, ("ternary", "int8")[: 2 if planes == TWO_BITS else 1], grouped=False),
+        proof.layers(prepack, bind, like.weights, like.grouped, like.widths),
         torch.device(DEVICE),
     )
 
@@ -474,9 +489,14 @@ def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert backends.choose_backend("auto", cuda) == "triton"
     assert backends.choose_backend("auto", cuda, weight_bits=1.6) == "triton-base3"
-    assert backends.choose_backend("auto", cuda, activation_bits=None) == "torch"
-    with pytest.raises(RuntimeError, match="activation_bits=None keeps activations float"):
-        backends.choose_backend("triton", cuda, None)
+    for bits in (16, 8, 4, None):
+        assert backends.choose_backend("auto", cuda, activation_bits=bits) == "triton"
+        assert backends.choose_backend("auto", cuda, activation_bits=bits, groups=True) == "triton"
+        assert backends.choose_backend("auto", cuda, activation_bits=bits, weight_bits=1.6) == "triton-base3"
+    with pytest.raises(RuntimeError, match="hold no whole groups; choose weight_bits=2"):
+        backends.choose_backend("triton-base3", cuda, groups=True)
+    with pytest.warns(UserWarning, match="hold no whole groups; weights keep the form of backend 'triton'"):
+        assert backends.choose_backend("auto", cuda, weight_bits=1.6, groups=True) == "triton"
     for name in ("get_device_capability", "is_available"):
         backends._choose.cache_clear()
         monkeypatch.setattr(torch.cuda, name, {"is_available": lambda: False}.get(name, lambda device=None: (7, 5)))
@@ -555,7 +575,7 @@ def test_every_candidate_configuration_is_exact() -> None:
     gpu, planes = configs.gpu_of(torch.device("cuda")), TWO_BITS
     n, k = 1000, 4160
     codes = weights(n, k, planes)
-    layer = linear.PreparedWeight(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes), torch.rand(n, device="cuda") + 0.1, None, n, k, planes)
     for m in (1, 16, 700):
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         expected = reference.ternary_linear(x, codes.cuda(), layer.scale)

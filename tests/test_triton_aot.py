@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
-from bitnet.kernels.gpu import linear, quantize  # noqa: E402
+from bitnet.kernels.gpu import floats, groups, linear, parts, quantize  # noqa: E402
 from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -103,7 +104,7 @@ def gpu(arch: str) -> configs.Gpu:
 
 def dot(arch: str, m: int, planes: int, n: int = N, k: int = K, **options: Any) -> tuple[Program, configs.Dot]:
     """The matrix kernel as chosen for m tokens, and its configuration."""
-    config = configs.heuristic(gpu(arch), m, n, k, planes, options.get("PER_ROW", False))
+    config = configs.heuristic(gpu(arch), m, n, k, planes, options.get("PER_ROW", False), options.get("LIMBS", 1))
     assert isinstance(config, configs.Dot)
     types = {"q": "*i8", "s": "*fp32", "w": "*i8" if planes == INT8 else "*u8", "scale": "*fp32", "y": "*bf16"}
     types |= {"m": "i32", "n": "i32", "q_stride": "i32"} | ({} if planes == INT8 else {"sums": "*i32"})
@@ -111,19 +112,50 @@ def dot(arch: str, m: int, planes: int, n: int = N, k: int = K, **options: Any) 
         types |= {"partial": "*i32", "counters": "*i32"}
     constants = {"K": k, "PLANES": planes, "BYTES": row_bytes(k, planes), "BLOCK_N": config.block_n}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_B": config.block_k // (1 if planes == INT8 else 4)}
-    constants |= {"SPLIT": config.split, "GROUP": 16, "PER_ROW": False} | options
+    constants |= {"SPLIT": config.split, "GROUP": 16, "PER_ROW": False, "LIMBS": 1} | options
     return build(linear._dot, arch, types, constants, config.warps, config.stages), config
 
 
-def gemv(arch: str, planes: int, tokens: int = 1, n: int = N, k: int = K) -> Program:
+def gemv(arch: str, planes: int, tokens: int = 1, n: int = N, k: int = K, limbs: int = 1) -> Program:
     """The kernel for one or two tokens as chosen."""
-    config = configs.heuristic(gpu(arch), tokens, n, k, planes)
+    config = configs.heuristic(gpu(arch), tokens, n, k, planes, False, limbs)
     assert isinstance(config, configs.Gemv)
     types = {"x": "*bf16", "w": "*i32", "scale": "*fp32", "y": "*bf16", "m": "i32", "n": "i32", "x_stride": "i32"}
     size = row_bytes(k, planes)
     constants = {"K": k, "PLANES": planes, "BYTES": size, "TOKENS": tokens, "BLOCK_N": config.block_n}
-    constants |= {"REPEAT": config.repeat, "BLOCK_W": triton.next_power_of_2(size // 4), "PER_ROW": False}
+    constants |= {
+        "REPEAT": config.repeat,
+        "BLOCK_W": triton.next_power_of_2(size // 4),
+        "PER_ROW": False,
+        "LIMBS": limbs,
+    }
     return build(linear._gemv, arch, types, constants, config.warps)
+
+
+def group_dot(arch: str, m: int, size: int, limbs: int = 1, planes: int = TWO_BITS, n: int = N, k: int = K) -> Program:
+    """The kernel for scales of groups as chosen for m tokens."""
+    config = configs.group_heuristic(gpu(arch), m, n, k, planes, size, limbs)
+    types = {"q": "*i8", "s": "*fp32", "w": "*i8" if planes == INT8 else "*u8", "scale": "*fp16", "y": "*bf16"}
+    types |= {"m": "i32", "n": "i32", "q_stride": "i32"} | ({} if planes == INT8 else {"sums": "*i32"})
+    if config.split > 1:
+        types |= {"partial": "*fp32", "counters": "*i32"}
+    constants = {"K": k, "PLANES": planes, "BYTES": row_bytes(k, planes), "SIZE": size, "SPAN": 1024, "LIMBS": limbs}
+    constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT": config.split, "GROUP": 16}
+    return build(groups._group_dot, arch, types, constants, config.warps, config.stages)
+
+
+def float_dot(arch: str, m: int, size: int = 0, dtype: str = "bf16", planes: int = TWO_BITS) -> Program:
+    """The kernel for float activations as chosen for m tokens; of dtype fp32 these are three bfloat16 each."""
+    pieces = 3 if dtype == "fp32" else 1
+    config = configs.float_heuristic(gpu(arch), m, N, K, planes, size, pieces)
+    types = {"x": "*bf16" if pieces > 1 else f"*{dtype}", "w": "*i8" if planes == INT8 else "*u8", "y": f"*{dtype}"}
+    types |= {"scale": "*fp16" if size else "*fp32", "m": "i32", "n": "i32", "x_stride": "i32"}
+    if config.split > 1:
+        types |= {"partial": "*fp32", "counters": "*i32"}
+    constants = {"K": K, "PLANES": planes, "BYTES": row_bytes(K, planes), "SIZE": size, "PARTS": pieces, "GROUP": 16}
+    constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT": config.split, "PER_ROW": True}
+    constants["BLOCK_B"] = config.block_k // (1 if planes == INT8 else 4)
+    return build(floats._float_dot, arch, types, constants, config.warps, config.stages)
 
 
 def check(program: Program, arch: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +172,13 @@ def check(program: Program, arch: str, capfd: pytest.CaptureFixture[str]) -> Non
 def test_row_kernels_compile_without_stack(arch: str, capfd: pytest.CaptureFixture[str]) -> None:
     pointers = {"q": "*i8", "s": "*fp32", "sums": "*i32", "counters": "*i32", "x_stride": "i32", "q_stride": "i32"}
     rows = {"K": K, "BLOCK": 4096}
-    check(build(quantize._quantize, arch, {"x": "*bf16", **pointers}, {"COUNTERS": 448, **rows}), arch, capfd)
+    pointers["m"] = "i32"
+    eight, sixteen = {"SIZE": 0, "LIMBS": 1, "TOP": 127.0}, {"SIZE": 128, "LIMBS": 2, "TOP": 32639.0}
+    for options in (eight, sixteen):
+        constants = {"COUNTERS": 448, **rows, **options}
+        check(build(quantize._quantize, arch, {"x": "*bf16", **pointers}, constants), arch, capfd)
+    types = {"x": "*fp32", "parts": "*bf16", "m": "i32", "x_stride": "i32", "parts_stride": "i32"}
+    check(build(floats._three_bfloat16s, arch, types, {"K": K, "BLOCK": 2048}), arch, capfd)
     types = {"w": "*bf16", "inv": "*fp32", "codes": "*i8", "w_stride": "i32"}
     check(build(quantize._ternary_codes, arch, types, {"PER_ROW": False, **rows}), arch, capfd)
     check(build(quantize._magnitudes, arch, {"w": "*bf16", "sums": "*fp64", "w_stride": "i32"}, rows), arch, capfd)
@@ -178,11 +216,73 @@ def test_products_run_on_tensor_cores_with_no_conversion_in_the_loop(
         assert config.split > 1 if m == 16 else m < 4096 or config.split == 1  # both ways of finishing a tile are here
 
 
+# (M, size of groups, layout): every tile of group_heuristic and float_heuristic; and all that there are
+GROUPS = [(1, 32, TWO_BITS), (1, 128, TWO_BITS), (64, 256, TWO_BITS), (4096, 64, TWO_BITS), (4096, 128, TWO_BITS)]
+ALL_GROUPS = [(m, size, TWO_BITS) for m in (1, 64, 4096) for size in (32, 64, 128, 256)]
+ALL_GROUPS += [(4096, size, INT8) for size in (32, 64, 128, 256)]
+FLOATS = [(1, 0, TWO_BITS), (64, 128, TWO_BITS), (4096, 0, TWO_BITS)]
+ALL_FLOATS = [(m, size, TWO_BITS) for m in (1, 64, 4096) for size in (0, 32, 64, 128, 256)]
+ALL_FLOATS += [(m, 0, planes) for m in (1, 64, 4096) for planes in (BASE3, INT8)]
+FLOAT_MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma_f32_"}
+
+some_groups = [GROUPS, pytest.param(ALL_GROUPS, marks=pytest.mark.slow)]
+some_floats = [FLOATS, pytest.param(ALL_FLOATS, marks=pytest.mark.slow)]
+
+
+@each_arch
+@pytest.mark.parametrize("limbs", [1, 2])
+@pytest.mark.parametrize("cases", some_groups, ids=["some", "all"])
+def test_groups_take_tensor_cores_and_no_stack(
+    arch: str, limbs: int, cases: list[tuple[int, int, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for m, size, planes in cases:
+        program = group_dot(arch, m, size, limbs, planes)
+        check(program, arch, capfd)
+        assert MATRIX[arch] in program.assembly
+        if arch == "sm_90" and m > 1:  # few tokens store a span's sums within the loop
+            assert program.loop_conversions() == 0
+
+
+@each_arch
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("cases", some_floats, ids=["some", "all"])
+def test_floats_take_tensor_cores_and_no_stack(
+    arch: str, dtype: str, cases: list[tuple[int, int, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for m, size, planes in cases:
+        program = float_dot(arch, m, size, dtype, planes)
+        check(program, arch, capfd)
+        assert FLOAT_MATRIX[arch] in program.assembly
+        if arch == "sm_90" and planes != INT8 and not triton.__version__.startswith("3.6."):
+            assert (
+                program.loop_conversions() == 0
+            )  # 3.6 writes some between two names of one layout, which cost nothing
+
+
+def test_two_codes_become_floats_in_one_multiplication() -> None:
+    """And no conversion, of which a processor does a quarter or an eighth as many."""
+    program = float_dot("sm_90", 1)
+    weights = 8 * sum("HGMMA" in opcode for opcode in program.opcodes())  # 64 rows x 16 features, held by 128 threads
+    assert weights
+    assert sum("HFMA2" in opcode for opcode in program.opcodes()) == weights // 2
+    program = group_dot("sm_90", 1, 128)
+    assert not [
+        opcode for opcode in (*program.opcodes(), *float_dot("sm_90", 1).opcodes()) if re.match("I2FP?\\.[FSU]", opcode)
+    ]
+
+
 TIGHT: dict[str, tuple[str, Callable[[str], Program]]] = {
     "a_division_each_output": ("sm_90", lambda arch: dot(arch, 4096, TWO_BITS, 6912, 2560, PER_ROW=True)[0]),
     "base3_at_64_tokens": ("sm_80", lambda arch: dot(arch, 64, BASE3)[0]),
     "long_rows": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 1, 8192, 28672)),
     "two_tokens": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 2, 14336, 8192)),
+    "16_bits_of_long_rows": ("sm_90", lambda arch: gemv(arch, TWO_BITS, 1, 4096, 14336, 2)),
+    "16_bits_of_base3": ("sm_90", lambda arch: gemv(arch, BASE3, 1, 14336, 4096, 2)),
+    "16_bits_of_many_tokens": ("sm_90", lambda arch: dot(arch, 4096, TWO_BITS, PER_ROW=True, LIMBS=2)[0]),
+    "16_bits_of_many_tokens_and_base3": ("sm_90", lambda arch: dot(arch, 4096, BASE3, PER_ROW=True, LIMBS=2)[0]),
+    "16_bits_of_many_tokens_on_sm_80": ("sm_80", lambda arch: dot(arch, 4096, TWO_BITS, PER_ROW=True, LIMBS=2)[0]),
+    "16_bits_of_few_tokens_on_sm_80": ("sm_80", lambda arch: dot(arch, 16, TWO_BITS, PER_ROW=True, LIMBS=2)[0]),
+    "16_bits_of_few_tokens": ("sm_90", lambda arch: dot(arch, 16, TWO_BITS, PER_ROW=True, LIMBS=2)[0]),
     "plain_dot_products": ("gfx942", lambda arch: gemv(arch, TWO_BITS, 1, 14336, 8192)),
 }
 
@@ -220,17 +320,25 @@ def test_unpacking_costs_less_than_half_an_instruction_a_weight() -> None:
 
 def test_scales_are_divided_and_rounded_as_ieee_says() -> None:
     """No flushing of subnormal numbers, no approximate division, no fused product and sum, bf16 rounded to nearest."""
-    types = {"x": "*bf16", "q": "*i8", "s": "*fp32", "x_stride": "i32", "q_stride": "i32"}
-    source = build_ptx(quantize._quantize, types, {"COUNTERS": 0, "K": K, "BLOCK": 4096})
-    assert "div.rn.f32" in source
-    assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", source)
+    types = {"x": "*bf16", "q": "*i8", "s": "*fp32", "m": "i32", "x_stride": "i32", "q_stride": "i32"}
+    for options in ({"LIMBS": 1, "TOP": 127.0}, {"LIMBS": 2, "TOP": 32639.0}):
+        source = build_ptx(quantize._quantize, types, {"COUNTERS": 0, "K": K, "BLOCK": 4096, "SIZE": 0, **options})
+        assert "div.rn.f32" in source
+        assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", source)
     types = {"q": "*i8", "s": "*fp32", "sums": "*i32", "w": "*u8", "scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
     types |= {"m": "i32", "n": "i32", "q_stride": "i32"}
     constants = {"K": K, "PLANES": 4, "BYTES": K // 4, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_B": 64, "SPLIT": 1}
-    source = build_ptx(linear._dot, types, {**constants, "GROUP": 16, "PER_ROW": True, "ASM": True})
-    assert "div.rn.f32" in source
-    assert "cvt.rn.bf16" in source
-    assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", source)
+    source = build_ptx(linear._dot, types, {**constants, "GROUP": 16, "PER_ROW": True, "LIMBS": 1, "ASM": True})
+    sources = [source]
+    types["scale"] = "*fp16"
+    del constants["BLOCK_B"]
+    for size, limbs in [(128, 1), (256, 2)]:
+        options = {"SIZE": size, "SPAN": 1024, "LIMBS": limbs, "GROUP": 16, "ASM": True}
+        sources.append(build_ptx(groups._group_dot, types, constants | options))
+    for source in sources:
+        assert "div.rn.f32" in source
+        assert "cvt.rn.bf16" in source
+        assert not re.search(r"\bfma\.|\.ftz|div\.(full|approx)", source)
 
 
 def build_ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
@@ -243,12 +351,23 @@ def build_ptx(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> 
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
 
 
-def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> None:
+@pytest.mark.parametrize("kernel", ["integers", "groups", "floats"])
+def test_partial_sums_are_written_before_they_are_counted_and_read_after(kernel: str) -> None:
     """The last program of a tile may only add up what all threads of the others have stored."""
     types = {"q": "*i8", "s": "*fp32", "sums": "*i32", "w": "*u8", "scale": "*fp32", "y": "*bf16", "partial": "*i32"}
     types |= {"counters": "*i32", "m": "i32", "n": "i32", "q_stride": "i32"}
     constants = {"K": K, "PLANES": 4, "BYTES": K // 4, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_B": 64, "SPLIT": 4}
-    source = build_ptx(linear._dot, types, {**constants, "GROUP": 16, "PER_ROW": False, "ASM": True})
+    constants |= {"GROUP": 16, "ASM": True}
+    if kernel == "integers":
+        source = build_ptx(linear._dot, types, constants | {"PER_ROW": False, "LIMBS": 1})
+    elif kernel == "groups":
+        del constants["BLOCK_B"]
+        types |= {"scale": "*fp16", "partial": "*fp32"}
+        source = build_ptx(groups._group_dot, types, constants | {"SIZE": 128, "SPAN": 1024, "LIMBS": 1})
+    else:
+        types = {"x": "*bf16", "w": "*u8", "scale": "*fp32", "y": "*bf16", "partial": "*fp32", "counters": "*i32"}
+        types |= {"m": "i32", "n": "i32", "x_stride": "i32"}
+        source = build_ptx(floats._float_dot, types, constants | {"PER_ROW": False, "SIZE": 0, "PARTS": 1})
     pattern = r"st\.global|bar\.sync|atom\.\S+|ld\.global\.cg"
     order = [re.sub(r"atom.*acq_rel.*", "count", found.group()) for found in re.finditer(pattern, source)]
     count = order.index("count")
@@ -263,7 +382,7 @@ def test_partial_sums_are_written_before_they_are_counted_and_read_after() -> No
 
 
 def execute(source: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
-    """Run an assembly string on arrays of 32-bit registers, uint32."""
+    """Run an assembly string on arrays of 32-bit registers, uint32. Results of fma are float32 pairs [..., 2]."""
     registers: dict[str, np.ndarray] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
 
     def value(name: str) -> np.ndarray:
@@ -291,10 +410,25 @@ def execute(source: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndar
         elif opcode == "dp4a.s32.s32":
             products = [signed(a, i) * signed(rest[0], i) for i in range(4)]
             result = (sum(products) + rest[1].view(np.int32)).astype(np.int32).view(np.uint32)
+        elif opcode == "lop3.b32":
+            assert int(names[4], 0) == 0xEA
+            result = a & rest[0] | rest[1]
+        elif opcode.startswith("fma.rn."):
+            dtype = {"fma.rn.bf16x2": torch.bfloat16, "fma.rn.f16x2": torch.float16}[opcode]
+            x, y, z = (halves(np.broadcast_to(t, registers["low"].shape), dtype) for t in (a, *rest[:2]))
+            exact = x.double() * y.double() + z.double()
+            assert torch.equal(exact.to(dtype).double(), exact)  # so that one rounding, or two, are none
+            registers[names[0]] = exact.numpy()
+            continue
         else:
             raise AssertionError(f"no such instruction here: {opcode}")
         registers[names[0]] = np.asarray(result, dtype=np.uint32)
     return [registers[f"${i}"] for i in range(outputs)]
+
+
+def halves(words: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The two floats in each register: [..., 2]."""
+    return torch.from_numpy(words[..., None].copy().view(np.int16)).view(dtype)
 
 
 def signed(word: np.ndarray, i: int) -> np.ndarray:
@@ -313,7 +447,7 @@ def words() -> np.ndarray:
 @pytest.mark.parametrize("planes", [TWO_BITS, BASE3])
 def test_assembly_unpacks_like_the_plain_path(planes: int) -> None:
     packed = words()
-    source = linear._TWO_BITS if planes == TWO_BITS else linear._BASE3
+    source = parts._TWO_BITS if planes == TWO_BITS else parts._BASE3
     found = [
         word.view(np.uint8).reshape(-1, 4) for word in execute(source.value, [packed.view(np.uint32)[:, 0]], planes)
     ]
@@ -326,10 +460,20 @@ def test_assembly_unpacks_like_the_plain_path(planes: int) -> None:
         assert (one == other).all()
 
 
+@pytest.mark.parametrize("source", [parts._TWO_BITS_AS_BFLOAT16, parts._TWO_BITS_AS_FLOAT16], ids=["bf16", "fp16"])
+def test_assembly_makes_codes_floats(source: triton.language.constexpr) -> None:
+    packed = words()
+    found = execute(source.value, [packed.view(np.uint32)[:, 0]], 8)
+    for plane in range(4):
+        codes = np.concatenate(found[2 * plane : 2 * plane + 2], axis=1)
+        fields = packed >> 2 * plane & 3
+        assert (codes[fields < 3] == fields[fields < 3].astype(int) - 1).all()  # 3 is no code
+
+
 def test_assembly_adds_four_signed_products() -> None:
     a, b = words(), words()[::-1].copy()
     acc = np.arange(len(a), dtype=np.int32) - 500
-    found = execute(linear._DOT4.value, [a.view(np.uint32)[:, 0], b.view(np.uint32)[:, 0], acc.view(np.uint32)], 1)[0]
+    found = execute(parts._DOT4.value, [a.view(np.uint32)[:, 0], b.view(np.uint32)[:, 0], acc.view(np.uint32)], 1)[0]
     assert (found.view(np.int32) == acc + (a.view(np.int8).astype(int) * b.view(np.int8).astype(int)).sum(1)).all()
 
 
@@ -352,6 +496,13 @@ def test_every_shape_has_a_configuration_that_fits(arch: str) -> None:
                     assert size * (config.stages - 1) <= limit
                 else:
                     assert k <= 32768
+                chosen = [configs.heuristic(gpu(arch), m, n, k, planes, True, 2)]
+                chosen += [configs.float_heuristic(gpu(arch), m, n, k, planes, 0, pieces) for pieces in (1, 3)]
+                for size in (32, 64, 128, 256):
+                    if planes != BASE3 and k > size:
+                        chosen += [configs.group_heuristic(gpu(arch), m, n, k, planes, size, x) for x in (1, 2)]
+                        chosen += [configs.float_heuristic(gpu(arch), m, n, k, planes, size, x) for x in (1, 3)]
+                assert all(one.split <= -(-k // 128) for one in chosen if isinstance(one, configs.Dot))
                 found = configs.candidates(gpu(arch), m, n, k, planes)
                 assert found[0] == config
                 assert len(found) == len(set(found)) <= 8

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from ..layout import check_rows
-from .layout import BASE3, planes_of, row_bytes
+from .layout import BASE3, TWO_BITS, planes_of, row_bytes
 
 
-def missing(device: torch.device, activation_bits: int | None = 8, groups: bool = False) -> str | None:
+def missing(
+    device: torch.device, activation_bits: int | None = 8, groups: bool = False, planes: int = TWO_BITS
+) -> str | None:
     """None if the triton backends can run layers with these activations there, else why not and what to do."""
     if device.type != "cuda":
         return f"it runs on CUDA and ROCm GPUs; on {device.type} choose 'auto'"
-    if activation_bits is None:
-        return "it multiplies integers, but activation_bits=None keeps activations float; choose 'auto' or 'torch'"
-    if groups or activation_bits == 16:
-        what = "scales of groups" if groups else "16-bit activations"
-        return f"it has no kernel for {what}; choose 'auto' or 'torch'"
+    if groups and planes == BASE3:  # a block of 160 features has no whole groups of 64, 128 or 256
+        return "its blocks of five weights a byte hold no whole groups; choose weight_bits=2"
     if not torch.cuda.is_available():
         return "torch sees no GPU; install a torch built for yours (bitnet info shows which this is)"
     if _triton_version() is None:
@@ -63,15 +62,19 @@ def bind(
 ) -> Callable[[Tensor], Tensor]:
     """A function x [..., K] -> [..., N]; the first one made imports Triton.
 
-    weight: prepacked; scale: float32 [1] or [N]; bias: floating [N] or None. The function keeps the tensors alive and
-    sees what is later written into them.
+    weight: prepacked; scale: float32 [1] or [N], or float16 [N, G]; bias: floating [N] or None. The function keeps the
+    tensors alive and sees what is later written into them.
     """
     check(weight, scale, bias, n, k, planes)
     if weight.is_meta:
         return lambda x: x.new_empty(*x.shape[:-1], n)
     planes = planes_of(weight, planes)
-    from .linear import PreparedWeight, bind
+    from . import floats, groups, linear
+    from .parts import PreparedWeight, bind
 
-    assert activation_bits is not None
     bias = None if bias is None else bias.contiguous()
-    return bind(PreparedWeight(weight, scale.contiguous(), bias, n, k, planes), activation_bits)
+    layer = PreparedWeight(weight, scale.contiguous(), bias, n, k, planes)
+    if activation_bits is None:
+        return bind(layer, floats.bound(layer))
+    bound = groups.bound if scale.dtype == torch.float16 else linear.bound
+    return bind(layer, bound(layer, activation_bits))

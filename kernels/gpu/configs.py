@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .layout import BASE3, INT8, row_bytes
+from .layout import BASE3, INT8, TWO_BITS, row_bytes
 
 
 class Gemv(NamedTuple):
@@ -93,21 +93,25 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
-def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
-    """The configuration for m tokens where nothing was tuned; per_row says that each row has a scale."""
+def heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:
+    """The configuration for m tokens where nothing was tuned; per_row says that each row has a scale.
+
+    limbs: int8 limbs of a token's codes, each with accumulators of its own
+    """
     amd = family(gpu.arch) == "gfx"
     # longer rows would not fit registers, nor would two tokens on AMD; with three the integer units fall behind memory
-    if k <= {1: 8192 if amd else 32768, 2: 0 if amd else 8192}.get(m, 0):
+    if limbs * k <= {1: 8192 if amd else 32768, 2: 0 if amd else 8192}.get(m, 0):
         return _gemv(gpu, n, row_bytes(k, planes))
     tiles = _TILES[family(gpu.arch)]
-    tile = next((tile for most, tile in tiles if m <= most), tiles[-1][1])
+    tile = next((tile for most, tile in tiles if limbs * m <= most), tiles[-1][1])
+    tile = tile._replace(block_m=max(16, tile.block_m // limbs))
     if planes == INT8 and tile.block_k > 128:
         tile = tile._replace(block_k=128)  # four times the bytes a feature
-    if planes == BASE3 and 16 < m <= 64:
+    if planes == BASE3 and 16 < limbs * m <= 64:
         tile = tile._replace(block_k=128)  # decoding takes more registers
-    elif planes == BASE3 and m <= 16 and family(gpu.arch) == "sm_80":
+    elif planes == BASE3 and limbs * m <= 16 and family(gpu.arch) == "sm_80":
         tile = tile._replace(block_n=64)  # with 128 rows Triton 3.8 takes 116 KB of shared memory
-    if per_row and tile.block_n * tile.block_m > 2048 * tile.warps:
+    if per_row and limbs * tile.block_n * tile.block_m > 2048 * tile.warps:
         tile = tile._replace(block_n=128, warps=8)  # a division for each output takes registers, too
     return tile._replace(split=_split(gpu, tile, m, n, k))
 
@@ -137,10 +141,61 @@ def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
     return -(-steps // -(-steps // most))
 
 
-def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False) -> Config:
-    """The tuned configuration for bucket(m) if there is one, else the heuristic's."""
+def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, limbs: int = 1) -> Dot:
+    """The configuration for m tokens and a weight with a scale for each row and group of `size` features.
+
+    Steps are fixed: a group, or a block of 128 features. Programs that share a tile have whole spans of 1024.
+    """
+    kind = family(gpu.arch)
+    stages = 2 if kind == "gfx" else 3 if limbs * size == 512 else 6  # on sm_90 27 KB for groups of 128, at most 49
+    # registers decide: four groups a step take many, and so does a whole one of 256 or, on AMD, a pair
+    narrow = size == 32 or (kind != "sm_90" and limbs * size == 512) or (kind == "gfx" and size == 64)
+    if m <= 16 or narrow:
+        tile = Dot(64, 16, size, 4, stages)
+    elif m <= 64 or kind == "gfx":
+        tile = Dot(64, 32, size, 4, min(stages, 4))
+    elif size == 64 or kind != "sm_90":
+        tile = Dot(128, 32, size, 8, min(stages, 4))
+    else:
+        tile = Dot(128, 64, size, 8, min(stages, 4))
+    if planes == INT8 and size == 256:
+        tile = tile._replace(stages=2)  # four times the bytes
+    count, spans = -(-n // tile.block_n) * -(-m // tile.block_m), -(-k // 1024)
+    most = max(1, min(4 * gpu.processors // count, spans)) if m <= 64 else 1
+    return tile._replace(split=-(-spans // -(-spans // most)))
+
+
+def float_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int = 0, parts: int = 1) -> Dot:
+    """The configuration for m tokens of floats; size: features of a group, 0 without; parts: bfloat16s of a float32."""
+    kind = family(gpu.arch)
+    step = max(size, 128) if planes != INT8 or not size else size
+    if m <= 16 or size == 32 or (kind == "gfx" and size == 256):
+        tile = Dot(64, 16, step, 4, 8)  # 48 KB, of which 14 KB are weights in flight
+    elif m <= 64 or size == 64:
+        tile = Dot(128, 32, step, 8, 3) if kind == "sm_80" else Dot(64, 32, step, 4, 3)
+    elif m <= 256 or kind != "sm_90" or size or parts > 1 or planes != TWO_BITS:
+        tile = Dot(128, 64 if parts == 1 and (kind != "sm_80" or size) else 32, step, 8, 3)
+    else:
+        tile = Dot(128, 128, step, 8, 3)  # 108 KB
+    if kind == "gfx" or planes == INT8 or (step == 256 and parts > 1):
+        tile = tile._replace(stages=2)
+    elif step == 256 or parts > 1:
+        tile = tile._replace(stages=3)
+    tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
+    return tile._replace(split=_even(-(-k // tile.block_k), 4 * gpu.processors // tiles if m <= 64 else 1))
+
+
+def _even(steps: int, most: int) -> int:
+    """Parts, at most 16 and `most`, that have as many steps, at least two."""
+    most = max(1, min(most, steps // 2, 16))
+    return -(-steps // -(-steps // most))
+
+
+def choose(gpu: Gpu, m: int, n: int, k: int, planes: int, per_row: bool = False, limbs: int = 1) -> Config:
+    """The tuned configuration for bucket(m) if there is one, else the heuristic's; with two limbs that at once."""
     m = bucket(m)
-    return tuned(gpu.name).get((m, n, k, planes)) or heuristic(gpu, m, n, k, planes, per_row)
+    found = tuned(gpu.name).get((m, n, k, planes)) if limbs == 1 else None
+    return found or heuristic(gpu, m, n, k, planes, per_row, limbs)
 
 
 def candidates(gpu: Gpu, m: int, n: int, k: int, planes: int) -> list[Config]:

@@ -15,14 +15,14 @@ _dot, for any number of tokens, on tensor cores. It computes codes . q^T: as fir
 _unpack, for thousands of tokens where a configuration says so: int8 codes once, then _dot on those.
 
 Zero points: packed codes are code + 1, so the token's sum of codes is subtracted from each accumulator.
-One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses the strings below, for NVIDIA,
-or the same in Triton, for AMD and the interpreter, which knows no assembly.
+One body serves all layouts (PLANES, see layout.py) and all hardware: ASM chooses assembly (parts.py), for NVIDIA, or
+the same in Triton, for AMD and the interpreter, which knows no assembly. Codes of 16 bits are two int8 limbs (LIMBS)
+with products and accumulators of their own: 256 times the high ones and the low ones add up to the integer.
 
 Hardware: run in Triton's interpreter, compiled for sm_80, sm_90, sm_100, sm_120 and gfx942; not yet run on a GPU.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,125 +31,26 @@ from torch import Tensor
 
 from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, tiles, workspace_of
 from .layout import INT8
-from .quantize import activation_codes, activation_scale, largest_bits, quantize, quantize_4_bits, rows_of
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_GROUP = 16  # token tiles that walk along the rows together, so that their activations stay in L2
-
-# Assembly. $0.. are the outputs, then the inputs; registers are 32 bits: four bytes of packed weights or codes.
-
-_TWO_BITS = tl.constexpr("""{
-.reg .b32 t;
-and.b32 $0, $4, 0x03030303;
-shr.u32 t, $4, 2;
-and.b32 $1, t, 0x03030303;
-shr.u32 t, $4, 4;
-and.b32 $2, t, 0x03030303;
-shr.u32 t, $4, 6;
-and.b32 $3, t, 0x03030303;
-}""")
-# the even and the odd bytes times 3^(p + 1), in 16 bits each; their upper bytes, side by side, are T_p
-_BASE3 = tl.constexpr("""{
-.reg .b32 even, odd, a, b, t, u;
-and.b32 even, $5, 0x00FF00FF;
-shr.u32 odd, $5, 8;
-and.b32 odd, odd, 0x00FF00FF;
-mul.lo.u32 a, even, 3;
-mul.lo.u32 b, odd, 3;
-prmt.b32 t, a, b, 0x7351;
-mov.b32 $0, t;
-mul.lo.u32 a, even, 9;
-mul.lo.u32 b, odd, 9;
-prmt.b32 u, a, b, 0x7351;
-mad.lo.s32 $1, t, -3, u;
-mul.lo.u32 a, even, 27;
-mul.lo.u32 b, odd, 27;
-prmt.b32 t, a, b, 0x7351;
-mad.lo.s32 $2, u, -3, t;
-mul.lo.u32 a, even, 81;
-mul.lo.u32 b, odd, 81;
-prmt.b32 u, a, b, 0x7351;
-mad.lo.s32 $3, t, -3, u;
-mul.lo.u32 a, even, 243;
-mul.lo.u32 b, odd, 243;
-prmt.b32 t, a, b, 0x7351;
-mad.lo.s32 $4, u, -3, t;
-}""")
-_DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
-
-
-@triton.jit
-def two_bit_planes(w, ASM: tl.constexpr):
-    """Bytes [R, B] to the four planes of codes + 1, int8 [R, B] each."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            _TWO_BITS, "=r,=r,=r,=r,r", [w], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
-        )
-    else:
-        return (w & 3).to(tl.int8), (w >> 2 & 3).to(tl.int8), (w >> 4 & 3).to(tl.int8), (w >> 6).to(tl.int8)
-
-
-@triton.jit
-def base3_planes(w, ASM: tl.constexpr):
-    """Bytes [R, B] to the five planes of codes + 1, int8 [R, B] each."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            _BASE3, "=r,=r,=r,=r,=r,r", [w],
-            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        v = w.to(tl.int32)
-        a, b, c, d, e = v * 3 >> 8, v * 9 >> 8, v * 27 >> 8, v * 81 >> 8, v * 243 >> 8
-        b3, c3, d3, e3 = b - 3 * a, c - 3 * b, d - 3 * c, e - 3 * d
-        return a.to(tl.int8), b3.to(tl.int8), c3.to(tl.int8), d3.to(tl.int8), e3.to(tl.int8)
-
-
-@triton.jit
-def in_order(a, b, c, d):
-    """Four planes [R, B] as one tile [R, 4 B] in the order of the features."""
-    R: tl.constexpr = a.shape[0]
-    B: tl.constexpr = a.shape[1]
-    both = tl.join(tl.join(a, c), tl.join(b, d))  # [R, B, 2, 2]; the last two axes are bits 1 and 0 of the plane
-    return both.reshape(R, B // 32, 32, 4).permute(0, 1, 3, 2).reshape(R, 4 * B)
-
-
-@triton.jit
-def thirds(w, power):
-    """(byte * power) >> 8 for each byte of int32 words."""
-    even = (w & 0x00FF00FF) * power
-    odd = (w >> 8 & 0x00FF00FF) * power
-    return (even >> 8 & 0x00FF00FF) | (odd & ~0x00FF00FF)
-
-
-@triton.jit
-def word_plane(w, p: tl.constexpr, PLANES: tl.constexpr):
-    """Plane p of int32 words of packed bytes, as words of four codes."""
-    if PLANES == 1:
-        return w
-    elif PLANES == 4:
-        return w >> 2 * p & 0x03030303
-    elif p == 0:
-        return thirds(w, 3)
-    else:
-        return thirds(w, 3 ** (p + 1)) - 3 * thirds(w, 3**p)
-
-
-@triton.jit
-def dot4(a, b, acc, ASM: tl.constexpr):
-    """acc + the sum of the four products of signed bytes."""
-    if ASM:
-        return tl.inline_asm_elementwise(_DOT4, "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        for i in tl.static_range(4):
-            acc += (a << 24 - 8 * i >> 24) * (b << 24 - 8 * i >> 24)
-        return acc
+from .parts import (
+    GROUP,
+    PreparedWeight,
+    assembly,
+    base3_planes,
+    comes_last,
+    dot4,
+    in_order,
+    place,
+    two_bit_planes,
+    word_plane,
+)
+from .quantize import TOP_8, TOP_16, activation_codes, activation_scale, largest_bits, limb, quantize, quantize_4_bits
 
 
 @triton.jit(do_not_specialize=["m"])
 def _gemv(
     x, s, w, scale, bias, y, m, n, x_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
-    REPEAT: tl.constexpr, BLOCK_W: tl.constexpr, PER_ROW: tl.constexpr, ASM: tl.constexpr,
+    REPEAT: tl.constexpr, BLOCK_W: tl.constexpr, PER_ROW: tl.constexpr, LIMBS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """m <= TOKENS tokens of floats, or of codes where there is s; w: int32 words. See the top of this file."""
     words = tl.arange(0, BLOCK_W)
@@ -168,7 +69,7 @@ def _gemv(
             for p in tl.static_range(PLANES):
                 v = tl.load(x + token * x_stride + k + 32 * p, mask=k + 32 * p < K, other=0.0)
                 bits = tl.maximum(bits, largest_bits(v))
-            token_s = activation_scale(tl.max(tl.max(bits, 1), 0))
+            token_s = activation_scale(tl.max(tl.max(bits, 1), 0), TOP_8 if LIMBS == 1 else TOP_16)
         else:
             token_s = tl.load(s + token)
         total = tl.zeros([BLOCK_W, 4], tl.int32)
@@ -178,7 +79,9 @@ def _gemv(
                 q = activation_codes(q, token_s)
             q = q.to(tl.int32)
             total += q
-            codes = codes + (tl.sum((q & 255) << (8 * tl.arange(0, 4))[None, :], 1),)  # type: ignore[assignment]
+            for i in tl.static_range(LIMBS):
+                byte = limb(q, i, LIMBS) & 255
+                codes = codes + (tl.sum(byte << (8 * tl.arange(0, 4))[None, :], 1),)  # type: ignore[assignment]
         scales = scales + (token_s,)  # type: ignore[assignment]
         sums = sums + (tl.sum(tl.sum(total, 1), 0),)  # type: ignore[assignment]
     for turn in tl.static_range(REPEAT):
@@ -194,8 +97,11 @@ def _gemv(
             row_scale = tl.load(scale)
         for t in tl.static_range(TOKENS):
             acc = tl.zeros([BLOCK_N, BLOCK_W], tl.int32)
-            for p in tl.static_range(PLANES):
-                acc = dot4(word_plane(packed, p, PLANES), codes[t * PLANES + p][None, :], acc, ASM)
+            for i in tl.static_range(LIMBS):
+                acc = acc << 8 * i
+                for p in tl.static_range(PLANES):
+                    plane = word_plane(packed, p, PLANES)
+                    acc = dot4(plane, codes[(t * PLANES + p) * LIMBS + i][None, :], acc, ASM)
             sum_of_row = tl.sum(acc, 1)
             if PLANES != 1:
                 sum_of_row -= sums[t]
@@ -210,27 +116,24 @@ def _gemv(
 def _dot(
     q, s, sums, w, scale, bias, y, partial, counters, m, n, q_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PER_ROW: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PER_ROW: tl.constexpr, LIMBS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """Codes q times packed rows w; without s the accumulators themselves. See the top of this file."""
+    """Codes q times packed rows w; without s the accumulators themselves. See the top of this file.
+
+    The low limbs of codes that have two follow all high ones, and have accumulators of their own.
+    """
     STEPS: tl.constexpr = (BYTES + BLOCK_B * SPLIT - 1) // (BLOCK_B * SPLIT)
     EVEN: tl.constexpr = BYTES == BLOCK_B * SPLIT * STEPS and K == BYTES * PLANES
-    split = tl.program_id(0) % SPLIT
-    tile = tl.program_id(0) // SPLIT
-    n_tiles = tl.cdiv(n, BLOCK_N)
-    group = tile // (GROUP * n_tiles)
-    width = tl.minimum(tl.cdiv(m, BLOCK_M) - group * GROUP, GROUP)
-    m_tile = group * GROUP + tile % (GROUP * n_tiles) % width
-    n_tile = tile % (GROUP * n_tiles) // width
-
-    rows = n_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = m_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
     # rows and tokens beyond the end repeat the last one; they are not stored
     first = split * STEPS * BLOCK_B
     b = tl.arange(0, BLOCK_B)
     w_at = w + tl.minimum(rows, n - 1)[:, None] * BYTES + (first + b)[None, :]
     q_at = q + tl.minimum(tokens, m - 1)[:, None] * q_stride + first * PLANES
+    low = m.to(tl.int64) * q_stride
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    low_acc = acc
     for step in range(STEPS):
         byte = first + step * BLOCK_B
         if EVEN:
@@ -243,6 +146,9 @@ def _dot(
                 k = b // 32 * 160 + p * 32 + b % 32
                 codes = tl.load(q_at + k[None, :], mask=(byte * 5 + k)[None, :] < K, other=0)
                 acc = tl.dot(planes[p], codes.T, acc, out_dtype=tl.int32)
+                if LIMBS == 2:
+                    codes = tl.load(q_at + (low + k)[None, :], mask=(byte * 5 + k)[None, :] < K, other=0)
+                    low_acc = tl.dot(planes[p], codes.T, low_acc, out_dtype=tl.int32)
         else:
             k = tl.arange(0, BLOCK_B * PLANES)
             if EVEN:
@@ -250,11 +156,19 @@ def _dot(
             else:
                 codes = tl.load(q_at + k[None, :], mask=(byte * PLANES + k)[None, :] < K, other=0)
             if PLANES == 4:
-                low, second, third, high = two_bit_planes(packed, ASM)
-                packed = in_order(low, second, third, high)
+                first_plane, second, third, fourth = two_bit_planes(packed, ASM)
+                packed = in_order(first_plane, second, third, fourth)
             acc = tl.dot(packed, codes.T, acc, out_dtype=tl.int32)
+            if LIMBS == 2:
+                if EVEN:
+                    codes = tl.load(q_at + (low + k)[None, :])
+                else:
+                    codes = tl.load(q_at + (low + k)[None, :], mask=(byte * PLANES + k)[None, :] < K, other=0)
+                low_acc = tl.dot(packed, codes.T, low_acc, out_dtype=tl.int32)
         w_at += BLOCK_B
         q_at += BLOCK_B * PLANES
+    if LIMBS == 2:
+        acc = (acc << 8) + low_acc
 
     last = True
     if SPLIT > 1:
@@ -262,8 +176,7 @@ def _dot(
         part = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_M)[None, :] * BLOCK_N
         part += partial + tile.to(tl.int64) * (SPLIT * SIZE)
         tl.store(part + split * SIZE, acc)
-        tl.debug_barrier()  # every thread's stores before the one that counts
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1
+        last = comes_last(counters + tile, SPLIT)
         if last:
             acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
             for i in range(SPLIT):
@@ -308,52 +221,36 @@ def _unpack(
 # Launchers
 
 
-class PreparedWeight(NamedTuple):
-    """A prepacked weight and what belongs to it; scale and bias are contiguous."""
+def bound(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tensor], None]:
+    """A function that fills y [..., N] with x [M, K] times the layer, with activations of 16, 8 or 4 bits."""
+    gpu, per_row, limbs = gpu_of(layer.weight.device), layer.scale.numel() > 1, 2 if activation_bits == 16 else 1
 
-    weight: Tensor  # layout.py
-    scale: Tensor
-    bias: Tensor | None
-    n: int
-    k: int
-    planes: int
+    def run(x: Tensor, y: Tensor) -> None:
+        s = None
+        if activation_bits == 4:
+            x, s = quantize_4_bits(x)
+        multiply(choose(gpu, len(x), layer.n, layer.k, layer.planes, per_row, limbs), layer, x, s, y, limbs)
 
-
-def bind(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor], Tensor]:
-    """The layer as a function x [..., K] -> [..., N] in x's dtype, with activations of 8 or 4 bits."""
-    device, n, k = layer.weight.device, layer.n, layer.k
-    gpu, per_row = gpu_of(device), layer.scale.numel() > 1
-
-    def linear(x: Tensor) -> Tensor:
-        if x.dtype not in FLOATS:  # float64 and exotic ones: the definition computes in float32, too
-            return linear(x.float()).to(x.dtype)
-        if x.device != device:
-            raise ValueError(f"x is on {x.device}, but this layer is on {device}; move one of them")
-        y = x.new_empty(*x.shape[:-1], n)
-        rows, s = rows_of(x, k), None
-        if len(rows):
-            if activation_bits == 4:
-                rows, s = quantize_4_bits(rows)
-            multiply(choose(gpu, len(rows), n, k, layer.planes, per_row), layer, rows, s, y)
-        return y
-
-    return linear
+    return run
 
 
-def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
-    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized to 8 bits, or codes with their s."""
+def multiply(config: Config, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
+    """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s.
+
+    limbs: 2 for codes of 16 bits
+    """
     if isinstance(config, Gemv):
-        _launch_gemv(config, layer, x, s, y)
+        _launch_gemv(config, layer, x, s, y, limbs)
         return
     if config.dense and layer.planes != INT8:
         layer = layer._replace(weight=unpack(layer), planes=INT8)
     workspace = workspace_of(config, len(x), layer.n, x.device)
-    if s is None or layer.planes != INT8 or workspace is not None:
-        x, own_s, sums = quantize(x, layer.planes != INT8, counters_of(config, workspace), aligned=True)
+    if s is None or layer.planes != INT8 or workspace is not None or limbs > 1:
+        x, own_s, sums = quantize(x, layer.planes != INT8, counters_of(config, workspace), aligned=True, limbs=limbs)
         s = s if own_s is None else own_s
     else:
         sums = None
-    _launch_dot(config, layer, x, s, sums, y, workspace)
+    _launch_dot(config, layer, x, s, sums, y, workspace, limbs)
 
 
 def int_matmul(q: Tensor, weight: Tensor, n: int, planes: int, config: Dot) -> Tensor:
@@ -372,17 +269,17 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) in one kernel: [M, N].
 
-    q: int8 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N] or None
+    q: int8 or int16 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N]
+    or None
     """
     y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
     if len(q):
         n, k = codes.shape
         bias = None if bias is None else bias.contiguous()
         layer = PreparedWeight(codes.contiguous(), scale.contiguous(), bias, n, k, INT8)
-        m = max(len(q), 256)  # never split: nobody has zeroed counters
-        config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1)
-        assert isinstance(config, Dot)
-        _launch_dot(config, layer, q.contiguous(), s.contiguous(), None, y, None)
+        m, limbs = max(len(q), 256), 2 if q.dtype == torch.int16 else 1  # never split: nobody has zeroed counters
+        config = choose(gpu_of(q.device), m, n, k, INT8, scale.numel() > 1, limbs)
+        multiply(config, layer, q.contiguous(), s.contiguous(), y, limbs)
     return y
 
 
@@ -393,24 +290,20 @@ def unpack(layer: PreparedWeight) -> Tensor:
     with torch.cuda.device_of(codes):
         _unpack[triton.cdiv(layer.n, 16), triton.cdiv(size, 128)](
             layer.weight, codes, layer.n, K=layer.k, PLANES=layer.planes, BYTES=size,
-            BLOCK_N=16, BLOCK_B=128, ASM=_assembly(codes),
+            BLOCK_N=16, BLOCK_B=128, ASM=assembly(codes),
         )  # fmt: skip
     return codes
 
 
-def _assembly(x: Tensor) -> bool:
-    """Whether NVIDIA's assembly can be used; tensors on the CPU are here only in the interpreter."""
-    return x.is_cuda and torch.version.hip is None
-
-
-def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor) -> None:
+def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
     words = layer.weight.shape[1] // 4
     with torch.cuda.device_of(x):
         _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
             x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, len(x), layer.n, x.stride(0),
             K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
             BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
-            PER_ROW=layer.scale.numel() > 1, ASM=_assembly(x), num_warps=config.warps, enable_fp_fusion=False,
+            PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(x),
+            num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -422,13 +315,14 @@ def _launch_dot(
     sums: Tensor | None,
     y: Tensor,
     space: Tensor | None,
+    limbs: int = 1,
 ) -> None:
-    n, planes = layer.n, layer.planes
+    m, n, planes = len(q) // limbs, layer.n, layer.planes
     with torch.cuda.device_of(q):
-        _dot[tiles(config, len(q), n) * config.split,](
+        _dot[tiles(config, m, n) * config.split,](
             q, s, sums, layer.weight, layer.scale, layer.bias, y, space, counters_of(config, space),
-            len(q), n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
+            m, n, q.stride(0), K=layer.k, PLANES=planes, BYTES=layer.weight.shape[1],
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4),
-            SPLIT=config.split, GROUP=_GROUP, PER_ROW=layer.scale.numel() > 1, ASM=_assembly(q),
+            SPLIT=config.split, GROUP=GROUP, PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(q),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip

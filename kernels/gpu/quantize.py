@@ -19,8 +19,10 @@ from torch import Tensor
 
 _EPS = tl.constexpr(1e-5)  # reference.EPS
 _SQRT_7 = tl.constexpr(7**0.5)
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no fraction bits, so it is rounded half to even
-_ROUND_BITS = tl.constexpr(0x4B400000)  # its bit pattern, which from there on counts whole numbers
+TOP_8 = tl.constexpr(127.0)
+TOP_16 = tl.constexpr(32639.0)  # reference.MAX_16
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no fraction bits, so it is rounded half to even
+ROUND_BITS = tl.constexpr(0x4B400000)  # its bit pattern, which from there on counts whole numbers
 
 
 @triton.jit
@@ -30,24 +32,52 @@ def largest_bits(x):
 
 
 @triton.jit
-def activation_scale(bits):
-    """s = 127 / max|x| from the bit pattern of max|x|."""
+def activation_scale(bits, TOP: tl.constexpr):
+    """s = TOP / max|x| from the bit pattern of max|x|."""
     size = bits.to(tl.float32, bitcast=True)
-    return tl.div_rn(1.0, tl.where(size < _EPS, _EPS, size)) * 127.0  # a maximum could lose NaN
+    return tl.div_rn(1.0, tl.where(size < _EPS, _EPS, size)) * TOP  # a maximum could lose NaN
 
 
 @triton.jit
 def activation_codes(x, s):
-    """round(x s) as int32, and 0 in a token with NaN or Inf, whose s is NaN or 0. |x s| <= 127 needs no clamp."""
-    codes = (x.to(tl.float32) * s + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    """round(x s) as int32, and 0 in a token with NaN or Inf, whose s is NaN or 0. |x s| rounds to TOP at most."""
+    codes = (x.to(tl.float32) * s + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
     return tl.where(s > 0, codes, 0)
 
 
 @triton.jit
+def limb(codes, i: tl.constexpr, LIMBS: tl.constexpr):
+    """reference.limbs, the high one first; the codes themselves where they have one limb."""
+    if LIMBS == 1:
+        return codes
+    else:
+        high = (codes + 128) >> 8
+        if i == 0:
+            return high
+        else:
+            return codes - (high << 8)
+
+
+@triton.jit
+def _store_codes(codes, q, sums, k, m, q_stride, K: tl.constexpr, SIZE: tl.constexpr, LIMBS: tl.constexpr):
+    """A block of a token's codes, one limb M rows after the other, and their sums over groups of SIZE."""
+    for i in tl.static_range(LIMBS):
+        tl.store(q + i * m.to(tl.int64) * q_stride + k, limb(codes, i, LIMBS).to(q.dtype.element_ty), mask=k < K)
+    if SIZE > 0:
+        groups = tl.min(k, 0) // SIZE + tl.arange(0, k.shape[0] // SIZE)
+        total = tl.sum(codes.reshape(k.shape[0] // SIZE, SIZE), 1)
+        tl.store(sums + groups.to(tl.int64) * m, total, mask=groups * SIZE < K)
+
+
+@triton.jit(do_not_specialize=["m"])
 def _quantize(
-    x, q, s, sums, counters, x_stride, q_stride, COUNTERS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
+    x, q, s, sums, counters, m, x_stride, q_stride, COUNTERS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, LIMBS: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """A token's codes, their sum, and s; without s, x holds codes already. The first program zeroes the counters."""
+    """A token's codes, their sum (one each SIZE features where that is not 0), and s; without s, x holds codes already.
+
+    The first program zeroes the counters.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     x += row * x_stride
@@ -56,22 +86,22 @@ def _quantize(
     if s is None:
         for start in range(0, K, BLOCK):
             k = start + columns
-            codes = tl.load(x + k, mask=k < K, other=0)
-            tl.store(q + k, codes, mask=k < K)
+            codes = tl.load(x + k, mask=k < K, other=0).to(tl.int32)
+            _store_codes(codes, q, None if SIZE == 0 else sums + row, k, m, q_stride, K, SIZE, LIMBS)
             total += codes
     else:
         bits = tl.zeros([BLOCK], tl.int32)
         for start in range(0, K, BLOCK):
             k = start + columns
             bits = tl.maximum(bits, largest_bits(tl.load(x + k, mask=k < K, other=0.0)))
-        scale = activation_scale(tl.max(bits, 0))
+        scale = activation_scale(tl.max(bits, 0), TOP)
         tl.store(s + row, scale)
         for start in range(0, K, BLOCK):
             k = start + columns
             codes = activation_codes(tl.load(x + k, mask=k < K, other=0.0), scale)
-            tl.store(q + k, codes.to(tl.int8), mask=k < K)
+            _store_codes(codes, q, None if SIZE == 0 else sums + row, k, m, q_stride, K, SIZE, LIMBS)
             total += codes
-    if sums is not None:
+    if sums is not None and SIZE == 0:
         tl.store(sums + row, tl.sum(total, 0))
     if COUNTERS > 0:
         if row == 0:
@@ -94,7 +124,7 @@ def _quantize_4_bits(x, q, s, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
         k = start + tl.arange(0, BLOCK)
         v = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32) * scale
         v = tl.where(v < -8.0, -8.0, tl.where(v > 7.0, 7.0, v))  # clamped before it is rounded: the bounds are integers
-        codes = tl.where(scale > 0, (v + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS, 0)
+        codes = tl.where(scale > 0, (v + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS, 0)
         tl.store(q + row * K + k, codes.to(tl.int8), mask=k < K)
 
 
@@ -137,32 +167,46 @@ def _block(k: int) -> int:
 
 
 def quantize(
-    x: Tensor, sums: bool = False, counters: Tensor | None = None, aligned: bool = False
+    x: Tensor,
+    sums: bool = False,
+    counters: Tensor | None = None,
+    aligned: bool = False,
+    limbs: int = 1,
+    size: int = 0,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """reference.quantize_activation with 8 bits, of x [M, K] floating: codes int8 [M, K], s float32 [M, 1].
+    """reference.quantize_activation with 8 or 16 bits, of x [M, K] floating: codes [M, K], s float32 [M, 1].
 
-    x:        with stride 1 along K; int8 x are codes already: they are copied, and s is None
-    sums:     return a token's sum of codes, too, int32 [M]
+    x:        with stride 1 along K; integer x are codes already: they are copied, and s is None
+    sums:     return a token's sum of codes, too, int32 [M]; with a size [G, M], that of each group of as many features
     counters: int32, set to zero by the way, for a kernel that follows
     aligned:  the codes' rows begin at multiples of 16 bytes; the tensor is then a view of a larger one
+    limbs:    2 for 16 bits in two int8 limbs, codes [2 M, K]: all high ones, then all low ones
+    dtype:    int16 for 16 bits in one
     """
     m, k = x.shape
-    q = torch.empty(m, -(-k // 16) * 16 if aligned else k, dtype=torch.int8, device=x.device)
-    s = None if x.dtype == torch.int8 else torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    total = torch.empty(m, dtype=torch.int32, device=x.device) if sums else None
+    q = torch.empty(limbs * m, -(-k // 16) * 16 if aligned else k, dtype=dtype, device=x.device)
+    s = torch.empty(m, 1, dtype=torch.float32, device=x.device) if x.is_floating_point() else None
+    groups = -(-k // size) if size else 1
+    total = torch.empty(groups * m, dtype=torch.int32, device=x.device) if sums else None
     if m:
         with torch.cuda.device_of(x):
             _quantize[m,](
-                x, q, s, total, counters, x.stride(0), q.shape[1],
-                COUNTERS=0 if counters is None else counters.numel(), K=k, BLOCK=_block(k), enable_fp_fusion=False,
+                x, q, s, total, counters, m, x.stride(0), q.shape[1],
+                COUNTERS=0 if counters is None else counters.numel(), K=k, BLOCK=max(_block(k), size),
+                SIZE=size if sums else 0, LIMBS=limbs,
+                TOP=(TOP_16 if limbs == 2 or dtype == torch.int16 else TOP_8).value, enable_fp_fusion=False,
             )  # fmt: skip
     return q[:, :k], s, total
 
 
 def quantize_activation(x: Tensor, activation_bits: int = 8) -> tuple[Tensor, Tensor]:
     """reference.quantize_activation, of any shape and strides."""
-    k = x.shape[-1]
-    q, s = quantize_4_bits(rows_of(x, k)) if activation_bits == 4 else quantize(rows_of(x, k))[:2]
+    rows = rows_of(x, x.shape[-1])
+    if activation_bits == 4:
+        q, s = quantize_4_bits(rows)
+    else:
+        q, s, _ = quantize(rows, dtype=torch.int16 if activation_bits == 16 else torch.int8)  # type: ignore[assignment]
     assert s is not None
     return q.reshape(x.shape), s.reshape(*x.shape[:-1], 1)
 

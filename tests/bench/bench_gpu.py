@@ -40,14 +40,18 @@ def random_codes(n: int, k: int) -> Tensor:
     return torch.randint(-1, 2, (n, k), dtype=torch.int8, device="cuda")
 
 
-def ours(bits: float) -> Callable[[int, int, int], Iterator[Run]]:
+def ours(bits: float, **options: Any) -> Callable[[int, int, int], Iterator[Run]]:
     def make(n: int, k: int, m: int) -> Iterator[Run]:
-        layer = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="cuda")
+        layer = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="cuda", **options)
         layer.weight.copy_(pack_ternary(random_codes(n, k)))
+        layer.weight_scale.fill_(0.5)
         weight, _ = layer.prepack()
         while True:
-            twin = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="meta")
-            twin.weight, twin.weight_scale = layer.weight, layer.weight_scale  # Hub bytes are not read in a call
+            twin = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="meta", **options)
+            twin.weight, twin.weight_scale = (
+                layer.weight,
+                layer.weight_scale.clone(),
+            )  # Hub bytes are not read in a call
             twin._prepacked = layer._prepacked._replace(weight=weight.clone())
             yield twin
 
@@ -91,6 +95,15 @@ Candidates = dict[str, tuple[Callable[[int, int, int], Iterator[Run]], str, floa
 CANDIDATES: Candidates = {
     "triton": (ours(2), "2 bit", 2),
     "triton-base3": (ours(1.6), "1.6 bit", 1.6),
+    "triton, groups of 128": (ours(2, group_size=128), "2 bit, groups of 128", 2 + 16 / 128),
+    "triton, groups of 32": (ours(2, group_size=32), "2 bit, groups of 32", 2 + 16 / 32),
+    "triton, 16-bit tokens": (ours(2, activation_bits=16), "2 bit, 16-bit tokens", 2),
+    "triton, float tokens": (ours(2, activation_bits=None), "2 bit, float tokens", 2),
+    "triton, float tokens, groups of 128": (
+        ours(2, activation_bits=None, group_size=128),
+        "2 bit, float tokens, groups of 128",
+        2 + 16 / 128,
+    ),
     "torch bf16": (torch_bf16, "bf16", 16),
     "torch int8": (torch_int8, "int8", 8),
 }
