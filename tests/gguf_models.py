@@ -11,12 +11,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     BitNetForCausalLM,
+    Gemma3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 import bitnet
@@ -27,11 +30,36 @@ CLASSES: dict[str, Any] = {
     "mistral": MistralForCausalLM,
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
+    "qwen3_5": Qwen3_5ForCausalLM,
+    "gemma3": Gemma3ForCausalLM,
     "bitnet": BitNetForCausalLM,
 }
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 128},
     "qwen3": {"head_dim": 128},
+    "qwen3_moe": {
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
+    "qwen3_5": {
+        "head_dim": 128,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
+    "gemma3": {
+        "head_dim": 128,
+        "query_pre_attn_scalar": 128,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "pad_token_id": 0,
+    },
     "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
 }
 LLAMA3 = {

@@ -1,6 +1,8 @@
 import copy
+import inspect
 import itertools
 import json
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.source import GgufSource
 from bitnet.convert.llama_cpp.writer import KINDS, write_gguf
 from bitnet.convert.source import Source
+from bitnet.experts import PackedStack
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.packed import PackedBitLinear
 from bitnet.train.data import build_tokenizer
@@ -59,7 +62,9 @@ def assemble(source: Source) -> Any:
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     for module in model.modules():  # what no checkpoint holds
-        if hasattr(module, "rope_init_fn") or "inv_freq" in getattr(module, "_buffers", {}):
+        if "embed_scale" in module._buffers:
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        if hasattr(module, "rope_init_fn") or any(name.endswith("inv_freq") for name in module._buffers):
             type(module).__init__(module, model.config)
     return model.eval()
 
@@ -70,10 +75,14 @@ def logits(model: Any) -> Tensor:
 
 
 def round_scales(model: Any) -> Any:
-    """What the blocked types keep of the scales."""
-    for module in model.modules():
-        if isinstance(module, PackedBitLinear):
+    """What the blocked types keep of the scales, and GGUF of parameters that it holds a function of."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedBitLinear | PackedStack):
             module.weight_scale = module.weight_scale.half().float()
+        if "1.0 + self.weight" in inspect.getsource(type(module).forward):
+            module.weight.data = (1 + module.weight) - 1
+        if name.endswith("linear_attn"):
+            module.A_log.data = module.A_log.exp().log()
     return model
 
 
@@ -88,6 +97,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_5": ("qwen3_5", {}),
+    "qwen3_5, as many keys as values": ("qwen3_5", {"linear_num_key_heads": 8}),
+    "gemma3": ("gemma3", {}),
+    "gemma3, every sixth layer, head of its own": (
+        "gemma3",
+        {
+            "num_hidden_layers": 7,
+            "layer_types": None,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        },
+    ),
+    "gemma3, no windows": ("gemma3", {"layer_types": ["full_attention"] * 2}),
     "bitnet": ("bitnet", {}),
 }
 
@@ -97,10 +124,13 @@ def test_a_model_comes_back_with_the_same_logits(family: str, changes: dict[str,
     model = checkpoint(tmp_path / "hf", family, **changes)
     source = FolderSource(tmp_path / "hf")
     back = GgufSource(write_gguf(source, tmp_path / "m.gguf", "gguf-tq2_0"))
-    for name in source.layers():
-        ours, theirs = source.quantized(name), back.quantized(name)
-        assert torch.equal(theirs.codes, ours.codes)
-        assert torch.equal(theirs.scale, ours.scale.half().float())
+    weights = source.weights()
+    assert back.weights().keys() == weights.keys()
+    for name, weight in weights.items():
+        assert back.weights()[name].spec == weight.spec
+        for ours, theirs in zip(source.matrices(weight), back.matrices(back.weights()[name]), strict=True):
+            assert torch.equal(theirs.codes, ours.codes)
+            assert torch.equal(theirs.scale, ours.scale.half().float())
     assert torch.equal(logits(assemble(back)), logits(round_scales(model)))
 
 
@@ -177,7 +207,9 @@ def test_names_are_those_of_llama_cpp() -> None:
     for family in FAMILIES.values():
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
         known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "{}") for tensor in gguf.MODEL_TENSORS[arch]}
-        assert set(family.modules.values()) - {"output"} <= known
+        others = {n for names in (family.parameters or {}).values() for n in names}
+        modules = {re.sub(r"\.(weight|bias)$", "", name) for name in (*family.modules.values(), *others)}
+        assert modules - {"output"} <= known
 
 
 @pytest.mark.parametrize("to", ["hub", "base3", "bf16"])
