@@ -134,6 +134,8 @@ def _delta_net(config: Any) -> dict[str, Value]:
             f"nets, too, where transformers has {L2_EPS:g}"
         )
     recurrent = [kind == "linear_attention" for kind in config.layer_types]
+    if len({*recurrent}) < 2:
+        raise ValueError(f"llama.cpp's `qwen35` aborts on a model whose layers are all {config.layer_types[0]}")
     return {
         "ssm.conv_kernel": config.linear_conv_kernel_dim,
         "ssm.state_size": size,
