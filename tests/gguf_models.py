@@ -63,7 +63,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3": {
         "head_dim": 128,
         "query_pre_attn_scalar": 128,
-        "sliding_window": 4,
+        "sliding_window": 2,
         "layer_types": ["sliding_attention", "full_attention"],
         "pad_token_id": 0,
     },

@@ -26,7 +26,7 @@ from bitnet.packed import PackedBitLinear
 from bitnet.quantize import QuantSpec
 
 NUMBERS: dict[str, dict[str, Any]] = {
-    "gemma3": {"attention.sliding_window": 4, "rope.freq_base": 1e6, "attention.sliding_window_pattern": [True, False]},
+    "gemma3": {"attention.sliding_window": 2, "rope.freq_base": 1e6, "attention.sliding_window_pattern": [True, False]},
     "qwen3moe": {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 256},
     "qwen35": {
         "ssm.conv_kernel": 4,
