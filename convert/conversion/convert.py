@@ -92,8 +92,8 @@ def convert_checkpoint(
     # both plans refuse what cannot be done
     gguf_plan = writer.plan(opened, to, tokenizer) if to in writer.KINDS else None
     folder_plan = None if gguf_plan else plan(opened, to, calibrated=bool(calibrate))
-    if folder_plan and tokenizer:
-        opened.check_other_files()
+    if folder_plan:
+        opened.check_other_files(tokenizer)
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     with work_folder(target, "converting", wait=False) as folder:
         work = Work(target, folder, fingerprint, resume)
@@ -125,7 +125,7 @@ def convert_checkpoint(
             raise
     for problem in [*opened.problems, *scale_problems(opened.scale_ranges)]:
         console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
+    size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.rglob("*")) if path.is_file())
     console.print(f"{given}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
     return given
 

@@ -33,6 +33,7 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         return (
             name in state
             or (leaf == "weight_scale" and owner in modules)
+            or (leaf == "weight" and owner.endswith(".rms_norm") and owner.removesuffix(".rms_norm") in modules)
             or (parts and owner.rpartition(".")[0] in modules)
         )
 

@@ -158,9 +158,10 @@ class GgufSource(Source):
                 parts.append(place.restored(codes, tuple(codes.shape)))
             yield Quantized(parts[0] if len(parts) == 1 else torch.cat(parts), scale)
 
-    def check_other_files(self) -> None:
-        with naming(str(self.path)):
-            gguf_tokenizer.tokenizer_of(self.metadata)
+    def check_other_files(self, tokenizer: bool = True) -> None:
+        if tokenizer:
+            with naming(str(self.path)):
+                gguf_tokenizer.tokenizer_of(self.metadata)
 
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
         """Write the tokenizer; raises ValueError for one that is not known here."""
