@@ -26,9 +26,15 @@ def modernize(config: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, An
     names = {key: key for key in keys}
     if any(key.endswith(".self_attn.inner_attn_ln.weight") for key in names):
         return _bitnet_b1_58(config, names)
-    inner = {key: match[1] for key in names if (match := _INNER_NORM.fullmatch(key))}
-    inner = {key: layer for key, layer in inner.items() if f"{layer}.weight" in names}
-    return _norms_inside(config, names, inner) if inner else (config, names)
+    inner = inner_norms(names)
+    return (_norms_inside(config), names | inner) if inner else (config, names)
+
+
+def inner_norms(keys: Iterable[str]) -> dict[str, str]:
+    """Of the second kind's tensors, those of norms in front of projections, and the names they have in our layers."""
+    names = {*keys}
+    found = {key: match[1] for key in names if (match := _INNER_NORM.fullmatch(key))}
+    return {key: f"{layer}.rms_norm.weight" for key, layer in found.items() if f"{layer}.weight" in names}
 
 
 def _bitnet_b1_58(config: dict[str, Any], names: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -46,14 +52,11 @@ def _bitnet_b1_58(config: dict[str, Any], names: dict[str, str]) -> tuple[dict[s
     return ours, {key: name for key, name in names.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _norms_inside(
-    config: dict[str, Any], names: dict[str, str], inner: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """inner: the layers that have a norm, by the norm's name"""
+def _norms_inside(config: dict[str, Any]) -> dict[str, Any]:
     ours = {key: value for key, value in config.items() if key != "auto_map"}
     if ours.get("quantization_config") is None:
         options = {"use_rms_norm": True, "rms_norm_eps": config.get("rms_norm_eps", 1e-6)}
         skips = {"modules_to_not_convert": ["lm_head"]}
         settings = BitNetConfig("autobitlinear", quantization_mode="online", **skips, **options)
         ours["quantization_config"] = settings.to_dict()
-    return ours, names | {key: f"{layer}.rms_norm.weight" for key, layer in inner.items()}
+    return ours
