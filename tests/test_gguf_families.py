@@ -113,7 +113,7 @@ FAMILY_KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "capped scores": ("gemma3", {"gemma3.attn_logit_softcapping": 50.0}, r"gemma3\.attn_logit_softcapping"),
     "other widths": ("qwen3_5", {"qwen35.ssm.inner_size": 256}, "inner_size is 256, not 8 heads of 64"),
     "no sections": ("qwen3_5", {"qwen35.rope.dimension_sections": ["a"]}, "dimension_sections"),
-    "extra layers": ("qwen3_5", {"qwen35.nextn_predict_layers": 1}, r"qwen35\.nextn_predict_layers"),
+    "only guesses": ("qwen3_5", {"qwen35.nextn_predict_layers": 2}, r"block_count is 0"),
 }
 
 
@@ -210,6 +210,26 @@ def test_experts_of_which_some_are_floats_are_floats(tmp_path: Path) -> None:
         assert torch.equal(gate[expert], codes * scale.half().float())
     expected = gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType.Q8_0)
     assert torch.equal(source.tensor("model.layers.1.mlp.experts.down_proj"), torch.from_numpy(expected))
+
+
+def test_blocks_that_guess_further_tokens_are_dropped(tmp_path: Path) -> None:
+    """Qwen3.5's own files have one behind the model; transformers drops it, too."""
+    model = checkpoint(tmp_path / "hf", "qwen3_5")
+    file = write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-tq2_0")
+    metadata, tensors = read_header(file)
+    data = [read_tensor(file, info).tobytes() for info in tensors.values()]
+    infos, parts, end = {}, [], 0
+    drafts = ["blk.2.attn_norm.weight", "blk.2.nextn.eh_proj.weight"]
+    for name, part in zip([*tensors, *drafts], [*data, *data[-1:], *data[-1:]], strict=True):
+        infos[name] = tensors.get(name, tensors[[*tensors][-1]])._replace(offset=end)
+        parts.append(part.ljust(padded(len(part)), b"\0"))
+        end += len(parts[-1])
+    metadata |= {"qwen35.block_count": 3, "qwen35.nextn_predict_layers": 1}
+    metadata["qwen35.attention.recurrent_layers"].append(False)
+    (tmp_path / "n.gguf").write_bytes(header_bytes(metadata, infos) + b"".join(parts))
+    source = GgufSource(tmp_path / "n.gguf")
+    assert source.model.config.num_hidden_layers == 2
+    assert torch.equal(logits(assemble(source)), logits(round_scales(model)))
 
 
 def test_a_missing_part_of_a_stack_is_named(tmp_path: Path) -> None:

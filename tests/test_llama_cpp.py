@@ -61,7 +61,7 @@ def knows_q2_0() -> bool:
 
 
 Q2_0 = pytest.param("gguf-q2_0", marks=pytest.mark.skipif(not knows_q2_0(), reason="this llama.cpp has no Q2_0 yet"))
-LOADABLE = ["gguf-tq1_0", "gguf-tq2_0", Q2_0]
+LOADABLE = ["gguf-tq1_0", "gguf-tq2_0", Q2_0, "gguf-bf16"]
 
 
 def emulated(model: Any, kind: str | None) -> Any:
@@ -73,6 +73,8 @@ def emulated(model: Any, kind: str | None) -> Any:
     def rounded(x: Tensor, blocks_of_32: bool) -> Tensor:
         if kind is None:
             return x
+        if kind == "gguf-bf16" and not blocks_of_32:
+            return x.bfloat16().float()
         if blocks_of_32:
             blocks = x.reshape(-1, 32)
             d = blocks.abs().amax(1, keepdim=True) / 127
@@ -84,7 +86,10 @@ def emulated(model: Any, kind: str | None) -> Any:
 
     def product(layer: PackedBitLinear, order: Tensor | slice = slice(None)) -> Any:
         """order: of the features, which decides what shares a block"""
-        weight = (layer.codes().float() * layer.weight_scale.half().float()[:, None])[:, order]
+        floats = kind == "gguf-bf16" and layer.spec.weights != "int8"
+        scale = layer.weight_scale if floats else layer.weight_scale.half().float()
+        weight = (layer.codes().float() * scale[:, None])[:, order]
+        weight = weight.bfloat16().float() if floats else weight
         blocks_of_32 = kind == "gguf-q2_0" or layer.spec.weights == "int8"
         return lambda x: torch.nn.functional.linear(rounded(x[..., order], blocks_of_32), weight, layer.bias)
 

@@ -20,8 +20,10 @@ from . import tokenizer as gguf_tokenizer
 from .families import BITNET_CPP, FAMILIES, LLAMA3_ROPE, Family, head_dim_of, rope_factors
 from .header import Value
 
+BF16_FILE = 32  # general.file_type
 GEMMA3_PERIOD = 6  # every sixth layer attends to everything, where no key says otherwise
 QWEN35_PERIOD = 4
+DRAFTS = "nextn_predict_layers"
 MROPE = [11, 11, 10, 0]  # Qwen3.5's sections; a text's positions are the same in all of them
 L2_EPS = 1e-6  # transformers' for the queries and keys of gated delta nets, whatever rms_norm_eps is
 
@@ -75,7 +77,7 @@ def described(config: Any, family: Family, ternary: str) -> dict[str, Value]:
     if rope["rope_type"] == "linear":
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     metadata: dict[str, Value] = {"general.architecture": arch, "general.quantization_version": 2}
-    metadata["general.file_type"] = ggml.TERNARY[ternary].file_type
+    metadata["general.file_type"] = BF16_FILE if ternary == "BF16" else ggml.TERNARY[ternary].file_type
     return metadata | {f"{arch}.{key}": value for key, value in (own | more).items()}
 
 
@@ -151,6 +153,15 @@ def _periodic(layers: int, period: int) -> list[bool]:
     return [(i + 1) % period != 0 for i in range(layers)]
 
 
+def without_drafts(metadata: dict[str, Any], stored: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors without the blocks behind the model's that guess further tokens; transformers drops them, too."""
+    blocks, drafts = (metadata.get(f"qwen35.{key}") for key in ("block_count", DRAFTS))
+    if type(blocks) is not int or type(drafts) is not int or not 0 < drafts < blocks <= len(stored):
+        return stored
+    dropped = tuple(f"blk.{i}." for i in range(blocks - drafts, blocks))
+    return {name: info for name, info in stored.items() if not name.startswith(dropped)}
+
+
 class Keys:
     """The keys of a file's architecture: whatever is not taken is not understood."""
 
@@ -200,7 +211,9 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
         raise ValueError(f"{path}: has no tensor token_embd.weight; is it a model?")
     embedding = stored["token_embd.weight"]
     heads, width, layers = take("attention.head_count"), take("embedding_length"), take("block_count")
-    if layers > len(stored):
+    if family.arch == "qwen35":
+        layers -= keys.own.pop(DRAFTS, 0)
+    if not 0 < layers <= len(stored):
         raise Damaged(path, f"{arch}.block_count is {layers:,}, for {len(stored)} tensors", REMEDY)
     kv, head_dim = take("attention.head_count_kv", heads), take("attention.key_length", width // heads)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": take("rope.freq_base", 10000.0, float)}

@@ -26,7 +26,7 @@ from ..rounding import Quantized
 from ..source import Source, Weight, naming
 from ..swap.kinds import to_training
 from . import tokenizer as gguf_tokenizer
-from .metadata import config_of
+from .metadata import config_of, without_drafts
 from .places import Place, all_places
 
 
@@ -48,6 +48,7 @@ class GgufSource(Source):
     def __init__(self, file: str | Path, *, dequantize: bool = False) -> None:
         self.path = Path(file)
         self.metadata, stored = read_header(self.path)
+        stored = without_drafts(self.metadata, stored)
         self.family, config = config_of(self.path, self.metadata, stored, lambda: self._vector(stored))
         model = skeleton(config, self.path, len(stored))
         super().__init__(self.path, json.loads(config.to_json_string()), model, report=None)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet.kernels.reference import dequantize_weight
 from bitnet.packed import PackedEmbedding
 
 from ..files import ggml
@@ -29,7 +30,13 @@ from .metadata import described
 from .places import Place, group_order, places
 from .source import GgufSource
 
-KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
+KINDS = {
+    "gguf-tq1_0": "TQ1_0",
+    "gguf-tq2_0": "TQ2_0",
+    "gguf-q2_0": "Q2_0",
+    "gguf-i2_s": "I2_S",
+    "gguf-bf16": "BF16",  # codes * scale, for whatever takes no ternary type
+}
 
 
 class Entry(NamedTuple):
@@ -56,7 +63,7 @@ def write_gguf(
 ) -> Path:
     """Write a model as GGUF, one tensor in memory at a time; returns the file.
 
-    kind:        one of KINDS, the type of the ternary matrices. Everything else keeps its own float type, but norms and
+    kind:        one of KINDS, the type of the low-bit matrices. Everything else keeps its own float type, but norms and
                  biases, which are float32, and int8 heads and embeddings, which are Q8_0 (the same codes)
     progress:    called with the number of bytes that were just written
     resume:      go on with what an interrupted run left beside the file, and leave the like if this one is interrupted
@@ -194,7 +201,14 @@ def _float(key: str, shape: tuple[int, ...], weight: Weight | None) -> tuple[str
 
 def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place) -> Entry:
     spec, name = weight.spec, weight.name
-    if spec.activation_bits != 8:
+    if ternary == "BF16" and spec.weights != "int8":
+
+        def floats() -> ggml.Bytes:
+            matrices = (dequantize_weight(*found, torch.bfloat16) for found in source.matrices(weight))
+            return np.concatenate([_bytes(place.stored_rows(matrix), torch.bfloat16) for matrix in matrices])
+
+        return Entry(ggml.BF16, place.shape, floats)
+    if spec.activation_bits != 8 and ternary != "BF16":
         bits = "float" if spec.activation_bits is None else f"{spec.activation_bits}-bit"
         raise ValueError(f"{name} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
     int8 = spec.weights == "int8"
@@ -206,7 +220,7 @@ def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place)
         )
     if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % ggml.TERNARY[ternary].block:
         raise ValueError(f"{name} has scales of groups of {spec.group_size}, and {ternary} of 256; take gguf-q2_0")
-    kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id
+    kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id  # an int8 head stays one, also among floats
     columns = place.columns
     if columns is not None and spec.group_size is not None:
         columns = group_order(columns, spec.group_size)
