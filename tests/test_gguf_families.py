@@ -149,6 +149,33 @@ def test_the_families_go_through_conversion(family: str, to: str, tmp_path: Path
     assert bitnet.inspect_checkpoint(tmp_path / "m.gguf", Console(quiet=True)).problems == []
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "options"),
+    [
+        ("llama", {}, {"activation_bits": None}),
+        ("gemma3", {}, {"activation_bits": 4}),
+        ("qwen3_moe", {"moe_intermediate_size": 96}, {"group_size": 32}),
+    ],
+    ids=["float activations", "4 bits", "small groups and odd rows"],
+)
+def test_bfloat16_holds_what_no_ternary_type_does(
+    family: str, changes: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = gguf_models.model(family, **changes)
+    bitnet.replace_linear(model, **options)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "hf")
+    source = FolderSource(tmp_path / "hf")
+    with pytest.raises(ValueError, match="cannot hold this model"):
+        write_gguf(source, tmp_path / "m.gguf", "gguf-tq2_0", tokenizer=False)
+    back = GgufSource(write_gguf(source, tmp_path / "m.gguf", "gguf-bf16", tokenizer=False))
+    bitnet.unpack(model)
+    for key, tensor in model.state_dict().items():
+        if key in back.stored():
+            stored = tensor.bfloat16().float() if "_proj" in key else tensor
+            assert torch.allclose(back.tensor(key).float(), stored, rtol=0, atol=1e-6), key
+
+
 GATE = "model.layers.0.mlp.experts.packed_gate_up_proj"
 
 
