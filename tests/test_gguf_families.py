@@ -112,6 +112,7 @@ FAMILY_KEYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no pattern": ("gemma3", {"gemma3.attention.sliding_window_pattern": 0}, "which cannot be"),
     "capped scores": ("gemma3", {"gemma3.attn_logit_softcapping": 50.0}, r"gemma3\.attn_logit_softcapping"),
     "other widths": ("qwen3_5", {"qwen35.ssm.inner_size": 256}, "inner_size is 256, not 8 heads of 64"),
+    "uneven heads": ("qwen3_5", {"qwen35.ssm.group_count": 3}, "not 8 heads of 64 in 3 groups"),
     "no sections": ("qwen3_5", {"qwen35.rope.dimension_sections": ["a"]}, "dimension_sections"),
     "only guesses": ("qwen3_5", {"qwen35.nextn_predict_layers": 2}, r"block_count is 0"),
 }

@@ -211,8 +211,8 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
         raise ValueError(f"{path}: has no tensor token_embd.weight; is it a model?")
     embedding = stored["token_embd.weight"]
     heads, width, layers = take("attention.head_count"), take("embedding_length"), take("block_count")
-    if family.arch == "qwen35":
-        layers -= keys.own.pop(DRAFTS, 0)
+    if family.arch == "qwen35" and keys.own.get(DRAFTS):
+        layers -= take(DRAFTS)
     if not 0 < layers <= len(stored):
         raise Damaged(path, f"{arch}.block_count is {layers:,}, for {len(stored)} tensors", REMEDY)
     kv, head_dim = take("attention.head_count_kv", heads), take("attention.key_length", width // heads)
@@ -222,7 +222,7 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
         rope |= {"rope_type": scaling, "factor": factor}
     same = {"attention.value_length": head_dim, "vocab_size": embedding.shape[0]}
     if family.arch == "qwen35":
-        rope["partial_rotary_factor"] = take("rope.dimension_count", head_dim) / head_dim
+        rope["partial_rotary_factor"] = min(take("rope.dimension_count", head_dim) / head_dim, 1.0)
     else:
         same["rope.dimension_count"] = head_dim
     wrong = [key for key, value in same.items() if take(key, value) != value]
@@ -299,8 +299,11 @@ def _read_delta_net(keys: Keys, options: dict[str, Any]) -> dict[str, Any]:
     layers, size, values = options["num_hidden_layers"], keys.take("ssm.state_size"), keys.take("ssm.time_step_rank")
     period = keys.own.pop("full_attention_interval", QWEN35_PERIOD)
     recurrent = keys.layers("attention.recurrent_layers", layers, period)
-    if (inner := keys.take("ssm.inner_size")) != size * values:
-        raise ValueError(f"{keys.path}: {keys.arch}.ssm.inner_size is {inner}, not {values} heads of {size}")
+    groups, inner = keys.take("ssm.group_count"), keys.take("ssm.inner_size")
+    if inner != size * values or values % groups:
+        raise ValueError(
+            f"{keys.path}: {keys.arch}.ssm.inner_size is {inner}, not {values} heads of {size} in {groups} groups"
+        )
     sections = keys.own.pop("rope.dimension_sections", MROPE)
     if not isinstance(sections, list) or len(sections) < 3 or not all(type(item) is int for item in sections):
         raise Damaged(keys.path, f"{keys.arch}.rope.dimension_sections is {sections!r:.80}", REMEDY)
@@ -309,7 +312,7 @@ def _read_delta_net(keys: Keys, options: dict[str, Any]) -> dict[str, Any]:
         "linear_conv_kernel_dim": keys.take("ssm.conv_kernel"),
         "linear_key_head_dim": size,
         "linear_value_head_dim": size,
-        "linear_num_key_heads": keys.take("ssm.group_count"),
+        "linear_num_key_heads": groups,
         "linear_num_value_heads": values,
         "rope_parameters": options["rope_parameters"] | {"mrope_section": sections[:3], "mrope_interleaved": True},
     }

@@ -137,8 +137,7 @@ class GgufSource(Source):
         if info.kind in ggml.FLOATS.values():
             return torch.from_numpy(data).view(DTYPES[name]).view(info.shape)
         if _ternary(info):
-            matrices = [ggml.dequantize(name, matrix, info.shape[-2]) for matrix in _matrices(data, info)]
-            return torch.stack(matrices).view(info.shape)
+            return ggml.dequantize(name, data, math.prod(info.shape[:-1])).view(info.shape)
         rows = data.reshape(math.prod(info.shape[:-1]), -1)
         return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.kind))).view(info.shape)
 
