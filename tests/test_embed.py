@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, Gemma3TextConfig, Gemma3TextModel, Qwen3Config, Qwen3Model
+from transformers import AutoModel, BertConfig, BertModel, Gemma3TextConfig, Gemma3TextModel, Qwen3Config, Qwen3Model
 
 import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
@@ -86,6 +86,9 @@ def test_norms_in_front_of_projections_are_computed(to: str, family: str, tmp_pa
     folder = tmp_path / "source" if to == "as it is" else convert(tmp_path / "source", tmp_path / "out", to)
     assert apart(hidden(folder), expected) < 1 / 127, "more than a step of an activation"
     assert bitnet.inspect_checkpoint(folder, Console(quiet=True)).problems == []
+    if to != "as it is":
+        with torch.no_grad():
+            assert apart(AutoModel.from_pretrained(folder).eval()(IDS).last_hidden_state, expected) < 1 / 127
     layers = [m for m in bitnet.load(folder).modules() if isinstance(m, bitnet.BitLinear | PackedBitLinear)]
     assert len(layers) == 14
     assert all(layer.spec.rms_norm and layer.rms_norm is not None for layer in layers)

@@ -260,6 +260,19 @@ def test_blocks_that_guess_further_tokens_are_dropped(tmp_path: Path) -> None:
     assert torch.equal(logits(assemble(source)), logits(round_scales(model)))
 
 
+def test_experts_that_stay_floats_are_written_as_floats(tmp_path: Path) -> None:
+    """The checkpoint holds a tensor an expert, which transformers merges, and GGUF splits at another place."""
+    model = gguf_models.model("qwen3_moe")
+    bitnet.replace_linear(model, skip="mlp.experts")
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "hf")
+    source = FolderSource(tmp_path / "hf")
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in source.merged["model.layers.0.mlp.experts.gate_up_proj"]
+    file = write_gguf(source, tmp_path / "m.gguf", "gguf-tq2_0", tokenizer=False)
+    assert ggml.NAMES[read_header(file)[1]["blk.0.ffn_up_exps.weight"].kind] == "F32"
+    assert torch.equal(logits(assemble(GgufSource(file))), logits(round_scales(model)))
+
+
 def test_a_missing_part_of_a_stack_is_named(tmp_path: Path) -> None:
     checkpoint(tmp_path / "hf", "qwen3_moe")
     file = write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-tq2_0")
