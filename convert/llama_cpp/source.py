@@ -79,6 +79,7 @@ class GgufSource(Source):
         self.packed_keys: dict[str, str] = {}  # the module that holds a packed weight: the tensor of the float model
         if not dequantize:
             self._pack()
+        self._stored = self._described()
         self._weights = super().weights()
 
     def _pack(self) -> None:
@@ -106,6 +107,9 @@ class GgufSource(Source):
         return [list(parts) for parts in zip(*found, strict=True)]
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return self._stored
+
+    def _described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         packed = {key: name for name, key in self.packed_keys.items()}
         described = {}
         for key, homes in self.homes.items():
