@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .linear import BitConv1D, BitLinear
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
+    from .serving.embed import Encoder, embed
     from .train.muon import Muon
     from .train.strength import set_strength, strength_at
     from .train.trainer import StrengthCallback
@@ -39,6 +40,7 @@ _HOME = {
     "BitConv1D": "bitnet.linear",
     "BitExperts": "bitnet.experts",
     "BitLinear": "bitnet.linear",
+    "Encoder": "bitnet.serving.embed",
     "Muon": "bitnet.train.muon",
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
@@ -48,6 +50,7 @@ _HOME = {
     "backends": "bitnet.kernels.backends",
     "convert_checkpoint": "bitnet.convert.conversion.convert",
     "diff_checkpoints": "bitnet.convert.inspection",
+    "embed": "bitnet.serving.embed",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
     "pack": "bitnet.convert.swap.pack",
@@ -62,6 +65,7 @@ __all__ = [
     "BitConv1D",
     "BitExperts",
     "BitLinear",
+    "Encoder",
     "Muon",
     "PackedBitLinear",
     "PackedExperts",
@@ -71,6 +75,7 @@ __all__ = [
     "backends",
     "convert_checkpoint",
     "diff_checkpoints",
+    "embed",
     "inspect_checkpoint",
     "load",
     "pack",

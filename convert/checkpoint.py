@@ -24,6 +24,7 @@ from .hub.legacy import modernize
 from .hub.loading import compare_all, finish_loading, swap_for_loading
 from .hub.match import computed
 from .hub.models import model_config, refusals, skeleton
+from .hub.names import forget_names
 from .hub.quantizer import attach
 from .hub.values import stored_state
 from .hub.wrappers import unwrapped
@@ -114,6 +115,7 @@ def load(
         with refusals(Path(directory), (ValueError, OSError, RuntimeError, ImportError, MemoryError)):
             model, info = type(empty).from_pretrained(directory, output_loading_info=True, **options)
         assert model is not None
+        forget_names(model, names)
         _complete(directory, (key for key in info["missing_keys"] if not computed(model, key)))
     else:
         settings = module_config(file, config)

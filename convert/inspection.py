@@ -15,6 +15,7 @@ from bitnet.linear import describe
 from bitnet.progress import track
 
 from .files.safetensors import DTYPES
+from .hub.sentences import read_sentences
 from .opening import open_source
 from .rounding import Quantized
 from .source import Source, Weight, uniform
@@ -46,6 +47,7 @@ class Inspection:
     matrices: list[MatrixReport] = field(default_factory=list)
     other_bytes: int = 0  # norms, biases and other vectors
     problems: list[str] = field(default_factory=list)
+    sentences: str = ""  # what makes embeddings of it, in words, where the folder says it
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [
@@ -69,7 +71,8 @@ class Inspection:
             size = sum(math.prod(m.shape) * m.weight_bits / 8 for m in some)
             if some:
                 lines.append(f"{kind}: {len(some)} matrices, {weights:,} weights, {size / 1e6:,.2f} MB")
-        return "\n".join([*lines, f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB"])
+        lines.append(f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB")
+        return "\n".join([*lines, *([self.sentences] if self.sentences else [])])
 
     def verdict(self) -> str:
         """The problems, or that there are none."""
@@ -118,6 +121,10 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
     found.problems += [*source.problems, *source.mismatches()]
+    try:
+        found.sentences = str(read_sentences(source.path) or "")
+    except (ValueError, OSError) as error:
+        found.problems.append(str(error))
     for key, (dtype, shape) in track(stored.items(), "reading", "tensors", console or Console(stderr=True)):
         try:
             if key in starts:

@@ -93,8 +93,8 @@ class Source:
         """
         raise NotImplementedError
 
-    def check_other_files(self) -> None:
-        """Raise ValueError if copy_other_files could not write the tokenizer."""
+    def check_other_files(self, tokenizer: bool = True) -> None:
+        """Raise ValueError if copy_other_files could not do what it is to."""
 
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
         """Write what belongs to the model besides config and weights, the tokenizer perhaps, to a folder."""

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,29 +11,36 @@ import gguf
 import gguf_models
 import pytest
 import torch
-from gguf_models import LLAMA3, TEXTS, checkpoint, fast, sentencepiece, tokenizer
+from gguf_models import (
+    LLAMA3,
+    TEXTS,
+    assemble,
+    checkpoint,
+    fast,
+    gemma,
+    logits,
+    rewritten,
+    round_scales,
+    sentencepiece,
+    tokenizer,
+)
 from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.files import ggml
-from bitnet.convert.files.gguf import padded, read_header, read_tensor
+from bitnet.convert.files.gguf import read_header
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
 from bitnet.convert.llama_cpp.families import FAMILIES
-from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.source import GgufSource
 from bitnet.convert.llama_cpp.writer import KINDS, write_gguf
-from bitnet.convert.source import Source
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.packed import PackedBitLinear
 from bitnet.train.data import build_tokenizer
-
-IDS = torch.tensor([[3, 41, 5, 17, 200, 511]])
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +60,6 @@ def exported(llama: Path) -> Path:
     return write_gguf(FolderSource(llama), llama.parent / "llama.gguf", "gguf-tq2_0")
 
 
-def assemble(source: Source) -> Any:
-    """The model that a source describes, with all of its values."""
-    model = source.model
-    state = {key: source.tensor(key) for key in source.stored()}
-    model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
-    for module in model.modules():  # what no checkpoint holds
-        if hasattr(module, "rope_init_fn") or "inv_freq" in getattr(module, "_buffers", {}):
-            type(module).__init__(module, model.config)
-    return model.eval()
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def round_scales(model: Any) -> Any:
-    """What the blocked types keep of the scales."""
-    for module in model.modules():
-        if isinstance(module, PackedBitLinear):
-            module.weight_scale = module.weight_scale.half().float()
-    return model
-
-
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases, wide heads, tied": (
@@ -88,6 +71,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_5": ("qwen3_5", {}),
+    "qwen3_5, as many keys as values": ("qwen3_5", {"linear_num_key_heads": 8}),
+    "gemma3": ("gemma3", {}),
+    "gemma3, every sixth layer, head of its own": (
+        "gemma3",
+        {
+            "num_hidden_layers": 7,
+            "layer_types": None,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        },
+    ),
+    "gemma3, no windows": ("gemma3", {"layer_types": ["full_attention"] * 2}),
     "bitnet": ("bitnet", {}),
 }
 
@@ -97,10 +98,13 @@ def test_a_model_comes_back_with_the_same_logits(family: str, changes: dict[str,
     model = checkpoint(tmp_path / "hf", family, **changes)
     source = FolderSource(tmp_path / "hf")
     back = GgufSource(write_gguf(source, tmp_path / "m.gguf", "gguf-tq2_0"))
-    for name in source.layers():
-        ours, theirs = source.quantized(name), back.quantized(name)
-        assert torch.equal(theirs.codes, ours.codes)
-        assert torch.equal(theirs.scale, ours.scale.half().float())
+    weights = source.weights()
+    assert back.weights().keys() == weights.keys()
+    for name, weight in weights.items():
+        assert back.weights()[name].spec == weight.spec
+        for ours, theirs in zip(source.matrices(weight), back.matrices(back.weights()[name]), strict=True):
+            assert torch.equal(theirs.codes, ours.codes)
+            assert torch.equal(theirs.scale, ours.scale.half().float())
     assert torch.equal(logits(assemble(back)), logits(round_scales(model)))
 
 
@@ -108,7 +112,15 @@ def test_a_model_comes_back_with_the_same_logits(family: str, changes: dict[str,
 def test_every_kind_comes_back_with_the_same_logits(kind: str, saved: tuple[Any, Path], tmp_path: Path) -> None:
     model = copy.deepcopy(saved[0])
     back = GgufSource(write_gguf(FolderSource(saved[1]), tmp_path / "m.gguf", kind))
-    assert torch.equal(logits(assemble(back)), logits(model if kind == "gguf-i2_s" else round_scales(model)))
+    if kind == "gguf-bf16":
+        bitnet.unpack(model)
+        for layer in model.model.layers.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.data = layer.weight.bfloat16().float()
+    found = assemble(back)
+    assert torch.equal(
+        logits(found.float()), logits(model if kind in ("gguf-i2_s", "gguf-bf16") else round_scales(model))
+    )
 
 
 def test_scales_of_rows_come_back(tmp_path: Path) -> None:
@@ -177,7 +189,9 @@ def test_names_are_those_of_llama_cpp() -> None:
     for family in FAMILIES.values():
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
         known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "{}") for tensor in gguf.MODEL_TENSORS[arch]}
-        assert set(family.modules.values()) - {"output"} <= known
+        others = {n for names in (family.parameters or {}).values() for n in names}
+        modules = {re.sub(r"\.(weight|bias)$", "", name) for name in (*family.modules.values(), *others)}
+        assert modules - {"output"} <= known
 
 
 @pytest.mark.parametrize("to", ["hub", "base3", "bf16"])
@@ -227,6 +241,45 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {
         {"rope_parameters": YARN},
         {},
         "rotary embeddings of type",
+    ),
+    "free experts": ("gguf-tq2_0", "qwen3_moe", {"norm_topk_prob": False}, {}, "norm_topk_prob is off here"),
+    "some experts": ("gguf-tq2_0", "qwen3_moe", {"mlp_only_layers": [0]}, {}, r"experts in every layer.*\[0\]"),
+    "experts' blocks": (
+        "gguf-tq2_0",
+        "qwen3_moe",
+        {"moe_intermediate_size": 128},
+        {},
+        "experts.packed_down_proj: its rows of 128 weights",
+    ),
+    "i2_s experts": ("gguf-i2_s", "qwen3_moe", {}, {}, "not known to run `qwen3moe`"),
+    "4-bit experts": ("gguf-tq2_0", "qwen3_moe", {}, {"activation_bits": 4}, "takes 4-bit activations"),
+    "moe window": (
+        "gguf-tq2_0",
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 64},
+        {},
+        "not to a sliding window of 64",
+    ),
+    "attention scale": (
+        "gguf-tq2_0",
+        "gemma3",
+        {"query_pre_attn_scalar": 64},
+        {},
+        "root of head_dim, 128, not of query_pre_attn_scalar, 64",
+    ),
+    "both ways": ("gguf-tq2_0", "gemma3", {"use_bidirectional_attention": True}, {}, "to later ones, too"),
+    "capped scores": ("gguf-tq2_0", "gemma3", {"attn_logit_softcapping": 5.0}, {}, "does not cap attention scores"),
+    "gemma's gelu": ("gguf-tq2_0", "gemma3", {"hidden_activation": "gelu"}, {}, "runs gelu_pytorch_tanh, not gelu"),
+    "gemma biases": ("gguf-tq2_0", "gemma3", {"attention_bias": True}, {}, "no place for .*bias"),
+    "delta net's eps": ("gguf-tq2_0", "qwen3_5", {"rms_norm_eps": 1e-5}, {}, "1e-05, in the norm of queries and keys"),
+    "delta net's sizes": ("gguf-tq2_0", "qwen3_5", {"linear_value_head_dim": 32}, {}, "of one size.*64 and 32"),
+    "only delta nets": ("gguf-tq2_0", "qwen3_5", {"layer_types": ["linear_attention"] * 2}, {}, "aborts on a model"),
+    "groups across heads": (
+        "gguf-q2_0",
+        "qwen3_5",
+        {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 4},
+        {"group_size": 64},
+        "groups of 64 features, which llama.cpp's order of heads cuts",
     ),
     "llama3 rope elsewhere": ("gguf-tq2_0", "qwen3", {"rope_parameters": LLAMA3}, {}, "rotary embeddings of type"),
 }
@@ -362,21 +415,6 @@ def test_a_full_disk_keeps_the_earlier_file(
 
 
 # Damaged and foreign files
-
-
-def rewritten(exported: Path, file: Path, metadata: dict[str, Any] | None = None, without: str = "-") -> Path:
-    """The file with other metadata or a tensor less."""
-    before, tensors = read_header(exported)
-    infos, parts, end = {}, [], 0
-    for name, info in tensors.items():
-        if name != without:
-            infos[name] = info._replace(offset=end)
-            data = read_tensor(exported, info).tobytes()
-            parts.append(data.ljust(padded(len(data)), b"\0"))
-            end += len(parts[-1])
-    entries = {key: value for key, value in (before | (metadata or {})).items() if value is not None}
-    file.write_bytes(header_bytes(entries, infos) + b"".join(parts))
-    return file
 
 
 @pytest.mark.parametrize("size", [3, 30, 1000, -100_000, -33])
@@ -523,6 +561,19 @@ def test_sentencepiece_like_tokenizers_come_back(prefix: bool, tmp_path: Path) -
     assert metadata["tokenizer.ggml.model"] == "llama"
     assert metadata["tokenizer.ggml.add_space_prefix"] is prefix
     assert metadata["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    same_tokens(one, other)
+
+
+def test_gemmas_tokenizer_comes_back(tmp_path: Path) -> None:
+    gemma().save_pretrained(tmp_path)
+    one, other, metadata = there_and_back(tmp_path)
+    assert metadata["tokenizer.ggml.add_space_prefix"] is False
+    tokens = [
+        metadata["tokenizer.ggml.tokens"][i]
+        for i, kind in enumerate(metadata["tokenizer.ggml.token_type"])
+        if kind == 4
+    ]
+    assert tokens == [2 * gguf_tokenizer.SPACE, "<b>", "   "]
     same_tokens(one, other)
 
 

@@ -18,16 +18,19 @@ import gguf_models
 import numpy as np
 import pytest
 import torch
-from gguf_models import LLAMA3, TEXTS, checkpoint, sentencepiece, tokenizer
+from gguf_models import LLAMA3, TEXTS, checkpoint, gemma, sentencepiece, tokenizer
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 import bitnet
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
 from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.writer import write_gguf
+from bitnet.experts import PackedStack
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.train.data import build_tokenizer, corpus
 from bitnet.train.loop import Settings, train
@@ -58,7 +61,7 @@ def knows_q2_0() -> bool:
 
 
 Q2_0 = pytest.param("gguf-q2_0", marks=pytest.mark.skipif(not knows_q2_0(), reason="this llama.cpp has no Q2_0 yet"))
-LOADABLE = ["gguf-tq1_0", "gguf-tq2_0", Q2_0]
+LOADABLE = ["gguf-tq1_0", "gguf-tq2_0", Q2_0, "gguf-bf16"]
 
 
 def emulated(model: Any, kind: str | None) -> Any:
@@ -70,6 +73,8 @@ def emulated(model: Any, kind: str | None) -> Any:
     def rounded(x: Tensor, blocks_of_32: bool) -> Tensor:
         if kind is None:
             return x
+        if kind == "gguf-bf16" and not blocks_of_32:
+            return x.bfloat16().float()
         if blocks_of_32:
             blocks = x.reshape(-1, 32)
             d = blocks.abs().amax(1, keepdim=True) / 127
@@ -79,15 +84,33 @@ def emulated(model: Any, kind: str | None) -> Any:
         inverse = -127 / blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
         return (torch.round(blocks * inverse).clamp(max=127) / inverse).reshape(x.shape)
 
-    def product(layer: PackedBitLinear) -> Any:
-        weight = layer.codes().float() * layer.weight_scale.half().float()[:, None]
+    def product(layer: PackedBitLinear, order: Tensor | slice = slice(None)) -> Any:
+        """order: of the features, which decides what shares a block"""
+        floats = kind == "gguf-bf16" and layer.spec.weights != "int8"
+        scale = layer.weight_scale if floats else layer.weight_scale.half().float()
+        weight = (layer.codes().float() * scale[:, None])[:, order]
+        weight = weight.bfloat16().float() if floats else weight
         blocks_of_32 = kind == "gguf-q2_0" or layer.spec.weights == "int8"
-        return lambda x: torch.nn.functional.linear(rounded(x, blocks_of_32), weight, layer.bias)
+        return lambda x: torch.nn.functional.linear(rounded(x[..., order], blocks_of_32), weight, layer.bias)
+
+    def gelu(x: Tensor) -> Tensor:
+        """From a table of float16 numbers, outside of which it is 0 or x (ggml_vec_gelu_f32)."""
+        table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, table))
 
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, PackedBitLinear):
             module.forward = product(module)
+        elif isinstance(module, PackedStack):
+            for layer in module.layers():
+                layer.forward = product(layer)
+        elif isinstance(module, Gemma3MLP) and kind is not None:
+            module.act_fn.forward = gelu
+    for module in model.modules():
+        if isinstance(module, Qwen3_5GatedDeltaNet):  # whose heads of values llama.cpp has in another order
+            heads = torch.arange(module.value_dim).view(module.num_k_heads, -1, module.head_v_dim)
+            module.out_proj.forward = product(module.out_proj, heads.transpose(0, 1).reshape(-1))
         elif isinstance(module, PackedEmbedding):
             module.weight_scale = module.weight_scale.half().float()
     return model
@@ -142,6 +165,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_5": ("qwen3_5", {}),
+    "qwen3_5, as many keys as values": ("qwen3_5", {"linear_num_key_heads": 8}),
+    "gemma3": ("gemma3", {}),
+    "gemma3, rope, caps, int8 head": (
+        "gemma3",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+            "final_logit_softcapping": 5.0,
+            "head": "int8",
+        },
+    ),
     "bitnet": ("bitnet", {}),
 }
 
@@ -213,6 +252,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     **{pre: functools.partial(tokenizer, pre, 500) for pre in gguf_tokenizer.PRE},
     "sentencepiece": sentencepiece,
     "sentencepiece without a space": functools.partial(sentencepiece, False),
+    "gemma": gemma,
     "bytes": build_tokenizer,
 }
 

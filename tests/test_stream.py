@@ -251,6 +251,13 @@ def test_1bitllms_models_compute_what_their_own_code_computes(to: str, tmp_path:
     assert float((logits(model)[0] - expected).abs().max() / expected.abs().max()) < 2 / 127
 
 
+def test_1bitllms_models_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
+    one_bit_llm(tmp_path / "source")
+    model = bitnet.load(tmp_path / "source")
+    bitnet.save(model, tmp_path / "saved")
+    assert torch.equal(logits(bitnet.load(tmp_path / "saved")), logits(model))
+
+
 def test_1bitllm_models_with_other_bits_are_refused(tmp_path: Path) -> None:
     one_bit_llm(tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())

@@ -13,6 +13,7 @@ FORMS = {
     "gguf-tq1_0": "the same, 1.69 bits; slower",
     "gguf-q2_0": "for recent llama.cpp, 2.25 bits; row lengths may be any multiple of 64 instead of 256",
     "gguf-i2_s": "for bitnet.cpp on x86-64, 2 bits",
+    "gguf-bf16": "codes x scale in bfloat16, for llama.cpp; activations are no longer quantized",
 }
 
 

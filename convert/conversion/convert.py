@@ -57,7 +57,7 @@ def convert_checkpoint(
                     "base3":  packed, 1.6 bits a weight; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
-                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s": a GGUF file, see llama_cpp/
+                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s", "gguf-bf16": a GGUF file, see llama_cpp/
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted
@@ -92,8 +92,8 @@ def convert_checkpoint(
     # both plans refuse what cannot be done
     gguf_plan = writer.plan(opened, to, tokenizer) if to in writer.KINDS else None
     folder_plan = None if gguf_plan else plan(opened, to, calibrated=bool(calibrate))
-    if folder_plan and tokenizer:
-        opened.check_other_files()
+    if folder_plan:
+        opened.check_other_files(tokenizer)
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     with work_folder(target, "converting", wait=False) as folder:
         work = Work(target, folder, fingerprint, resume)
@@ -125,7 +125,7 @@ def convert_checkpoint(
             raise
     for problem in [*opened.problems, *scale_problems(opened.scale_ranges)]:
         console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.iterdir()))
+    size = sum(path.stat().st_size for path in ([target] if target.is_file() else target.rglob("*")) if path.is_file())
     console.print(f"{given}: {size / 1e6:,.1f} MB in {time.perf_counter() - start:,.0f} s", highlight=False)
     return given
 

@@ -1,4 +1,4 @@
-"""JSON files: an object in UTF-8, of bounded size and depth, whatever this machine's locale is."""
+"""JSON files: an object, or a list, in UTF-8, of bounded size and depth, whatever this machine's locale is."""
 
 import json
 from pathlib import Path
@@ -10,23 +10,24 @@ MAX_BYTES = 1 << 28  # a tokenizer.json of 200,000 tokens takes 20 MB
 MAX_DEPTH = 64
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises Damaged for anything else; OSError where the file cannot be read."""
+def read_json(file: Path, kind: type = dict) -> Any:
+    """The JSON object, or list, in a file. Raises Damaged for anything else; OSError where it cannot be read."""
     with file.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise Damaged(file, f"is larger than {MAX_BYTES >> 20} MB, which no JSON file of a model is")
-    return parse_json(file, data)
+    return parse_json(file, data, kind=kind)
 
 
-def parse_json(file: Path, data: bytes, what: str = "is") -> dict[str, Any]:
-    """The JSON object in some bytes of a file. what: the subject and verb of the error, "its header is", say."""
+def parse_json(file: Path, data: bytes, what: str = "is", kind: type = dict) -> Any:
+    """The JSON object, or list, in some bytes of a file. what: subject and verb of the error, "its header is", say."""
     try:
         found = json.loads(data.decode())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise Damaged(file, f"{what} not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise Damaged(file, f"{what} no JSON object, but a {type(found).__name__}")
+    if not isinstance(found, kind):
+        expected = "object" if kind is dict else "list"
+        raise Damaged(file, f"{what} no JSON {expected}, but a {type(found).__name__}")
     level: list[Any] = [found]
     for _ in range(MAX_DEPTH):
         level = [

@@ -1,7 +1,8 @@
 """The names that transformers gives stored tensors, and what it merges from several of them."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         return (
             name in state
             or (leaf == "weight_scale" and owner in modules)
+            or (leaf == "weight" and owner.endswith(".rms_norm") and owner.removesuffix(".rms_norm") in modules)
             or (parts and owner.rpartition(".")[0] in modules)
         )
 
@@ -50,6 +52,16 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         twins = [key for key in names if names[key] == name]
         raise ValueError(f"the checkpoint holds {' and '.join(twins)}, which are one tensor of the model")
     return names
+
+
+def forget_names(model: PreTrainedModel, names: Mapping[str, str]) -> None:
+    """Save a model under its own names from now on, not under those of the files it was loaded from.
+
+    names: the old ones, and those in the model, that from_pretrained was told
+    """
+    known = {f"^{re.escape(old)}$" for old in names}
+    if kept := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [c for c in kept if not known.intersection(c._original_source_patterns)]
 
 
 def stored_name(model: PreTrainedModel, key: str) -> str:

@@ -2,13 +2,15 @@
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 
 from bitnet.experts import PackedExperts
@@ -19,8 +21,9 @@ from ..files.folder import inside
 from ..files.safetensors import read_headers
 from ..swap.floats import has_int8_head, to_float_head, to_floats
 from .config import BitNetConfig, config_of
+from .legacy import inner_norms
 from .loading import finish_loading, swap_for_loading
-from .names import model_names
+from .names import forget_names, model_names
 from .values import stored_state
 from .wrappers import outermost
 
@@ -77,6 +80,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
     """transformers' hook into from_pretrained and save_pretrained, with our layers instead of its own."""
 
     quantization_config: BitNetConfig
+    inner_norms: Mapping[str, str] = MappingProxyType({})  # see legacy.py
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -102,6 +106,8 @@ class BitNetQuantizer(BitNetHfQuantizer):
             if file.parent != files[0].parent or ".." in file.parts or not inside(file.parent, file):
                 raise Damaged(file, "is no file of the checkpoint's folder, though the index names it")
         headers = read_headers(files)
+        self.inner_norms = inner_norms(headers)
+        headers = {self.inner_norms.get(key, key): header for key, header in headers.items()}
         named = {name: headers[key] for key, name in model_names(model, headers).items()}
         swap_for_loading(model, self.quantization_config, named or None)
 
@@ -111,10 +117,12 @@ class BitNetQuantizer(BitNetHfQuantizer):
             model.tie_weights(recompute_mapping=False)
         finish_loading(model, self.quantization_config)
         attach(model)
+        forget_names(model, self.inner_norms)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
-        return []  # our layers' buffers have the names and the contents of the stored tensors
+        # else our layers' buffers have the names and the contents of the stored tensors
+        return [WeightRenaming(f"^{re.escape(old)}$", new) for old, new in self.inner_norms.items()]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         return stored_state(model, self.quantization_config.weight_bits), {}

@@ -17,7 +17,7 @@ from bitnet.packing import pack_matrix, quantize_matrix
 from bitnet.quantize import QuantSpec
 
 from ..files.damaged import Damaged
-from ..files.folder import CONFIG, weight_files
+from ..files.folder import CONFIG, inside, weight_files
 from ..files.json_object import read_json
 from ..files.safetensors import DTYPES, read_headers, read_into
 from ..rounding import Quantized, exact, rotated, rounded, ternary_spec
@@ -30,6 +30,7 @@ from .legacy import modernize
 from .loading import swap_for_loading
 from .models import model_config, skeleton
 from .names import merge, merged, model_names, stored_name
+from .sentences import module_folders
 from .values import stored_codes
 
 # Of a checkpoint folder, what is not weights goes along, but for these.
@@ -201,11 +202,27 @@ class FolderSource(Source):
             part = None if scale is None else scale[expert]
             yield f"{weight.name}, expert {expert}", values[expert].contiguous(), part
 
+    def check_other_files(self, tokenizer: bool = True) -> None:
+        for module in module_folders(self.path):
+            for path in module.rglob("*"):
+                if not inside(self.path, path):
+                    raise Damaged(
+                        self.path, f"holds {path.relative_to(self.path)}, a link that leads out of the folder"
+                    )
+
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
         for path in sorted(self.path.iterdir()):
             wanted = not NOT_COPIED.fullmatch(path.name) and (tokenizer or not tokenizers.FILES.fullmatch(path.name))
             if path.is_file() and wanted:
                 shutil.copyfile(path, folder / path.name)
+        for module in module_folders(
+            self.path
+        ):  # sentence-transformers': pooling, and layers with weights of their own
+            for path in sorted(module.rglob("*")) if module.is_dir() else []:
+                if path.is_file() and not path.name.startswith("."):
+                    copy = folder / path.relative_to(self.path)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
 
     def fingerprint(self) -> Any:
         stats = {path: path.stat() for path in sorted({header.file for header in self.headers.values()})}

@@ -1,8 +1,8 @@
-"""Which models llama.cpp computes as transformers does: names, the order of rows, rotary embeddings.
+"""Which models llama.cpp computes as transformers does: the architectures and their names.
 
 What llama.cpp computes is decided by `general.architecture` and the tensors that are there; most of a config it takes
 on trust. So a model is written only where the graph of its architecture is known to compute the same (FAMILIES), and
-refused with the reason otherwise.
+refused with the reason otherwise. metadata.py has their numbers, places.py their tensors.
 """
 
 from typing import Any, NamedTuple
@@ -22,25 +22,47 @@ class Family(NamedTuple):
     activations: tuple[str, ...] = ("silu",)
     rope: tuple[str, ...] = ("default", "linear")
     permuted: bool = False  # rows of q and k: llama's rotary embedding pairs neighbours there
+    centered: bool = False  # the norms multiply by 1 + weight in transformers, by weight in llama.cpp
+    parameters: dict[str, tuple[str, ...]] | None = None  # what is no module's weight or bias: its tensors in GGUF
 
 
-_BLOCK = {
-    "input_layernorm": "attn_norm",
+_ATTENTION = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
+
+
+_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+_BLOCK = {"input_layernorm": "attn_norm", **_ATTENTION, "post_attention_layernorm": "ffn_norm"}
 
 
 _SUB_NORMS = {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
 
 
 _QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+
+
+_GEMMA3_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+_DELTA_NET = {
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
 
 
 def _modules(block: dict[str, str]) -> dict[str, str]:
@@ -52,18 +74,45 @@ FAMILIES = {
     "llama": Family(
         "llama",
         "LlamaForCausalLM",
-        _modules(_BLOCK),
+        _modules(_BLOCK | _MLP),
         ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
         rope=("default", "linear", "llama3"),
         permuted=True,
     ),
-    "mistral": Family("llama", "MistralForCausalLM", _modules(_BLOCK), permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _modules(_BLOCK), ("attn_q", "attn_k", "attn_v")),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _modules(_BLOCK | _QK_NORMS)),
+    "mistral": Family("llama", "MistralForCausalLM", _modules(_BLOCK | _MLP), permuted=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _modules(_BLOCK | _MLP), ("attn_q", "attn_k", "attn_v")),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _modules(_BLOCK | _MLP | _QK_NORMS)),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        _modules(_BLOCK | _QK_NORMS | {"mlp.gate": "ffn_gate_inp"}),
+        parameters={
+            "model.layers.{}.mlp.experts.gate_up_proj": ("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
+            "model.layers.{}.mlp.experts.down_proj": ("blk.{}.ffn_down_exps.weight",),
+        },
+    ),
+    "qwen3_5_text": Family(
+        "qwen35",
+        "Qwen3_5ForCausalLM",
+        _modules(_BLOCK | _MLP | _QK_NORMS | _DELTA_NET | {"post_attention_layernorm": "post_attention_norm"}),
+        rope=("default",),
+        centered=True,
+        parameters={
+            "model.layers.{}.linear_attn.A_log": ("blk.{}.ssm_a",),
+            "model.layers.{}.linear_attn.dt_bias": ("blk.{}.ssm_dt.bias",),
+        },
+    ),
+    "gemma3_text": Family(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        _modules(_GEMMA3_NORMS | _ATTENTION | _QK_NORMS | _MLP),
+        activations=("gelu_pytorch_tanh",),
+        centered=True,
+    ),
     "bitnet": Family(
         "bitnet",
         "BitNetForCausalLM",
-        _modules(_BLOCK | _SUB_NORMS),
+        _modules(_BLOCK | _MLP | _SUB_NORMS),
         activations=("silu", "relu2"),
         rope=("default",),
     ),
@@ -76,30 +125,8 @@ BITNET_CPP = {"relu2": "bitnet-b1.58", "silu": "bitnet"}  # the two graphs bitne
 LLAMA3_ROPE = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))  # of Llama 3.1 and 3.2: GGUF keeps only what they yield
 
 
-def leaf_of(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def translate(module: str, names: dict[str, str]) -> str | None:
-    """A module's name in the other world, or None."""
-    parts = module.split(".")
-    number = next((part for part in parts if part.isdecimal()), "")
-    name = names.get(".".join("{}" if part.isdecimal() else part for part in parts))
-    return None if name is None else name.format(number)
-
-
 def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def row_order(name: str, config: Any, family: Family) -> Tensor | None:
-    """Which row of transformers' matrix stands in each row of GGUF's; None where it is the same."""
-    leaf = leaf_of(name)
-    if family.permuted and leaf in ("attn_q", "attn_k"):
-        # transformers rotates value i of a head with value i + d/2, llama.cpp with i + 1: the halves are interleaved
-        count = config.num_attention_heads if leaf == "attn_q" else config.num_key_value_heads
-        return torch.arange(count * head_dim_of(config)).view(count, 2, -1).transpose(1, 2).reshape(-1)
-    return None
 
 
 def rope_factors(config: Any) -> Tensor:

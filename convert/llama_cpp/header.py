@@ -7,7 +7,7 @@ import struct
 
 from ..files.gguf import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, TensorInfo, padded
 
-Value = bool | int | float | str | list[int] | list[float] | list[str]
+Value = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 
 
 def header_bytes(metadata: dict[str, Value], tensors: dict[str, TensorInfo]) -> bytes:
@@ -41,6 +41,8 @@ def _value(value: Value) -> bytes:
         return struct.pack("<If", FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
+    if value and isinstance(value[0], bool):
+        return struct.pack(f"<IIQ{len(value)}?", ARRAY, BOOL, len(value), *value)
     if value and isinstance(value[0], int):
         return struct.pack(f"<IIQ{len(value)}i", ARRAY, INT32, len(value), *value)
     if value and isinstance(value[0], float):

@@ -1,37 +1,40 @@
 """A GGUF file as a Source: its tensors with the names, values and order of rows of transformers' model."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
+from bitnet.experts import PackedExperts, stacks_of
 from bitnet.kernels import layout
 from bitnet.kernels.reference import size_of_groups
-from bitnet.linear import BitLinear
-from bitnet.packed import PackedBitLinear
+from bitnet.packing import to_packed
 from bitnet.quantize import QuantSpec
 
 from ..files import ggml
 from ..files.damaged import Damaged
 from ..files.gguf import REMEDY, TensorInfo, map_tensor, read_header, read_tensor
 from ..files.safetensors import DTYPES
-from ..hub.models import refusals, skeleton
+from ..hub.models import skeleton
 from ..rounding import Quantized
-from ..source import Source, naming
+from ..source import Source, Weight, naming
+from ..swap.kinds import to_training
 from . import tokenizer as gguf_tokenizer
-from .families import BITNET_CPP, FAMILIES, LLAMA3_ROPE, Family, rope_factors, row_order, translate
+from .metadata import config_of, without_drafts
+from .places import Place, all_places
 
 
 class GgufSource(Source):
     """A GGUF file of one of FAMILIES' architectures.
 
-    Its matrices of ternary types are PackedBitLinear layers; all other tensors count as floats, those of other
-    quantized types as float32.
+    Its matrices of ternary types are PackedBitLinear layers, stacks of experts whose matrices all have such types are
+    PackedExperts; all other tensors count as floats, those of other quantized types as float32.
 
     file:       the file
     dequantize: all tensors count as floats, the ternary ones, too
@@ -45,96 +48,124 @@ class GgufSource(Source):
     def __init__(self, file: str | Path, *, dequantize: bool = False) -> None:
         self.path = Path(file)
         self.metadata, stored = read_header(self.path)
-        self.family, config = self._config(stored)
+        stored = without_drafts(self.metadata, stored)
+        self.family, config = config_of(self.path, self.metadata, stored, lambda: self._vector(stored))
         model = skeleton(config, self.path, len(stored))
         super().__init__(self.path, json.loads(config.to_json_string()), model, report=None)
-        inverse = {theirs: ours for ours, theirs in self.family.modules.items()}
-        self.infos: dict[str, TensorInfo] = {}
-        self.rows: dict[str, Tensor] = {}
-        self.scales: dict[str, Tensor] = {}
-        state = self.model.state_dict()
+        shapes = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
+        known = all_places(shapes.items(), config, self.family)
         for name, info in stored.items():
-            module, _, leaf = name.rpartition(".")
             if name == "rope_freqs.weight":
                 continue
-            key = f"{translate(module, inverse)}.{leaf}"
-            if key not in state:
+            if name not in known:
                 raise ValueError(f"{self.path}: tensor {name} has no place in {type(self.model).__name__}")
-            if info.shape != tuple(state[key].shape):
-                raise ValueError(
-                    f"{self.path}: tensor {name} is {list(info.shape)}, but by the metadata {list(state[key].shape)}"
-                )
-            if info.kind not in ggml.FLOATS.values() and not self._ternary(info):
+            shape = known[name][1].shape
+            if info.shape != shape:
+                raise ValueError(f"{self.path}: tensor {name} is {list(info.shape)}, but by the metadata {list(shape)}")
+            if info.kind not in ggml.FLOATS.values() and not _ternary(info):
                 kind = gguf.GGMLQuantizationType(info.kind)
                 try:
                     gguf.quants.dequantize(np.zeros((1, ggml.nbytes(info.kind, info.shape[-1:])), np.uint8), kind)
                 except NotImplementedError:
                     raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which is not read here") from None
-            self.infos[key] = info
-            if (rows := row_order(module, config, self.family)) is not None:
-                self.rows[key] = rows.argsort()
-            if not dequantize and self._ternary(info):
-                self._pack(name, key)
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the model's tensors that are here
+        self.homes: dict[str, list[tuple[Place, TensorInfo]]] = {}  # and where
+        absent = {key for name, (key, _) in known.items() if name not in stored}
+        for name, (key, place) in known.items():
+            if key not in absent:
+                self.shapes[key] = shapes[key]
+                self.homes.setdefault(key, []).append((place, stored[name]))
+        self.scales: dict[str, list[Tensor]] = {}  # of each matrix of a packed weight, by the model's tensor
+        self.packed_keys: dict[str, str] = {}  # the module that holds a packed weight: the tensor of the float model
+        if not dequantize:
+            self._pack()
+        self._stored = self._described()
+        self._weights = super().weights()
 
-    def _ternary(self, info: TensorInfo) -> bool:
-        return ggml.NAMES[info.kind] in ggml.TERNARY
+    def _pack(self) -> None:
+        """Make layers of the skeleton packed; their scales are read now, for the layers' options depend on them."""
+        for name, module in list(self.model.named_modules()):
+            leaves = ["weight"] if isinstance(module, nn.Linear) else stacks_of(module)
+            keys = [f"{name}.{leaf}" for leaf in leaves]
+            if not keys or not all(_ternary(info) for key in keys for _, info in self.homes.get(key, [(None, None)])):
+                continue
+            found = [self._scales(key) for key in keys]
+            spec, unified = alike(found, [self.shapes[key] for key in keys])
+            self.scales |= dict(zip(keys, unified, strict=True))
+            layer = to_packed(to_training(module, spec))
+            packed = [f"{name}.{m.packed}" for m in layer.stacks] if isinstance(layer, PackedExperts) else [name]
+            self.packed_keys |= dict(zip(packed, keys, strict=True))
 
-    def _pack(self, name: str, key: str) -> None:
-        """Make a layer of the skeleton packed; its scale is read now, for the layer's options depend on it."""
-        module, info = key.removesuffix(".weight"), self.infos[key]
-        linear = self.model.get_submodule(module)
-        if not isinstance(linear, nn.Linear):
-            return  # an embedding: a float tensor
-        with naming(f"{self.path}: tensor {name}"):
-            scale = ggml.scales(ggml.NAMES[info.kind], map_tensor(self.path, info), info.shape[0])
-        self.scales[module] = scale[self.rows[key]] if key in self.rows and len(scale) > 1 else scale
-        if scale.ndim > 1:
-            spec = QuantSpec(group_size=size_of_groups(info.shape[1], scale.shape[1]))
-        else:
-            spec = QuantSpec(per_row=len(scale) > 1)
-        PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
+    def _scales(self, key: str) -> list[list[Tensor]]:
+        """The scales of a weight's matrices, expert by expert, of each of the file's tensors that make them up."""
+        found: list[list[Tensor]] = []
+        for place, info in self.homes[key]:
+            with naming(f"{self.path}: tensor {place.name}"):
+                each = _matrices(map_tensor(self.path, info), info)
+                scales = [ggml.scales(ggml.NAMES[info.kind], data, info.shape[-2]) for data in each]
+                found.append([place.restored_scale(scale, info.shape[-1]) for scale in scales])
+        return [list(parts) for parts in zip(*found, strict=True)]
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        floats = {kind: name for name, kind in ggml.FLOATS.items()}
+        return self._stored
+
+    def _described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        packed = {key: name for name, key in self.packed_keys.items()}
         described = {}
-        for key, info in self.infos.items():
-            module = key.removesuffix(".weight")
-            described[key] = floats.get(info.kind, "F32"), info.shape
-            if module in self.scales:
-                described[key] = "U8", (layout.packed_rows(info.shape[0]), info.shape[1])
-                scale = self.scales[module]
-                kind = "F16" if scale.ndim > 1 else "F32"
-                described[f"{module}.weight_scale"] = kind, tuple(scale.shape)
+        for key, homes in self.homes.items():
+            shape = self.shapes[key]
+            if key in packed:
+                rows, scales = layout.packed_rows(shape[-2]), self.scales[key]
+                described[f"{packed[key]}.weight"] = "U8", (*shape[:-2], rows, shape[-1])
+                kind = "F16" if scales[0].ndim > 1 else "F32"
+                described[f"{packed[key]}.weight_scale"] = kind, tuple(_stacked(scales, shape).shape)
+            else:
+                described[key] = _kind(homes), shape
         return described
 
     def tensor(self, key: str) -> Tensor:
         module, _, leaf = key.rpartition(".")
-        if module in self.scales and leaf == "weight_scale":
-            return self.scales[module]
-        if module in self.scales and leaf == "weight":
-            return layout.pack_ternary(self.quantized(module).codes)
-        info = self.infos[key]
-        data = read_tensor(self.path, info)
+        if module in self.packed_keys and leaf == "weight_scale":
+            return _stacked(self.scales[self.packed_keys[module]], self.shapes[self.packed_keys[module]])
+        if module in self.packed_keys and leaf == "weight":
+            packed = [layout.pack_ternary(found.codes) for found in self.matrices(self._weights[module])]
+            return packed[0] if len(self.shapes[self.packed_keys[module]]) == 2 else torch.stack(packed)
+        shape, homes = self.shapes[key], self.homes[key]
+        parts = [place.restored(self._floats(info), shape) for place, info in homes]
+        whole = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=-2)
+        return whole.to(DTYPES[_kind(homes)])
+
+    def _floats(self, info: TensorInfo) -> Tensor:
+        """A tensor of the file as it is, of quantized types as float32."""
+        data, name = read_tensor(self.path, info), ggml.NAMES[info.kind]
         if info.kind in ggml.FLOATS.values():
-            values = torch.from_numpy(data).view(DTYPES[self.stored()[key][0]]).view(info.shape)
-        elif self._ternary(info):
-            values = ggml.dequantize(ggml.NAMES[info.kind], data, info.shape[0])
-        else:
-            kind = gguf.GGMLQuantizationType(info.kind)
-            values = torch.from_numpy(gguf.quants.dequantize(data.reshape(info.shape[0], -1), kind)).view(info.shape)
-        return values[self.rows[key]] if key in self.rows else values
+            return torch.from_numpy(data).view(DTYPES[name]).view(info.shape)
+        if _ternary(info):
+            return ggml.dequantize(name, data, math.prod(info.shape[:-1])).view(info.shape)
+        rows = data.reshape(math.prod(info.shape[:-1]), -1)
+        return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(info.kind))).view(info.shape)
+
+    def weights(self) -> dict[str, Weight]:
+        return self._weights
 
     def quantized(self, name: str) -> Quantized:
-        key = f"{name}.weight"
-        info = self.infos[key]
-        data = read_tensor(self.path, info)
-        with naming(name):
-            codes = ggml.unpack(ggml.NAMES[info.kind], data, info.shape[0])
-        return Quantized(codes[self.rows[key]] if key in self.rows else codes, self.scales[name])
+        return next(self.matrices(self._weights[name]))
 
-    def check_other_files(self) -> None:
-        with naming(str(self.path)):
-            gguf_tokenizer.tokenizer_of(self.metadata)
+    def matrices(self, weight: Weight) -> Iterator[Quantized]:
+        key = self.packed_keys[weight.name]
+        homes = [(place, info, _matrices(read_tensor(self.path, info), info)) for place, info in self.homes[key]]
+        for expert, scale in enumerate(self.scales[key]):
+            parts = []
+            for place, info, each in homes:
+                with naming(weight.name if weight.experts is None else f"{weight.name}, expert {expert}"):
+                    codes = ggml.unpack(ggml.NAMES[info.kind], each[expert], info.shape[-2])
+                parts.append(place.restored(codes, tuple(codes.shape)))
+            yield Quantized(parts[0] if len(parts) == 1 else torch.cat(parts), scale)
+
+    def check_other_files(self, tokenizer: bool = True) -> None:
+        if tokenizer:
+            with naming(str(self.path)):
+                gguf_tokenizer.tokenizer_of(self.metadata)
 
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
         """Write the tokenizer; raises ValueError for one that is not known here."""
@@ -146,86 +177,59 @@ class GgufSource(Source):
         stat = self.path.stat()
         return {str(self.path.resolve()): [stat.st_size, stat.st_mtime_ns]}
 
-    def _config(self, stored: dict[str, TensorInfo]) -> tuple[Family, Any]:
-        """The family and the transformers config that the metadata describes."""
-        arch = self.metadata.get("general.architecture")
-        names = {family.arch: family for family in reversed(FAMILIES.values())}
-        names |= dict.fromkeys((*BITNET_CPP.values(), "bitnet-25"), FAMILIES["bitnet"])
-        if not isinstance(arch, str) or arch not in names:
-            raise ValueError(f"{self.path}: its architecture is {arch!r:.80}; read here are {', '.join(names)}")
-        family = names[arch]
-        own = {k.removeprefix(f"{arch}."): v for k, v in self.metadata.items() if k.startswith(f"{arch}.")}
-
-        def take(key: str, default: Any = None, kind: Any = int) -> Any:
-            value: Any = own.pop(key, default)
-            if value is None or isinstance(value, list):
-                raise ValueError(f"{self.path}: {arch}.{key} is {'missing' if value is None else 'one for each layer'}")
-            if type(value) is not kind or (kind is not str and not 0 < value < 1 << 31):
-                raise Damaged(self.path, f"{arch}.{key} is {value!r:.80}, which cannot be", REMEDY)
-            return value
-
-        if "token_embd.weight" not in stored:
-            raise ValueError(f"{self.path}: has no tensor token_embd.weight; is it a model?")
-        embedding = stored["token_embd.weight"]
-        heads, width = take("attention.head_count"), take("embedding_length")
-        kv, head_dim = take("attention.head_count_kv", heads), take("attention.key_length", width // heads)
-        rope = {"rope_type": "default", "rope_theta": take("rope.freq_base", 10000.0, float)}
-        scaling, factor = take("rope.scaling.type", "linear", str), take("rope.scaling.factor", 1.0, float)
-        if scaling != "none" and (scaling != "linear" or factor != 1):
-            rope |= {"rope_type": scaling, "factor": factor}
-        same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": embedding.shape[0]}
-        wrong = [key for key, value in same.items() if take(key, value) != value]
-        special = {
-            name: self.metadata.get(f"tokenizer.ggml.{word}_token_id") for word, name in gguf_tokenizer.SPECIAL.items()
-        }
-        options: dict[str, Any] = {
-            "hidden_size": width,
-            "num_hidden_layers": take("block_count"),
-            "intermediate_size": take("feed_forward_length"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": head_dim,
-            "rms_norm_eps": take("attention.layer_norm_rms_epsilon", kind=float),
-            "max_position_embeddings": take("context_length"),
-            "vocab_size": embedding.shape[0],
-            "tie_word_embeddings": "output.weight" not in stored,
-            "rope_parameters": rope,
-            "dtype": next((DTYPES[n] for n, kind in ggml.FLOATS.items() if kind == embedding.kind), torch.float32),
-            "architectures": [family.model],
-            **{f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")},
-        }
-        if family.arch == "bitnet":
-            options["hidden_act"] = "silu" if arch == "bitnet" else "relu2"
-        if family.arch == "llama":
-            options["attention_bias"] = "blk.0.attn_q.bias" in stored
-            options["mlp_bias"] = "blk.0.ffn_up.bias" in stored
-        wrong += [key for key, value in own.items() if value]
-        if rope["rope_type"] not in family.rope or wrong:
-            raise ValueError(
-                f"{self.path}: says what is not understood here: "
-                f"{', '.join(f'{arch}.{key}' for key in wrong) or rope}; the model would compute something else"
-            )
-        if (layers := options["num_hidden_layers"]) > len(stored):
-            raise Damaged(self.path, f"{arch}.block_count is {layers:,}, for {len(stored)} tensors", REMEDY)
-        config_class = getattr(transformers, family.model).config_class
-        with refusals(self.path):
-            config = config_class(**options)
-        if freqs := stored.get("rope_freqs.weight"):
-            config = self._llama3(freqs, config_class, options)
-        return family, config
-
-    def _llama3(self, info: TensorInfo, config_class: Any, options: dict[str, Any]) -> Any:
-        """The config whose rotary embedding yields the factors in the file."""
+    def _vector(self, stored: dict[str, TensorInfo]) -> Tensor:
+        """The factors of the rotary frequencies."""
+        info = stored["rope_freqs.weight"]
         if info.kind != ggml.F32 or len(info.shape) != 1:
             raise Damaged(self.path, "its rope_freqs.weight is no vector of float32", REMEDY)
-        factors = torch.from_numpy(read_tensor(self.path, info)).view(torch.float32)
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        for known in LLAMA3_ROPE:
-            scaling = {"rope_type": "llama3", **dict(zip(names, known, strict=True))}
-            config = config_class(**options | {"rope_parameters": options["rope_parameters"] | scaling})
-            known_factors = rope_factors(config)
-            if known_factors.shape == factors.shape and torch.allclose(known_factors, factors, rtol=1e-5):
-                return config
-        raise ValueError(
-            f"{self.path}: its rope_freqs.weight is not that of Llama 3.1 or 3.2, and so not understood here"
-        )
+        return torch.from_numpy(read_tensor(self.path, info)).view(torch.float32)
+
+
+def _ternary(info: TensorInfo | None) -> bool:
+    return info is not None and ggml.NAMES[info.kind] in ggml.TERNARY
+
+
+def _matrices(data: ggml.Bytes, info: TensorInfo) -> list[ggml.Bytes]:
+    """The bytes of each matrix of a stack; of a matrix, its own."""
+    return np.split(data, math.prod(info.shape[:-2]))
+
+
+def _kind(homes: list[tuple[Place, TensorInfo]]) -> str:
+    """The dtype of a float tensor, as safetensors spells it: the file's, and float32 for what is computed from it."""
+    kinds = {"F32" if place.values else ggml.NAMES[info.kind] for place, info in homes}
+    return kinds.pop() if len(kinds) == 1 and kinds <= ggml.FLOATS.keys() else "F32"
+
+
+def _stacked(scales: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The scales of a weight as its layer holds them."""
+    if len(shape) == 2:
+        return scales[0]
+    return torch.stack(scales) if len(scales[0]) > 1 or scales[0].ndim > 1 else torch.cat(scales)
+
+
+def alike(found: list[list[list[Tensor]]], shapes: list[tuple[int, ...]]) -> tuple[QuantSpec, list[list[Tensor]]]:
+    """The options that can hold all scales of a layer's weights, and those scales in the form they ask for.
+
+    found:  of each weight, of each of its matrices: the scales of its parts, [1], [N] or groups' [N, G]
+    shapes: of the weights
+    """
+    parts = [(part, shape[-1]) for weight, shape in zip(found, shapes, strict=True) for m in weight for part in m]
+    sizes = [size_of_groups(k, part.shape[1]) for part, k in parts if part.ndim > 1]
+    per_row = any(len(part) > 1 for part, _ in parts)
+    per_row |= any(not torch.equal(part, m[0]) for weight in found for m in weight for part in m)
+    size = min(sizes, default=None)
+
+    def form(part: Tensor, rows: int, k: int) -> Tensor:
+        if size is not None and part.ndim == 1:
+            return part.half().expand(rows)[:, None].repeat(1, -(-k // size))
+        if size is not None:
+            return part.repeat_interleave(size_of_groups(k, part.shape[1]) // size, dim=1)[:, : -(-k // size)]
+        return part.expand(rows) if per_row else part
+
+    unified = []
+    for weight, shape in zip(found, shapes, strict=True):
+        rows = [shape[-2] // len(m) for m in weight]
+        each = [[form(part, n, shape[-1]) for part in m] for m, n in zip(weight, rows, strict=True)]
+        joined = size is not None or per_row
+        unified.append([torch.cat(m).contiguous() if joined else m[0] for m in each])
+    return QuantSpec(group_size=size) if size is not None else QuantSpec(per_row=per_row), unified

@@ -81,6 +81,8 @@ def metadata_of(directory: Path, config: Any) -> dict[str, Value]:
         tokens[i], types[i] = token, int(gguf.TokenType.NORMAL)
         if i in added:
             types[i] = int(gguf.TokenType.CONTROL if added[i].special else gguf.TokenType.USER_DEFINED)
+            if added[i].normalized and not added[i].special and model.get("byte_fallback"):
+                tokens[i] = token.replace(SPACE, " ")  # llama.cpp looks for it before it marks spaces
     if model["type"] != "BPE":
         raise ValueError(f"{directory}: its tokenizer is a {model['type']} model; llama.cpp gets BPE ones from here")
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
@@ -231,6 +233,8 @@ def _pre(directory: Path, described: dict[str, Any]) -> str:
 def _space_prefix(directory: Path, described: dict[str, Any]) -> bool:
     """Does a sentencepiece-like tokenizer put a space before the text? Raises ValueError for other rules."""
     normalizer, pre = described["normalizer"], described["pre_tokenizer"]
+    if normalizer and pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "}:
+        pre = None  # Gemma's: the normalizer leaves no space to cut at
     parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if pre is None and parts in ([{"type": "Prepend", "prepend": SPACE}, replace], [replace]):
@@ -291,7 +295,8 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
     scores = _array(metadata, "scores", float, length=len(tokens))
     if longest := next((token for token in tokens if len(token) > LONGEST), None):
         raise ValueError(f"tokenizer.ggml.tokens holds one of {len(longest):,} characters; the file is damaged")
-    normal = {t: i for i, t in enumerate(tokens) if types[i] == gguf.TokenType.NORMAL}
+    pieces = (gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED)  # runs of spaces are both in Gemma's vocabulary
+    normal = {t: i for i, t in enumerate(tokens) if types[i] in pieces and " " not in t}
     merges = [
         (-scores[i], normal[token[:cut]], normal[token[cut:]], [token[:cut], token[cut:]])
         for token, i in normal.items()

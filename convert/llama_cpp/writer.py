@@ -9,25 +9,34 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.linear import BitLinear
-from bitnet.packed import PackedBitLinear, PackedEmbedding
-from bitnet.quantize import QuantSpec
+from bitnet.kernels.reference import dequantize_weight
+from bitnet.packed import PackedEmbedding
 
 from ..files import ggml
 from ..files.gguf import TensorInfo, padded
 from ..files.safetensors import DTYPES
-from ..source import Source
+from ..rounding import Quantized
+from ..source import Source, Weight
 from . import tokenizer as gguf_tokenizer
-from .families import BITNET_CPP, FAMILIES, Family, head_dim_of, leaf_of, rope_factors, row_order, translate
+from .families import FAMILIES, Family, rope_factors
 from .header import Value, header_bytes
+from .metadata import described
+from .places import Place, group_order, places
 from .source import GgufSource
 
-KINDS = {"gguf-tq1_0": "TQ1_0", "gguf-tq2_0": "TQ2_0", "gguf-q2_0": "Q2_0", "gguf-i2_s": "I2_S"}
+KINDS = {
+    "gguf-tq1_0": "TQ1_0",
+    "gguf-tq2_0": "TQ2_0",
+    "gguf-q2_0": "Q2_0",
+    "gguf-i2_s": "I2_S",
+    "gguf-bf16": "BF16",  # codes * scale, for whatever takes no ternary type
+}
 
 
 class Entry(NamedTuple):
@@ -54,7 +63,7 @@ def write_gguf(
 ) -> Path:
     """Write a model as GGUF, one tensor in memory at a time; returns the file.
 
-    kind:        one of KINDS, the type of the ternary matrices. Everything else keeps its own float type, but norms and
+    kind:        one of KINDS, the type of the low-bit matrices. Everything else keeps its own float type, but norms and
                  biases, which are float32, and int8 heads and embeddings, which are Q8_0 (the same codes)
     progress:    called with the number of bytes that were just written
     resume:      go on with what an interrupted run left beside the file, and leave the like if this one is interrupted
@@ -139,7 +148,7 @@ def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
         names = ", ".join(family.model for family in FAMILIES.values())
         raise ValueError(f"{source.path}: {kind} is written for {names}; this is a {type(model).__name__}")
     try:
-        metadata = _described(config, family, ternary)
+        metadata = described(config, family, ternary)
         entries = _entries(source, family, ternary)
     except ValueError as error:
         raise ValueError(f"{source.path}: {kind} cannot hold this model: {error}") from None
@@ -151,132 +160,118 @@ def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
     return metadata | gguf_tokenizer.metadata_of(source.path, config), entries
 
 
-def _described(config: Any, family: Family, ternary: str) -> dict[str, Value]:
-    """general.* and the architecture's own metadata; raises ValueError for what its graph would compute otherwise."""
-    arch, act = family.arch, config.hidden_act
-    heads, width = config.num_attention_heads, config.hidden_size
-    head_dim = head_dim_of(config)
-    if act not in family.activations:
-        raise ValueError(f"llama.cpp's `{arch}` runs {' or '.join(family.activations)}, not {act}")
-    if ternary == "I2_S":
-        if arch not in ("llama", "bitnet"):
-            raise ValueError(f"bitnet.cpp, which alone reads I2_S, is not known to run `{arch}`; take gguf-tq2_0")
-        arch = BITNET_CPP[act] if arch == "bitnet" else arch
-    elif act == "relu2":
-        raise ValueError("llama.cpp's `bitnet` runs silu, not relu2, which only bitnet.cpp does; take gguf-i2_s")
-    if family.arch == "bitnet" and head_dim * heads != width:
-        raise ValueError(f"`{arch}` has heads of hidden_size / heads = {width / heads:g} values, not {head_dim}")
-    if family.arch == "bitnet" and not config.tie_word_embeddings:
-        raise ValueError("`bitnet` uses the input embedding as output head, and this model has a head of its own")
-    window = getattr(config, "sliding_window", None)
-    slides = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ["all"])
-    if slides and window is not None and window < config.max_position_embeddings:
-        raise ValueError(f"`{arch}` attends to the whole context, not to a sliding window of {window}")
-    metadata: dict[str, Value] = {"general.architecture": arch, "general.quantization_version": 2}
-    metadata["general.file_type"] = ggml.TERNARY[ternary].file_type
-    rope = config.rope_parameters
-    if rope["rope_type"] not in family.rope or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"`{arch}` has rotary embeddings of type {' or '.join(family.rope)}, not {rope}")
-    own: dict[str, Value] = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": width,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": head_dim,
-        "rope.freq_base": float(rope["rope_theta"]),
-    }
-    if rope["rope_type"] == "linear":
-        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    return metadata | {f"{arch}.{key}": value for key, value in own.items()}
-
-
 def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     model, config = source.model, source.model.config
-    layers, state = source.layers(), model.state_dict()
+    weights, state = source.weights(), model.state_dict()
     tied = model.all_tied_weights_keys
     if mismatches := source.mismatches():
         raise ValueError(mismatches[0])
-    if inside := [module for module, layer in layers.items() if layer.spec.rms_norm]:
+    if inside := [weight.name for weight in weights.values() if weight.spec.rms_norm]:
         raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
     if turned := [module for module, layer in layers.items() if layer.spec.hadamard is not None]:
         raise ValueError(f"{turned[0]} rotates its activations (hadamard), which llama.cpp's graphs do not; take bf16")
     entries = {}
-    if config.rope_parameters["rope_type"] == "llama3":
+    if config.rope_parameters.get("rope_type") == "llama3":
         factors = rope_factors(config)
         entries["rope_freqs.weight"] = Entry(ggml.F32, tuple(factors.shape), lambda: _bytes(factors, torch.float32))
-    stored = source.stored()
-    for key in [*(key for key in state if key in stored), *sorted(stored.keys() - state.keys())]:
+    low_bit = {weight.key: weight for weight in weights.values()}
+    known = [key for key in state if source.parts(key)]
+    parts = {part for key in known for part in source.parts(key)}
+    for key in [*known, *sorted(source.stored().keys() - parts)]:
         module, _, leaf = key.rpartition(".")
         if leaf == "weight_scale" or key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
-        name = translate(module, family.modules)
-        known = leaf == "weight" or (leaf == "bias" and name is not None and leaf_of(name) in family.biases)
-        if name is None or not known or key not in state:
+        weight = low_bit.get(key)
+        shape = tuple(state[key].shape) if key in state else ()
+        found = [] if key not in state else places(*_float(key, shape, weight), config, family)
+        if not found:
             raise ValueError(f"the graph of `{family.arch}` has no place for {key}")
-        rows = row_order(name, config, family)
-        if leaf == "weight" and (module in layers or isinstance(model.get_submodule(module), PackedEmbedding)):
-            entries[f"{name}.weight"] = _quantized_entry(source, module, ternary, rows)
-        else:
-            entries[f"{name}.{leaf}"] = _float_entry(source, key, tuple(state[key].shape), rows)
+        for place in found:
+            if weight is not None:
+                entries[place.name] = _quantized_entry(source, weight, ternary, place)
+            elif isinstance(model.get_submodule(module), PackedEmbedding):
+                entries[place.name] = _embedding_entry(source, module, place)
+            else:
+                entries[place.name] = _float_entry(source, key, shape, place)
     return entries
 
 
-def _quantized_entry(source: Source, module: str, ternary: str, rows: Tensor | None) -> Entry:
-    layer = source.model.get_submodule(module)
-    if isinstance(layer, PackedEmbedding):
-        spec, shape = QuantSpec("int8", per_row=True), tuple(layer.weight.shape)
-    else:
-        assert isinstance(layer, BitLinear | PackedBitLinear)
-        spec, shape = layer.spec, (layer.out_features, layer.in_features)
-    if spec.activation_bits != 8:
+def _float(key: str, shape: tuple[int, ...], weight: Weight | None) -> tuple[str, tuple[int, ...]]:
+    """The name and shape that a tensor has in the float model."""
+    return (key, shape) if weight is None else (weight.float_key, weight.shape)
+
+
+def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place) -> Entry:
+    spec, name = weight.spec, weight.name
+    if ternary == "BF16" and spec.weights != "int8":
+
+        def floats() -> ggml.Bytes:
+            matrices = (dequantize_weight(*found, torch.bfloat16) for found in source.matrices(weight))
+            return np.concatenate([_bytes(place.stored_rows(matrix), torch.bfloat16) for matrix in matrices])
+
+        return Entry(ggml.BF16, place.shape, floats)
+    if spec.activation_bits != 8 and ternary != "BF16":
         bits = "float" if spec.activation_bits is None else f"{spec.activation_bits}-bit"
-        raise ValueError(f"{module} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
+        raise ValueError(f"{name} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
     int8 = spec.weights == "int8"
     if ternary == "I2_S" and (spec.per_row or spec.group_size is not None) and not int8:
-        raise ValueError(f"{module} has a scale for each row, and I2_S has one for the matrix")
+        raise ValueError(f"{name} has a scale for each row, and I2_S has one for the matrix")
     if spec.group_size is not None and spec.group_size % ggml.TERNARY["Q2_0"].block:
         raise ValueError(
-            f"{module} has scales of groups of {spec.group_size}, and no type of llama.cpp has such small ones"
+            f"{name} has scales of groups of {spec.group_size}, and no type of llama.cpp has such small ones"
         )
     if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % ggml.TERNARY[ternary].block:
-        raise ValueError(f"{module} has scales of groups of {spec.group_size}, and {ternary} of 256; take gguf-q2_0")
-    name = "Q8_0" if int8 else ternary
-    kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id
+        raise ValueError(f"{name} has scales of groups of {spec.group_size}, and {ternary} of 256; take gguf-q2_0")
+    kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id  # an int8 head stays one, also among floats
+    columns = place.columns
+    if columns is not None and spec.group_size is not None:
+        columns = group_order(columns, spec.group_size)
+        if columns is None:
+            raise ValueError(
+                f"{name} has scales of groups of {spec.group_size} features, which llama.cpp's order of heads cuts"
+            )
     try:
-        ggml.nbytes(kind, shape)
+        ggml.nbytes(kind, place.shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+    def one(found: Quantized) -> ggml.Bytes:
+        codes = place.stored_rows(found.codes)
+        scale = found.scale
+        if len(scale) > 1 or scale.ndim > 1:
+            scale = scale[place.part] if place.rows is None else scale[place.part][place.rows]
+        if columns is not None and scale.ndim > 1:
+            scale = scale[:, columns]
+        return ggml.pack_q8_0(codes, scale) if int8 else ggml.pack(ternary, codes, scale)
+
+    return Entry(kind, place.shape, lambda: np.concatenate([one(found) for found in source.matrices(weight)]))
+
+
+def _embedding_entry(source: Source, module: str, place: Place) -> Entry:
+    def read() -> ggml.Bytes:
+        codes, inverse = (source.tensor(f"{module}.{leaf}") for leaf in ("weight", "weight_scale"))
+        return ggml.pack_q8_0(codes, 1 / inverse.float())
+
+    try:
+        ggml.nbytes(ggml.Q8_0, place.shape)
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from None
-
-    def read() -> ggml.Bytes:
-        if isinstance(layer, PackedEmbedding):
-            weight, inverse = (source.tensor(f"{module}.{leaf}") for leaf in ("weight", "weight_scale"))
-            return ggml.pack_q8_0(weight, 1 / inverse.float())
-        codes, scale = source.quantized(module)
-        if rows is not None:
-            codes, scale = codes[rows], scale[rows] if len(scale) > 1 else scale
-        return ggml.pack_q8_0(codes, scale) if int8 else ggml.pack(name, codes, scale)
-
-    return Entry(kind, shape, read)
+    return Entry(ggml.Q8_0, place.shape, read)
 
 
-def _float_entry(source: Source, key: str, shape: tuple[int, ...], rows: Tensor | None) -> Entry:
-    dtype = "F32" if len(shape) == 1 else source.stored()[key][0]
-    if dtype not in ggml.FLOATS:
-        raise ValueError(f"{key} is stored as {dtype}; {', '.join(ggml.FLOATS)} is needed")
+def _float_entry(source: Source, key: str, shape: tuple[int, ...], place: Place) -> Entry:
+    kinds = {source.stored()[part][0] for part in source.parts(key)}
+    dtype = "F32" if len(place.shape) == 1 or place.float32 else max(kinds, key=lambda kind: (kind == "F32", kind))
+    if other := kinds - ggml.FLOATS.keys():
+        raise ValueError(f"{key} is stored as {min(other)}; {', '.join(ggml.FLOATS)} is needed")
 
     def read() -> ggml.Bytes:
         tensor = source.tensor(key)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"is {list(tensor.shape)} in the checkpoint, but {list(shape)} in the model")
-        return _bytes(tensor if rows is None else tensor[rows], DTYPES[dtype])
+        return _bytes(place.stored(tensor), DTYPES[dtype])
 
-    return Entry(ggml.FLOATS[dtype], shape, read)
+    return Entry(ggml.FLOATS[dtype], place.shape, read)
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> ggml.Bytes:

@@ -80,6 +80,14 @@ def build(root: Path) -> None:
     (root / "pieces" / "config.json").write_text((root / "hub" / "config.json").read_text())
     bitnet.convert_checkpoint(root / "pieces", root / "pieces.gguf", "gguf-q2_0", console=QUIET)
     shutil.rmtree(root / "pieces")
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    heads = {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    own = {"qwen3_moe": {"moe_intermediate_size": 64}, "gemma3": {"query_pre_attn_scalar": 32}, "qwen3_5": heads}
+    for family, changes in own.items():
+        gguf_models.checkpoint(root / "family", family, **sizes | changes, eos_token_id=0)
+        gguf_models.tokenizer("gpt-2", 300).save_pretrained(root / "family")
+        bitnet.convert_checkpoint(root / "family", root / f"{family}.gguf", "gguf-q2_0", console=QUIET)
+        shutil.rmtree(root / "family")
     shutil.copy(root / "hub" / "model.safetensors", root / "secret.safetensors")
 
 
