@@ -12,6 +12,7 @@ FORMS = {
     "gguf-tq2_0": "a GGUF file for llama.cpp, 2.06 bits a weight",
     "gguf-tq1_0": "the same, 1.69 bits; slower",
     "gguf-q2_0": "for recent llama.cpp, 2.25 bits; row lengths may be any multiple of 64 instead of 256",
+    "gguf-q1_0": "of a model of 1-bit weights, for recent llama.cpp, 1.125 bits",
     "gguf-i2_s": "for bitnet.cpp on x86-64, 2 bits",
 }
 

@@ -57,7 +57,7 @@ def convert_checkpoint(
                     "base3":  packed, 1.6 bits a weight; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
-                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s": a GGUF file, see llama_cpp/
+                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-q1_0", "gguf-i2_s": a GGUF file, see llama_cpp/
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted

@@ -11,17 +11,15 @@ import transformers
 from torch import Tensor, nn
 
 from bitnet.kernels import layout
-from bitnet.kernels.reference import size_of_groups
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear
-from bitnet.quantize import QuantSpec
 
 from ..files import ggml
 from ..files.damaged import Damaged
 from ..files.gguf import REMEDY, TensorInfo, map_tensor, read_header, read_tensor
 from ..files.safetensors import DTYPES
 from ..hub.models import refusals, skeleton
-from ..rounding import Quantized
+from ..rounding import Quantized, spec_of
 from ..source import Source, naming
 from . import tokenizer as gguf_tokenizer
 from .families import BITNET_CPP, FAMILIES, LLAMA3_ROPE, Family, rope_factors, row_order, translate
@@ -30,11 +28,11 @@ from .families import BITNET_CPP, FAMILIES, LLAMA3_ROPE, Family, rope_factors, r
 class GgufSource(Source):
     """A GGUF file of one of FAMILIES' architectures.
 
-    Its matrices of ternary types are PackedBitLinear layers; all other tensors count as floats, those of other
-    quantized types as float32.
+    Its matrices of ternary and binary types are PackedBitLinear layers; all other tensors count as floats, those of
+    other quantized types as float32. The file does not say which activations the layers take: 8 bits, as llama.cpp.
 
     file:       the file
-    dequantize: all tensors count as floats, the ternary ones, too
+    dequantize: all tensors count as floats, the ternary ones, too, with the +2 that some of them have
 
     Tensors have the names, values and order of rows that transformers' model has; `weight` and `weight_scale` of a
     packed layer are those of its buffers.
@@ -64,6 +62,8 @@ class GgufSource(Source):
                 raise ValueError(
                     f"{self.path}: tensor {name} is {list(info.shape)}, but by the metadata {list(state[key].shape)}"
                 )
+            if self._ternary(info) and len(info.shape) != 2:
+                raise Damaged(self.path, f"tensor {name} is no matrix, but {ggml.NAMES[info.kind]}", REMEDY)
             if info.kind not in ggml.FLOATS.values() and not self._ternary(info):
                 kind = gguf.GGMLQuantizationType(info.kind)
                 try:
@@ -86,12 +86,11 @@ class GgufSource(Source):
         if not isinstance(linear, nn.Linear):
             return  # an embedding: a float tensor
         with naming(f"{self.path}: tensor {name}"):
-            scale = ggml.scales(ggml.NAMES[info.kind], map_tensor(self.path, info), info.shape[0])
+            stored = ggml.NAMES[info.kind], map_tensor(self.path, info), info.shape[0]
+            scale, binary = ggml.scales(*stored), ggml.is_binary(*stored)
+            del stored
         self.scales[module] = scale[self.rows[key]] if key in self.rows and len(scale) > 1 else scale
-        if scale.ndim > 1:
-            spec = QuantSpec(group_size=size_of_groups(info.shape[1], scale.shape[1]))
-        else:
-            spec = QuantSpec(per_row=len(scale) > 1)
+        spec = spec_of(scale, info.shape[1], binary)
         PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -148,6 +147,8 @@ class GgufSource(Source):
 
     def _config(self, stored: dict[str, TensorInfo]) -> tuple[Family, Any]:
         """The family and the transformers config that the metadata describes."""
+        if rotated := next((key for key in self.metadata if key.startswith("prism.hadamard.")), None):
+            raise ValueError(f"{self.path}: its weights are rotated ({rotated}), which is not read here")
         arch = self.metadata.get("general.architecture")
         names = {family.arch: family for family in reversed(FAMILIES.values())}
         names |= dict.fromkeys((*BITNET_CPP.values(), "bitnet-25"), FAMILIES["bitnet"])
