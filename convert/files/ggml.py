@@ -39,7 +39,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitnet.kernels.reference import GROUP_SIZES, size_of_groups
+from bitnet.kernels.reference import size_of_groups
+
+from .scales import coarsest
 
 Bytes = NDArray[np.uint8]
 
@@ -50,7 +52,7 @@ class Ternary(NamedTuple):
     id: int
     block: int  # weights
     bytes: int  # of a block
-    file_type: int | None = None  # general.file_type of a file whose matrices have this type; None: only read here
+    file_type: int = 0  # general.file_type of a file whose matrices have this type; 0: it is only read here
     row: int = 0  # bytes of the scale that a row starts with
     rows: int = 1  # that are stored as one
 
@@ -200,28 +202,7 @@ def scales(name: str, data: Bytes, rows: int) -> Tensor:
     data: uint8 [nbytes]; rows: N
     Raises ValueError for scales that are not finite or negative.
     """
-    d = _block_scales(name, data, rows).reshape(1 if name == "I2_S" else rows, -1)
-    if not ((d >= 0) & np.isfinite(d)).all():
-        raise ValueError("has a scale that is negative, infinite or NaN; it is corrupt, so convert or fetch it again")
-    row = d.max(axis=1)
-    if not ((d == row[:, None]) | (d == 0)).all():
-        return _groups(d, TERNARY[name].block)
-    known = row[row > 0]
-    if not len(known):
-        return torch.ones(1)
-    if (known == known[0]).all():
-        return torch.from_numpy(known[:1].copy())
-    return torch.from_numpy(np.where(row > 0, row, np.float32(1)))
-
-
-def _groups(d: Any, block: int) -> Tensor:
-    """Scales of blocks float32 [N, blocks a row] as those of the largest groups there are: float16 [N, G]."""
-    while block < GROUP_SIZES[-1] and d.shape[1] % 2 == 0:
-        first, second = d[:, ::2], d[:, 1::2]
-        if not ((first == second) | (first == 0) | (second == 0)).all():
-            break
-        d, block = np.maximum(first, second), 2 * block
-    return torch.from_numpy(np.where(d > 0, d, np.float32(1))).half()
+    return coarsest(_block_scales(name, data, rows).reshape(1 if name == "I2_S" else rows, -1), TERNARY[name].block)
 
 
 def dequantize(name: str, data: Bytes, rows: int) -> Tensor:
