@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, or a GGUF file")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, MLX's too, or a GGUF file")
     parser.add_argument(
         "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
     )

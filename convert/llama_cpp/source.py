@@ -62,14 +62,14 @@ class GgufSource(Source):
                 raise ValueError(
                     f"{self.path}: tensor {name} is {list(info.shape)}, but by the metadata {list(state[key].shape)}"
                 )
-            if self._ternary(info) and len(info.shape) != 2:
-                raise Damaged(self.path, f"tensor {name} is no matrix, but {ggml.NAMES[info.kind]}", REMEDY)
             if info.kind not in ggml.FLOATS.values() and not self._ternary(info):
                 kind = gguf.GGMLQuantizationType(info.kind)
                 try:
                     gguf.quants.dequantize(np.zeros((1, ggml.nbytes(info.kind, info.shape[-1:])), np.uint8), kind)
                 except NotImplementedError:
                     raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which is not read here") from None
+            if info.kind not in ggml.FLOATS.values() and len(info.shape) != 2:
+                raise Damaged(self.path, f"tensor {name} is no matrix, but {ggml.NAMES[info.kind]}", REMEDY)
             self.infos[key] = info
             if (rows := row_order(module, config, self.family)) is not None:
                 self.rows[key] = rows.argsort()
