@@ -13,6 +13,7 @@ from ggml_blocks import PACKERS, retyped
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 
 import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
@@ -190,13 +191,53 @@ def test_a_vector_of_a_low_bit_type_is_refused(name: str, exported: Path, tmp_pa
 
 
 def test_rotated_weights_are_refused(exported: Path, tmp_path: Path) -> None:
-    metadata, tensors = read_header(exported)
+    file = with_metadata(exported, tmp_path / "m.gguf", **{"prism.hadamard.block_size": 512})
+    with pytest.raises(ValueError, match=r"its weights are rotated \(prism\.hadamard\.block_size\), which is not read"):
+        GgufSource(file)
+
+
+def with_metadata(source: Path, target: Path, **entries: Any) -> Path:
+    metadata, tensors = read_header(source)
     first = min(info.offset for info in tensors.values())
     infos = {key: info._replace(offset=info.offset - first) for key, info in tensors.items()}
-    header = header_bytes(metadata | {"prism.hadamard.block_size": 512}, infos)
-    (tmp_path / "m.gguf").write_bytes(header + exported.read_bytes()[first:])
-    with pytest.raises(ValueError, match=r"its weights are rotated \(prism\.hadamard\.block_size\), which is not read"):
-        GgufSource(tmp_path / "m.gguf")
+    target.write_bytes(header_bytes(metadata | entries, infos) + source.read_bytes()[first:])
+    return target
+
+
+YARN: dict[str, Any] = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 128,
+}
+
+
+def test_the_rotary_embedding_of_long_qwens_is_read(tmp_path: Path) -> None:
+    """Bonsai's files say YaRN, as its config.json does."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    torch.manual_seed(0)
+    plain, scaled = (
+        gguf_models.model("qwen3", num_hidden_layers=1, **more) for more in ({}, {"rope_parameters": rope})
+    )
+    scaled.load_state_dict(plain.state_dict())
+    for model, name in ((plain, "plain"), (scaled, "scaled")):
+        bitnet.replace_linear(model)
+        bitnet.pack(model)
+        bitnet.save(model, tmp_path / name)
+    file = convert_checkpoint(tmp_path / "plain", tmp_path / "m.gguf", "gguf-q2_0", tokenizer=False, console=QUIET)
+    keys = {f"qwen3.{key}": value for key, value in YARN.items()}
+    file = with_metadata(file, tmp_path / "yarn.gguf", **keys)
+    convert_checkpoint(file, tmp_path / "back", "bf16", tokenizer=False, console=QUIET)
+    back = AutoConfig.from_pretrained(tmp_path / "back")
+    assert {key: back.rope_parameters[key] for key in rope} == rope
+    found, expected = (type(scaled.model.rotary_emb)(c)(torch.zeros(1), IDS) for c in (back, scaled.config))
+    assert all(map(torch.equal, found, expected))
+    for change, reason in (
+        ({"qwen3.rope.scaling.yarn_beta_fast": 16.0}, r"not understood here: qwen3\.rope\.scaling\.yarn_beta_fast"),
+        ({"qwen3.rope.scaling.factor": 1.0}, "not understood here"),
+        ({"qwen3.rope.scaling.original_context_length": 0}, "original_context_length is 0, which cannot be"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            GgufSource(with_metadata(file, tmp_path / "bad.gguf", **change))
 
 
 # Q1_0 written

@@ -21,6 +21,9 @@ class Family(NamedTuple):
     biases: tuple[str, ...] = ()  # matrices in a layer whose bias the graph adds
     activations: tuple[str, ...] = ("silu",)
     rope: tuple[str, ...] = ("default", "linear")
+    rope_read: tuple[
+        str, ...
+    ] = ()  # rotary embeddings that are read besides: a file says no less of them than a config
     permuted: bool = False  # rows of q and k: llama's rotary embedding pairs neighbours there
 
 
@@ -58,8 +61,8 @@ FAMILIES = {
         permuted=True,
     ),
     "mistral": Family("llama", "MistralForCausalLM", _modules(_BLOCK), permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _modules(_BLOCK), ("attn_q", "attn_k", "attn_v")),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _modules(_BLOCK | _QK_NORMS)),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _modules(_BLOCK), ("attn_q", "attn_k", "attn_v"), rope_read=("yarn",)),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _modules(_BLOCK | _QK_NORMS), rope_read=("yarn",)),
     "bitnet": Family(
         "bitnet",
         "BitNetForCausalLM",

@@ -174,6 +174,9 @@ class GgufSource(Source):
         scaling, factor = take("rope.scaling.type", "linear", str), take("rope.scaling.factor", 1.0, float)
         if scaling != "none" and (scaling != "linear" or factor != 1):
             rope |= {"rope_type": scaling, "factor": factor}
+        if scaling == "yarn" and factor > 1 and "rope.scaling.original_context_length" in own:
+            rope["original_max_position_embeddings"] = take("rope.scaling.original_context_length")
+        known = family.rope + (family.rope_read if "original_max_position_embeddings" in rope else ())
         same = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": embedding.shape[0]}
         wrong = [key for key, value in same.items() if take(key, value) != value]
         special = {
@@ -201,7 +204,7 @@ class GgufSource(Source):
             options["attention_bias"] = "blk.0.attn_q.bias" in stored
             options["mlp_bias"] = "blk.0.ffn_up.bias" in stored
         wrong += [key for key, value in own.items() if value]
-        if rope["rope_type"] not in family.rope or wrong:
+        if rope["rope_type"] not in known or wrong:
             raise ValueError(
                 f"{self.path}: says what is not understood here: "
                 f"{', '.join(f'{arch}.{key}' for key in wrong) or rope}; the model would compute something else"
