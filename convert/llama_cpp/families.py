@@ -21,10 +21,8 @@ class Family(NamedTuple):
     biases: tuple[str, ...] = ()  # matrices in a layer whose bias the graph adds
     activations: tuple[str, ...] = ("silu",)
     rope: tuple[str, ...] = ("default", "linear")
-    rope_read: tuple[
-        str, ...
-    ] = ()  # rotary embeddings that are read besides: a file says no less of them than a config
     permuted: bool = False  # rows of q and k: llama's rotary embedding pairs neighbours there
+    rope_read: tuple[str, ...] = ()  # types of rotary embeddings that are read, but not written: not compared yet
 
 
 _BLOCK = {
