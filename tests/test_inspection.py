@@ -184,7 +184,9 @@ def test_scales_of_other_groups_are_compared_by_what_they_stand_for(tmp_path: Pa
         model = llama()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sign() / 2)
+                size = 0.5 ** (1 + torch.arange(len(parameter)) % 4)  # exact as float16, and so is its reciprocal
+                signs = torch.randint(0, 2, parameter.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+                parameter.copy_(signs * size.view(-1, *[1] * (parameter.ndim - 1)))
         bitnet.replace_linear(model, **options)
         bitnet.pack(model)
         bitnet.save(model, tmp_path / name)
