@@ -255,11 +255,16 @@ def _floats(weight: Quantized, transposed: bool) -> Tensor:
     return floats.mT if transposed else floats
 
 
+def _comparable(a: Tensor, b: Tensor) -> bool:
+    """Whether scales stand for the same groups, or one is of all that the other's are of."""
+    return a.dtype == b.dtype and (a.dtype != torch.float16 or a.shape == b.shape)
+
+
 def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None, transposed: bool) -> str:
     """How two tensors differ, in words; empty if they do not."""
     if a is None or b is None:
         return f"only in the {'second' if a is None else 'first'}"
-    if isinstance(a, Quantized) and isinstance(b, Quantized):
+    if isinstance(a, Quantized) and isinstance(b, Quantized) and _comparable(a.scale, b.scale):
         if a.codes.shape != b.codes.shape:
             return f"shape {list(a.codes.shape)} against {list(b.codes.shape)}"
         words = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import rotation
-from bitnet.kernels.reference import GROUP_SIZES, grouped
+from bitnet.kernels.reference import GROUP_SIZES, grouped, size_of_groups
 from bitnet.packing import quantize_matrix
 from bitnet.quantize import QuantSpec
 
@@ -23,6 +23,14 @@ class Quantized(NamedTuple):
 
     codes: Tensor  # int8 [N, K]: -1, 0, 1 (8-bit codes where the layer's spec says int8)
     scale: Tensor  # float32 [1] or [N], or float16 [N, G]; multiplies
+
+
+def spec_of(scale: Tensor, in_features: int, binary: bool = False) -> QuantSpec:
+    """The options of a packed layer whose file has nothing but codes and a scale: Quantized's."""
+    how: dict[str, Any] = {"weights": "binary", "centered": False} if binary else {}
+    if scale.ndim > 1:
+        return QuantSpec(group_size=size_of_groups(in_features, scale.shape[1]), **how)
+    return QuantSpec(per_row=len(scale) > 1, **how)
 
 
 def rounded(weight: Tensor, spec: QuantSpec) -> Quantized:

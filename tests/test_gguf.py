@@ -108,7 +108,7 @@ def test_a_model_comes_back_with_the_same_logits(family: str, changes: dict[str,
     assert torch.equal(logits(assemble(back)), logits(round_scales(model)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gguf-q1_0"])  # of binary ones: test_gguf_types.py
 def test_every_kind_comes_back_with_the_same_logits(kind: str, saved: tuple[Any, Path], tmp_path: Path) -> None:
     model = copy.deepcopy(saved[0])
     back = GgufSource(write_gguf(FolderSource(saved[1]), tmp_path / "m.gguf", kind))

@@ -175,3 +175,20 @@ def test_int8_heads_and_models_without_layers_are_described(tmp_path: Path) -> N
     kinds = {m.kind for m in inspect_checkpoint(tmp_path / "float", QUIET).matrices}
     assert kinds == {"float"}
     assert json.loads((tmp_path / "float" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_scales_of_other_groups_are_compared_by_what_they_stand_for(tmp_path: Path) -> None:
+    """One scale a row is one for the only group of its features; a file may say either."""
+    torch.manual_seed(0)
+    for name, options in (("rows", {"per_row": True}), ("groups", {"group_size": 64}), ("finer", {"group_size": 32})):
+        model = llama()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                size = 0.5 ** (1 + torch.arange(len(parameter)) % 4)  # exact as float16, and so is its reciprocal
+                signs = torch.randint(0, 2, parameter.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+                parameter.copy_(signs * size.view(-1, *[1] * (parameter.ndim - 1)))
+        bitnet.replace_linear(model, **options)
+        bitnet.pack(model)
+        bitnet.save(model, tmp_path / name)
+    for one, other in (("rows", "groups"), ("groups", "finer"), ("finer", "rows")):
+        assert not diff_checkpoints(tmp_path / one, tmp_path / other, QUIET).differences

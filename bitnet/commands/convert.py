@@ -9,9 +9,11 @@ FORMS = {
     "base3": "packed, 1.6 bits a weight; loads with this package only",
     "latent": "float weights, marked for training in 1.58 bit",
     "bf16": "codes x scale in bfloat16, for any runtime; activations are no longer quantized",
+    "mlx": "a folder for MLX, 2 bits a weight and its scales; activations are no longer quantized",
     "gguf-tq2_0": "a GGUF file for llama.cpp, 2.06 bits a weight",
     "gguf-tq1_0": "the same, 1.69 bits; slower",
     "gguf-q2_0": "for recent llama.cpp, 2.25 bits; row lengths may be any multiple of 64 instead of 256",
+    "gguf-q1_0": "of a model of 1-bit weights, for recent llama.cpp, 1.125 bits",
     "gguf-i2_s": "for bitnet.cpp on x86-64, 2 bits",
     "gguf-bf16": "codes x scale in bfloat16, for llama.cpp; activations are no longer quantized",
 }
@@ -23,14 +25,15 @@ def add(commands: Any) -> None:
         "convert",
         help="turn a checkpoint on disk into another form, whatever its size",
         description="Converts a checkpoint tensor by tensor, in bounded memory. SRC is a Hugging Face checkpoint\n"
-        "folder, a float model or a `bitnet` one in any published form, or a GGUF file. DST must not\n"
-        "exist yet, or be an empty folder, and can be loaded only when it is complete.",
+        "folder, a float model or a `bitnet` one in any published form, one that MLX quantized to 1 or\n"
+        "2 bits, or a GGUF file. DST must not exist yet, or be an empty folder, and can be loaded only\n"
+        "when it is complete.",
         epilog="forms:\n" + "".join(f"  {name:<10}  {what}\n" for name, what in FORMS.items()) + "\n"
         "A float model is rounded, not trained: expect nonsense from the result until it is\n"
         "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, or a GGUF file")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, MLX's too, or a GGUF file")
     parser.add_argument(
         "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
     )

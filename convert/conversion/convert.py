@@ -24,6 +24,7 @@ from ..calibration.calibrate import calibrated
 from ..files import ggml
 from ..inspection import scale_problems
 from ..llama_cpp import writer
+from ..mlx import writer as mlx_writer
 from ..opening import open_source
 from ..source import Source
 from ..writing import dissolve, sync, work_folder
@@ -51,13 +52,16 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a checkpoint on disk to another form without ever loading the model; returns `target`.
 
-    source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form, or a GGUF file
+    source:         a Hugging Face checkpoint folder, float or `bitnet` in any published form, one that MLX quantized,
+                    or a GGUF file
     target:         a folder that does not exist yet, or is empty (a mount point, say); or a GGUF file, a new one
     to:             "hub":    packed, 2 bits a weight, in the Hub's `bitnet` format
                     "base3":  packed, 1.6 bits a weight; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
-                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-i2_s", "gguf-bf16": a GGUF file, see llama_cpp/
+                    "mlx":    a folder for MLX, 2 bits a weight; activations are no longer quantized
+                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-q1_0", "gguf-i2_s", "gguf-bf16": a GGUF file, see
+                              llama_cpp/
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted
@@ -91,7 +95,9 @@ def convert_checkpoint(
     fingerprint = {"version": __version__, "source": opened.fingerprint(), **form}
     # both plans refuse what cannot be done
     gguf_plan = writer.plan(opened, to, tokenizer) if to in writer.KINDS else None
-    folder_plan = None if gguf_plan else plan(opened, to, calibrated=bool(calibrate))
+    folder_plan = None
+    if not gguf_plan:
+        folder_plan = mlx_writer.plan(opened) if to == "mlx" else plan(opened, to, calibrated=bool(calibrate))
     if folder_plan:
         opened.check_other_files(tokenizer)
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)

@@ -25,7 +25,7 @@ MOVED = "moved.json"
 SYNC = 256 << 20  # bytes after which finished jobs are noted
 
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint32: "U32"}
 
 
 def check_target(target: Path, to: str) -> None:

@@ -28,10 +28,10 @@ from ..llama_cpp import writer
 from ..rounding import exact, rotated
 from ..source import Source, Weight
 
-TARGETS = ("hub", "base3", "latent", "bf16", *writer.KINDS)
+TARGETS = ("hub", "base3", "latent", "bf16", "mlx", *writer.KINDS)
 
 
-WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U32": 4}  # MLX's words
 
 
 @dataclass
@@ -101,7 +101,7 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
             jobs.append(_latent(source, weight))
         elif key not in consumed or to == "latent":
             floats = to == "bf16" and DTYPES[dtype].is_floating_point
-            jobs.append(_copy(source, key, "BF16" if floats else dtype, shape, names.get(key)))
+            jobs.append(copy_tensor(source, key, "BF16" if floats else dtype, shape, names.get(key)))
         elif weight:
             jobs.append(_weight(source, weight, to))
         elif key != name and name in embeddings:
@@ -142,7 +142,8 @@ def _bias_names(source: Source, to: str) -> dict[str, str]:
     return names
 
 
-def _copy(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: str | None = None) -> Job:
+def copy_tensor(source: Source, key: str, dtype: str, shape: tuple[int, ...], name: str | None = None) -> Job:
+    """A tensor as it is, but for the dtype, under its name in the files or another."""
     output = Output(source.file_key(name or key), dtype, shape)
     return Job(key, [output], source.nbytes(key), 0, lambda: [(p.to(DTYPES[dtype]) for p in source.pieces(key))])
 
@@ -206,7 +207,7 @@ def _embedding(source: Source, name: str, to: str) -> list[Job]:
     """An int8 embedding: as it is where its layers stay packed, else in bfloat16."""
     weight, scale = f"{name}.weight", f"{name}.weight_scale"
     if to != "bf16":
-        return [_copy(source, key, *source.stored()[key]) for key in (weight, scale)]
+        return [copy_tensor(source, key, *source.stored()[key]) for key in (weight, scale)]
 
     def dequantize() -> list[Iterable[Tensor]]:
         return [_bfloat16([(source.tensor(weight), 1 / source.tensor(scale).float())])]

@@ -74,8 +74,10 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         start = padded(stream.tell(), alignment)
     if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise Damaged(file, f"is one of {parts!r:.80} parts", "join them with llama-gguf-split --merge")
+    kinds = _kinds(file, described, size - start, alignment)
     tensors, end = {}, 0
-    for name, (kind, shape, offset) in described.items():
+    for name, (_, shape, offset) in described.items():
+        kind = kinds[name]
         try:
             nbytes = ggml.nbytes(kind, shape)
         except ValueError as error:
@@ -90,6 +92,26 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         tensors[name] = TensorInfo(kind, shape, start + offset, nbytes)
         end = padded(offset + nbytes, alignment)
     return metadata, tensors
+
+
+def _kinds(
+    file: Path, described: dict[str, tuple[int, tuple[int, ...], int]], size: int, alignment: int
+) -> dict[str, int]:
+    """The types of the tensors. One number has had three, which the room that each takes tells apart.
+
+    size: of the data
+    """
+    kinds = {name: kind for name, (kind, _, _) in described.items()}
+    ends = [*(offset for _, _, offset in described.values()), size][1:]
+    spans = {}
+    for (name, (kind, shape, offset)), end in zip(described.items(), ends, strict=False):
+        if kind == ggml.TERNARY["Q2_0"].id:
+            room = end - offset  # up to the next tensor, the padding included, or to the end of the file
+            spans[name] = shape, range(room - alignment + 1, room + 1)
+    try:
+        return kinds | dict.fromkeys(spans, ggml.type_42(list(spans.values())))
+    except ValueError as error:
+        raise Damaged(file, f"tensor {next(iter(spans))}: {error}", "convert what it was made from") from None
 
 
 def read_tensor(file: Path, info: TensorInfo) -> ggml.Bytes:

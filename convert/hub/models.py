@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..files.damaged import Damaged
+from ..files.mlx import is_mlx
 from .config import BitNetConfig
 
 # Options that say how many modules (or entries of a table) there are, and how many a model may have at least: with more
@@ -33,6 +34,8 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
     file: for errors; tensors: how many the checkpoint stores
     Raises ValueError for model types that transformers does not know, and Damaged for options it cannot take.
     """
+    if is_mlx(config):
+        raise ValueError(f"{file}: MLX quantized it; convert it first: `bitnet convert {file.parent} OUT --to hub`")
     kind = config.get("model_type")
     if kind is None:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bitnet.quantize import QuantSpec
 from ..files.damaged import Damaged
 from ..files.folder import CONFIG, inside, weight_files
 from ..files.json_object import read_json
-from ..files.safetensors import DTYPES, read_headers, read_into
+from ..files.safetensors import DTYPES, TensorHeader, read_headers, read_into
 from ..rounding import Quantized, exact, rotated, rounded, ternary_spec
 from ..source import PIECE, Source, Weight, naming, uniform
 from ..swap.replace import replace_linear
@@ -211,13 +211,8 @@ class FolderSource(Source):
                     )
 
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
-        for path in sorted(self.path.iterdir()):
-            wanted = not NOT_COPIED.fullmatch(path.name) and (tokenizer or not tokenizers.FILES.fullmatch(path.name))
-            if path.is_file() and wanted:
-                shutil.copyfile(path, folder / path.name)
-        for module in module_folders(
-            self.path
-        ):  # sentence-transformers': pooling, and layers with weights of their own
+        copy_files(self.path, folder, tokenizer)
+        for module in module_folders(self.path):  # sentence-transformers': pooling, layers with weights of their own
             for path in sorted(module.rglob("*")) if module.is_dir() else []:
                 if path.is_file() and not path.name.startswith("."):
                     copy = folder / path.relative_to(self.path)
@@ -225,5 +220,18 @@ class FolderSource(Source):
                     shutil.copyfile(path, copy)
 
     def fingerprint(self) -> Any:
-        stats = {path: path.stat() for path in sorted({header.file for header in self.headers.values()})}
-        return {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+        return stats(self.headers.values())
+
+
+def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
+    """Copy what of a checkpoint folder is no weights and no config.json, the tokenizer perhaps."""
+    for path in sorted(source.iterdir()):
+        wanted = not NOT_COPIED.fullmatch(path.name) and (tokenizer or not tokenizers.FILES.fullmatch(path.name))
+        if path.is_file() and wanted:
+            shutil.copyfile(path, folder / path.name)
+
+
+def stats(headers: Iterable[TensorHeader]) -> dict[str, list[int]]:
+    """What tells the files of some tensors from others, or from a later state of themselves."""
+    found = {path: path.stat() for path in sorted({header.file for header in headers})}
+    return {str(path.resolve()): [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}

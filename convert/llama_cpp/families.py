@@ -24,6 +24,7 @@ class Family(NamedTuple):
     permuted: bool = False  # rows of q and k: llama's rotary embedding pairs neighbours there
     centered: bool = False  # the norms multiply by 1 + weight in transformers, by weight in llama.cpp
     parameters: dict[str, tuple[str, ...]] | None = None  # what is no module's weight or bias: its tensors in GGUF
+    rope_read: tuple[str, ...] = ()  # types of rotary embeddings that are read, but not written: not compared yet
 
 
 _ATTENTION = {
@@ -80,8 +81,10 @@ FAMILIES = {
         permuted=True,
     ),
     "mistral": Family("llama", "MistralForCausalLM", _modules(_BLOCK | _MLP), permuted=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _modules(_BLOCK | _MLP), ("attn_q", "attn_k", "attn_v")),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _modules(_BLOCK | _MLP | _QK_NORMS)),
+    "qwen2": Family(
+        "qwen2", "Qwen2ForCausalLM", _modules(_BLOCK | _MLP), ("attn_q", "attn_k", "attn_v"), rope_read=("yarn",)
+    ),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _modules(_BLOCK | _MLP | _QK_NORMS), rope_read=("yarn",)),
     "qwen3_moe": Family(
         "qwen3moe",
         "Qwen3MoeForCausalLM",

@@ -200,6 +200,8 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
 
     Raises ValueError naming the key for what is not understood, or not there.
     """
+    if rotated := next((key for key in metadata if key.startswith("prism.hadamard.")), None):
+        raise ValueError(f"{path}: its weights are rotated ({rotated}), which is not read here")
     arch = metadata.get("general.architecture")
     names = {family.arch: family for family in reversed(FAMILIES.values())}
     names |= dict.fromkeys((*BITNET_CPP.values(), "bitnet-25"), FAMILIES["bitnet"])
@@ -220,6 +222,9 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
     scaling, factor = take("rope.scaling.type", "linear", str), take("rope.scaling.factor", 1.0, float)
     if scaling != "none" and (scaling != "linear" or factor != 1):
         rope |= {"rope_type": scaling, "factor": factor}
+    if scaling == "yarn" and factor > 1 and "rope.scaling.original_context_length" in keys.own:
+        rope["original_max_position_embeddings"] = take("rope.scaling.original_context_length")
+    known = family.rope + (family.rope_read if "original_max_position_embeddings" in rope else ())
     same = {"attention.value_length": head_dim, "vocab_size": embedding.shape[0]}
     if family.arch == "qwen35":
         rope["partial_rotary_factor"] = min(take("rope.dimension_count", head_dim) / head_dim, 1.0)
@@ -255,7 +260,7 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
     if family.arch == "qwen35":
         options |= _read_delta_net(keys, options)
     wrong += [key for key, value in keys.own.items() if value]
-    if rope["rope_type"] not in family.rope or wrong:
+    if rope["rope_type"] not in known or wrong:
         raise ValueError(
             f"{path}: says what is not understood here: {', '.join(f'{arch}.{key}' for key in wrong) or rope}; the "
             "model would compute something else"

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ from .places import Place, all_places
 class GgufSource(Source):
     """A GGUF file of one of FAMILIES' architectures.
 
-    Its matrices of ternary types are PackedBitLinear layers, stacks of experts whose matrices all have such types are
-    PackedExperts; all other tensors count as floats, those of other quantized types as float32.
+    Its matrices of ternary and binary types are PackedBitLinear layers, stacks of experts whose matrices all have such
+    types are PackedExperts; all other tensors count as floats, those of other quantized types as float32. The file does
+    not say which activations the layers take: 8 bits, as llama.cpp.
 
     file:       the file
-    dequantize: all tensors count as floats, the ternary ones, too
+    dequantize: all tensors count as floats, the ternary ones, too, with the +2 that some of them have
 
     Tensors have the names, values and order of rows that transformers' model has; `weight` and `weight_scale` of a
     packed layer are those of its buffers.
@@ -62,6 +64,8 @@ class GgufSource(Source):
             shape = known[name][1].shape
             if info.shape != shape:
                 raise ValueError(f"{self.path}: tensor {name} is {list(info.shape)}, but by the metadata {list(shape)}")
+            if info.kind not in ggml.FLOATS.values() and len(info.shape) < 2:
+                raise Damaged(self.path, f"tensor {name} is no matrix, but {ggml.NAMES[info.kind]}", REMEDY)
             if info.kind not in ggml.FLOATS.values() and not _ternary(info):
                 kind = gguf.GGMLQuantizationType(info.kind)
                 try:
@@ -91,6 +95,8 @@ class GgufSource(Source):
                 continue
             found = [self._scales(key) for key in keys]
             spec, unified = alike(found, [self.shapes[key] for key in keys])
+            if all(self._is_binary(key) for key in keys):
+                spec = replace(spec, weights="binary", centered=False)
             self.scales |= dict(zip(keys, unified, strict=True))
             layer = to_packed(to_training(module, spec))
             packed = [f"{name}.{m.packed}" for m in layer.stacks] if isinstance(layer, PackedExperts) else [name]
@@ -105,6 +111,14 @@ class GgufSource(Source):
                 scales = [ggml.scales(ggml.NAMES[info.kind], data, info.shape[-2]) for data in each]
                 found.append([place.restored_scale(scale, info.shape[-1]) for scale in scales])
         return [list(parts) for parts in zip(*found, strict=True)]
+
+    def _is_binary(self, key: str) -> bool:
+        """Whether all of a weight's matrices hold -1 and +1 only, by their types."""
+        return all(
+            ggml.is_binary(ggml.NAMES[info.kind], data, info.shape[-2])
+            for _, info in self.homes[key]
+            for data in _matrices(map_tensor(self.path, info), info)
+        )
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return self._stored

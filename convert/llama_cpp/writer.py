@@ -1,8 +1,8 @@
 """GGUF files for llama.cpp and bitnet.cpp.
 
-What differs there from the model that is written: activations are rounded to 8 bits in blocks of 256 (Q2_0: 32;
-bitnet.cpp: per token, as here) instead of per token; TQ1_0, TQ2_0 and Q2_0 hold scales as float16; the key-value cache
-is float16. What their graphs would compute otherwise is refused with the reason.
+What differs there from the model that is written: activations are rounded to 8 bits in blocks of 256 (Q2_0, Q1_0: 32;
+bitnet.cpp: per token, as here) instead of per token; all types but I2_S hold scales as float16; the key-value cache is
+float16. What their graphs would compute otherwise is refused with the reason.
 """
 
 import json
@@ -30,13 +30,8 @@ from .metadata import described
 from .places import Place, group_order, places
 from .source import GgufSource
 
-KINDS = {
-    "gguf-tq1_0": "TQ1_0",
-    "gguf-tq2_0": "TQ2_0",
-    "gguf-q2_0": "Q2_0",
-    "gguf-i2_s": "I2_S",
-    "gguf-bf16": "BF16",  # codes * scale, for whatever takes no ternary type
-}
+KINDS = {f"gguf-{name.lower()}": name for name in ("TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "I2_S")}
+KINDS["gguf-bf16"] = "BF16"  # codes * scale, for whatever takes no ternary type
 
 
 class Entry(NamedTuple):
@@ -168,7 +163,7 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         raise ValueError(mismatches[0])
     if inside := [weight.name for weight in weights.values() if weight.spec.rms_norm]:
         raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
-    if turned := [module for module, layer in layers.items() if layer.spec.hadamard is not None]:
+    if turned := [weight.name for weight in weights.values() if weight.spec.hadamard is not None]:
         raise ValueError(f"{turned[0]} rotates its activations (hadamard), which llama.cpp's graphs do not; take bf16")
     entries = {}
     if config.rope_parameters.get("rope_type") == "llama3":
@@ -214,14 +209,17 @@ def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place)
         bits = "float" if spec.activation_bits is None else f"{spec.activation_bits}-bit"
         raise ValueError(f"{name} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
     int8 = spec.weights == "int8"
+    if ternary == "Q1_0" and spec.weights == "ternary":
+        raise ValueError(f"{name} is ternary, and Q1_0 holds -1 and +1 only; take gguf-q2_0")
     if ternary == "I2_S" and (spec.per_row or spec.group_size is not None) and not int8:
         raise ValueError(f"{name} has a scale for each row, and I2_S has one for the matrix")
     if spec.group_size is not None and spec.group_size % ggml.TERNARY["Q2_0"].block:
         raise ValueError(
             f"{name} has scales of groups of {spec.group_size}, and no type of llama.cpp has such small ones"
         )
-    if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % ggml.TERNARY[ternary].block:
-        raise ValueError(f"{name} has scales of groups of {spec.group_size}, and {ternary} of 256; take gguf-q2_0")
+    block = ggml.TERNARY[ternary].block if ternary != "BF16" else 1
+    if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % block:
+        raise ValueError(f"{name} has scales of groups of {spec.group_size}, and {ternary} of {block}; take gguf-q2_0")
     kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id  # an int8 head stays one, also among floats
     columns = place.columns
     if columns is not None and spec.group_size is not None:

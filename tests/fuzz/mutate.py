@@ -282,6 +282,20 @@ def mutate_gguf(rng: random.Random, file: Path) -> str:
     return f"{kind} {what}"
 
 
+def mutate_data(rng: random.Random, path: Path) -> str:
+    """Damage the values of a tensor: no header says what they must be, but not all bytes are codes or scales."""
+    file = path if path.is_file() else rng.choice(sorted(path.glob("*.safetensors")))
+    data = bytearray(file.read_bytes())
+    first = 8 + int.from_bytes(data[:8], "little")  # a GGUF file's is small: most of it is data
+    if path.is_file():
+        first = max(start + width for _, start, width in gguf_parts(bytes(data)))
+    start, width = rng.randrange(first, len(data)), rng.choice([1, 2, 4, 64, 4096])
+    fill = rng.choice([b"\0", b"\xff", b"\x00\x7c", b"\x00\x7e", b"\x00\x80", rng.randbytes(64)])
+    data[start : start + width] = (fill * 4096)[: min(width, len(data) - start)]
+    file.write_bytes(bytes(data))
+    return f"{file.name}: {width} bytes at {start}"
+
+
 MUTATIONS: dict[str, Callable[[random.Random, Path], str]] = {
     "config": mutate_config,
     "header": mutate_header,
@@ -289,4 +303,5 @@ MUTATIONS: dict[str, Callable[[random.Random, Path], str]] = {
     "shards": mutate_shards,
     "tokenizer": mutate_tokenizer,
     "gguf": mutate_gguf,
+    "data": mutate_data,
 }

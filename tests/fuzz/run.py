@@ -26,6 +26,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import ggml_blocks
 import gguf_models
 import torch
 from mutate import MUTATIONS
@@ -38,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 import bitnet
 from bitnet.convert.conversion import plan
+from bitnet.convert.files import mlx
 from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.hub.models import model_config
 from bitnet.convert.llama_cpp.writer import KINDS
@@ -80,6 +82,17 @@ def build(root: Path) -> None:
     (root / "pieces" / "config.json").write_text((root / "hub" / "config.json").read_text())
     bitnet.convert_checkpoint(root / "pieces", root / "pieces.gguf", "gguf-q2_0", console=QUIET)
     shutil.rmtree(root / "pieces")
+    bitnet.convert_checkpoint(root / "hub", root / "mlx", "mlx", console=QUIET)
+    binary = llama(**sizes | {"hidden_size": 128, "intermediate_size": 128}, tie_word_embeddings=True, eos_token_id=0)
+    bitnet.replace_linear(binary, weights="binary", centered=False, group_size=128)
+    bitnet.pack(binary)
+    bitnet.save(binary, root / "binary")
+    gguf_models.tokenizer("gpt-2", 300).save_pretrained(root / "binary")
+    for kind in ("q1_0", "q2_0"):
+        bitnet.convert_checkpoint(root / "binary", root / f"{kind}.gguf", f"gguf-{kind}", console=QUIET)
+    for name in ("PTQ1_0", "IQ1_BN", "IQ2_BN", "IQ2_BN_R4"):
+        ggml_blocks.retyped(root / "q2_0.gguf", root / f"{name.lower()}.gguf", name)
+    ggml_blocks.retyped(root / "q2_0.gguf", root / "older.gguf", "PQ2_0", number=42)
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     heads = {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
     own = {"qwen3_moe": {"moe_intermediate_size": 64}, "gemma3": {"query_pre_attn_scalar": 32}, "qwen3_5": heads}
@@ -105,8 +118,11 @@ def contents(path: Path) -> Any:
 
 
 def described(file: Path) -> Any:
-    """What transformers makes of a config.json."""
-    return model_config(file, json.loads(file.read_text()), 1000).to_dict()
+    """What transformers makes of a config.json; and what MLX does."""
+    config = json.loads(file.read_text())
+    if mlx.is_mlx(config):
+        return model_config(file, mlx.without(config), 1000).to_dict(), mlx.scheme(file, config)
+    return model_config(file, config, 1000).to_dict()
 
 
 def same(a: Any, b: Any) -> bool:
@@ -190,7 +206,7 @@ def means_another_model(form: Path, source: Path, kind: str) -> bool:
                         return True
         except Exception:
             return False
-    return kind in ("tokenizer", "gguf")  # such as other merges, another epsilon
+    return kind in ("tokenizer", "gguf", "data")  # such as other merges, another epsilon, other codes
 
 
 def case(number: int, root: Path, scratch: Path, whole: dict[tuple[str, str], Any]) -> tuple[str, str] | None:
@@ -200,6 +216,7 @@ def case(number: int, root: Path, scratch: Path, whole: dict[tuple[str, str], An
     forms = [path for path in sorted(root.iterdir()) if path.name != "secret.safetensors"]
     suitable = {
         "gguf": lambda path: path.suffix == ".gguf",
+        "data": lambda path: True,
         "index": lambda path: "shards" in path.name,
         "shards": lambda path: "shards" in path.name,
         "tokenizer": lambda path: (path / "tokenizer.json").exists(),
@@ -241,6 +258,8 @@ def case(number: int, root: Path, scratch: Path, whole: dict[tuple[str, str], An
         if name == "from_pretrained" and not any("/convert/" in frame or "/bitnet/" in frame for frame in frames):
             return None  # transformers' own
         named = str(source) in str(error) or str(refused) == str(error)
+        if kind == "data" and type(error) in OURS:
+            return None  # it names the layer, and what was finished before it is kept
         if isinstance(error, UserWarning) or (type(error) in OURS and named):
             left = [path.name for path in scratch.iterdir() if path.name not in (source.name, "secret.safetensors")]
             return (what, f"left {left}") if left else None
