@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
+from bitnet.cli import main
 from bitnet.convert.opening import open_source
 from bitnet.kernels import backends, reference, rotation
 from bitnet.kernels.cpu import latent as cpu_latent
@@ -171,6 +172,9 @@ def test_a_conversion_rotates_as_a_swap_does(tmp_path: Path) -> None:
         tmp_path / "float", tmp_path / "latent", "latent", tokenizer=False, console=QUIET, hadamard=32, group_size=32
     )
     assert torch.equal(bitnet.load(tmp_path / "latent").eval()(IDS).logits, model.eval()(IDS).logits)
+    command = ["convert", str(tmp_path / "float"), str(tmp_path / "typed"), "--to", "latent", "--no-tokenizer"]
+    assert main([*command, "--rotate", "32", "--group-size", "32"]) == 0
+    assert torch.equal(bitnet.load(tmp_path / "typed").eval()(IDS).logits, model.eval()(IDS).logits)
     bitnet.pack(model)
     bitnet.convert_checkpoint(
         tmp_path / "float", tmp_path / "hub", "hub", tokenizer=False, console=QUIET, hadamard=32, group_size=32

@@ -62,6 +62,14 @@ def add(commands: Any) -> None:
         metavar="N",
         help="one scale per output row and N features, 32, 64, 128 or 256 (loads with this package only)",
     )
+    swap.add_argument(
+        "--rotate",
+        type=int,
+        dest="hadamard",
+        metavar="BLOCK",
+        help="pass activations through a Walsh-Hadamard transform of so many features, and the weights with them "
+        "(loads with this package only)",
+    )
     calibrate = parser.add_argument_group(
         "of a float model, rounding that is calibrated on text",
         "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "
