@@ -237,12 +237,37 @@ void check_quantizers(int64_t n, int64_t k) {
 
 }  // namespace
 
+// The Walsh-Hadamard transform, against plain loops over its matrix's stages.
+void check_hadamard(int64_t m, int64_t block, int64_t blocks) {
+  const int64_t k = block * blocks;
+  std::vector<float> x(m * k), y(m * k), expected(m * k);
+  std::vector<int8_t> signs(k);
+  for (auto& v : x) v = float(int(draw(2001)) - 1000) / 123;
+  for (auto& v : signs) v = int8_t(draw(2) ? 1 : -1);
+  const float factor = 0.7f;
+  for (int64_t i = 0; i < m * k; ++i) expected[i] = x[i] * float(signs[i % k]);
+  for (int64_t distance = 1; distance < block; distance *= 2)
+    for (int64_t i = 0; i < m * k; ++i) {
+      if (i / distance % 2) continue;
+      const float a = expected[i], b = expected[i + distance];
+      expected[i] = a + b, expected[i + distance] = a - b;
+    }
+  for (auto& v : expected) v *= factor;
+  for (const auto& target : targets())
+    for (int threads = 1; threads <= 2 && target.form == kTwoBits; ++threads) {
+      const auto status = bitnet_hadamard(x.data(), kFloat32, k, m, k, block, signs.data(), factor, y.data(),
+                                          target.index, threads);
+      require(!status && same(y, expected), "Hadamard transform", target.isa, m, block, k);
+    }
+}
+
 int main() {
   const int near[] = {1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 129, 200, 257};
   const int tokens[] = {0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17};
   for (int i = 0; i < 150; ++i) check(tokens[draw(14)], near[draw(19)], near[draw(19)], 0);
   for (int i = 0; i < 50; ++i) check_quantizers(near[draw(19)], near[draw(19)]);
   check_quantizers(700, 530);
+  for (int64_t block = 2; block <= 8192; block *= 2) check_hadamard(1 + draw(3), block, 1 + draw(3));
   check(300, 40, 20, 0);
   check(1, 1000, 1100, 0);
   check(9, 500, 600, 0);
