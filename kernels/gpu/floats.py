@@ -13,7 +13,7 @@ _three_bfloat16s splits float32 x into three bfloat16 whose sum it is, exactly: 
 
 Bytes: N B of weights times the number of token tiles, 2 M K (6 M K) times that of row tiles, mostly from L2.
 
-Hardware: run on an H100 (sm_90) and in Triton's interpreter; compiled, but not run, for sm_80, sm_100, sm_120 and gfx942.
+Hardware: run on an H100 (sm_90) and in Triton's interpreter; only compiled for sm_80, sm_100, sm_120 and gfx942.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ beyond and are converted. Scales and sums of the next step are loaded a step ahe
 Bytes: those of linear._dot, and 2 N G of scales. Bound by memory with few tokens; with many by the four operations that
 each output takes a group, which for groups of 128 are about as long as the products.
 
-Hardware: run on an H100 (sm_90) and in Triton's interpreter; compiled, but not run, for sm_80, sm_100, sm_120 and gfx942.
+Hardware: run on an H100 (sm_90) and in Triton's interpreter; only compiled for sm_80, sm_100, sm_120 and gfx942.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ enable_fp_fusion=False, so products and sums stay apart. The largest |x| is foun
 above Inf and Inf above all numbers, so that both reach the scale as they do in the reference. Four-bit codes come from
 the reference. An RMSNorm is not fused, because it would not have the bits of torch's.
 
-Hardware: run on an H100 (sm_90) and in Triton's interpreter; compiled, but not run, for sm_80, sm_100, sm_120 and gfx942.
+Hardware: run on an H100 (sm_90) and in Triton's interpreter; only compiled for sm_80, sm_100, sm_120 and gfx942.
 """
 
 import torch
