@@ -81,6 +81,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     weight_bits: float = 2,
+    activation_bits: int | str | None = "auto",
 ) -> Any:
     """Read what save wrote, or any Hugging Face `bitnet` checkpoint; returns the model in evaluation mode.
 
@@ -90,6 +91,7 @@ def load(
     dtype:     of the float weights; "auto" takes the stored one
     backend:   of the packed layers (see bitnet.backends)
     weight_bits: a packed weight takes in the backend's memory: 2, or 1.6 or 1 where it can (see PackedBitLinear)
+    activation_bits: how layers run whose options say float activations: see PackedBitLinear.set_backend
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
@@ -134,7 +136,7 @@ def load(
         finish_loading(model, settings)
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
-            module.set_backend(backend, weight_bits)
+            module.set_backend(backend, weight_bits, activation_bits)
             for layer in module.layers() if isinstance(module, PackedStack) else [module]:
                 if not layer.weight.is_meta:  # offloaded
                     layer.prepack()

@@ -206,6 +206,20 @@ def test_a_rotated_layer_is_one_graph_for_the_compiler_and_for_export() -> None:
     torch._dynamo.reset()
 
 
+def test_a_model_is_loaded_with_the_activations_asked_for(tmp_path: Path) -> None:
+    model = llama(hidden_size=64, intermediate_size=96)
+    bitnet.replace_linear(model, activation_bits=None)
+    trained = model.eval()(IDS).logits
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path)
+    assert torch.equal(bitnet.load(tmp_path, activation_bits=None)(IDS).logits, trained)
+    found = bitnet.load(tmp_path, activation_bits=8)
+    assert {m.activation_bits for m in found.modules() if isinstance(m, PackedBitLinear)} == {8}
+    assert not torch.equal(found(IDS).logits, trained)
+    with torch.no_grad():
+        assert torch.allclose(bitnet.load(tmp_path)(IDS).logits, trained, rtol=1e-2, atol=1e-3)
+
+
 def test_float_activations_are_served_in_16_bits_where_the_kernels_take_integers() -> None:
     layer = PackedBitLinear(96, 40, activation_bits=None)
     layer.weight.random_(0, 3).mul_(0x15)
