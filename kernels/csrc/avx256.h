@@ -44,9 +44,18 @@ struct Avx256 {
     _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), y));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
-    for (int i = 0; i < kBlockRows; i += 8)
-      _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+    for (int i = 0; i < kBlockRows; i += 8) store_float(values + i, load_half(half + i));
   }
+  using Float = __m256;
+  static INLINE Float load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static INLINE Float load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static INLINE Float load_byte(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static INLINE Float splat_float(float x) { return _mm256_set1_ps(x); }
+  static INLINE void store_float(float* p, Float v) { _mm256_storeu_ps(p, v); }
 };
 
 // Two planes a sum, so that one shift serves four of them (16 registers do not hold four sums for each of four

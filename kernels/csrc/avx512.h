@@ -43,6 +43,16 @@ struct Avx512 {
     for (int i = 0; i < kBlockRows; i += 16)
       _mm512_storeu_ps(values + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))));
   }
+  using Float = __m512;
+  static INLINE Float load_float(const float* p) { return _mm512_loadu_ps(p); }
+  static INLINE Float load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static INLINE Float load_byte(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static INLINE Float splat_float(float x) { return _mm512_set1_ps(x); }
+  static INLINE void store_float(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
     sum = _mm512_dpbusd_epi32(sum, u, s);
     asm("" : "+v"(sum));  // gcc would move sums from register to register

@@ -13,6 +13,8 @@
 //
 // Form D, 1 bit a weight (binary weights: no zeros): uint8 [ceil(N/32), ceil(K/32), 128]. Step g has features
 // 32g..32g+31: bit j of byte 4r + b of block i is feature 4j + b of row 32i + r: 1 for the code +1, 0 for -1.
+//
+// bitnet_step runs the decoder blocks of a model over some tokens of some sequences, and keeps their keys and values.
 #pragma once
 #include <stdint.h>
 
@@ -36,6 +38,58 @@ struct PreparedWeight {
   int32_t isa;  // index into bitnet_isa(form)
 };
 
+// y = x / sqrt(mean(x^2) + eps) * weight. A null weight: no norm.
+struct Norm {
+  const float* weight;
+  float eps;
+};
+
+// Layers that share an input x: norms of x one after the other, the Walsh-Hadamard transform in blocks (0: none), then
+// each layer's product.
+struct Product {
+  Norm norms[2];
+  const int8_t* signs;  // of the transform, [k] or null
+  int64_t hadamard;
+  int64_t count;
+  const PreparedWeight* layers[3];
+};
+
+// One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))).
+struct Block {
+  Product in[3];    // q, k and v in this order, in as many products as `in_count`
+  Product gate[2];  // gate and up
+  Product out, down;
+  Norm query, key;  // of each head
+  Norm after_attention, after_mlp;
+  int64_t window;   // positions that a token sees, itself among them; 0: all
+  int32_t in_count, gate_count;
+  int64_t rope;     // which of the plan's tables; -1: no rotary positions
+};
+
+enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2 };
+
+struct Plan {
+  const Block* blocks;
+  int64_t count;
+  int64_t hidden, heads, kv_heads, head_dim;  // head_dim: a multiple of 16
+  int64_t inner;             // features between gate and down
+  int64_t half, positions;   // of the tables: half the rotated features of a head
+  const float* ropes[2][2];  // cosine and sine, [positions, half]
+  Norm final;
+  float scaling;             // of scores
+  int32_t gate;
+  int32_t cache_type;        // kFloat32, kFloat16, or kInt8 with a float32 scale a position and head
+  int32_t isa;               // index into bitnet_isa(kTwoBits)
+};
+
+// The cache of one sequence. keys [blocks, kv_heads, capacity/16, head_dim, 16] and values [blocks, kv_heads, capacity,
+// head_dim] of cache_type; scales [blocks, kv_heads, capacity]. capacity is a multiple of 16.
+struct Sequence {
+  void *keys, *values;
+  float *key_scales, *value_scales;
+  int64_t capacity;
+};
+
 // Changes whenever anything in this file does, so that a stale build is noticed.
 BITNET_EXPORT int32_t bitnet_abi();
 
@@ -53,6 +107,12 @@ BITNET_EXPORT const char* bitnet_isa(int32_t form, int32_t i);
 // Form C takes no scales of groups and no 16-bit activations.
 BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads);
+
+// x [m, hidden], the embeddings of m tokens, at most 256, becomes the last block's output after the final norm. Token i
+// stands at position[i] of sequences[sequence[i]]; tokens of one sequence follow each other, position by position, and what
+// is before them is in its cache, to which they are added.
+BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const Sequence* sequences,
+                                  const int64_t* sequence, const int64_t* position, int32_t threads);
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
 // for form C, codes int8 [n, k]. Form D fails with kBadCode if one of them is 0.

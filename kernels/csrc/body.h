@@ -12,8 +12,10 @@
 //   Planes, kPlaneSteps       the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
 //   kPlaneVecs                vectors of rows that are summed at once for one token
 //   kTileVecs, kMaxTokens     shape of the register tile for many: vectors of rows, tokens
+//   Float, load_float, load_half, load_byte, splat_float, store_float    vectors of float32, from float16 and int8
 //   kFactor, kZero            a weight is kFactor times what its field holds, minus kZero
 #pragma once
+#include "attention.h"
 #include "finish.h"
 #include "hadamard.h"
 #include "quantize.h"
@@ -372,7 +374,7 @@ struct EightBits : I {
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
   return {name, supported, I::kForm, I::kMaxTokens, quantize, sum_groups, split,
-          hadamard, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>};
+          hadamard, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>, between<I>()};
 }
 
 }  // namespace

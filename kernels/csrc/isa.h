@@ -10,6 +10,8 @@ constexpr int64_t kStepBytes = 128;   // bytes of one block and step: a 32-bit l
 constexpr int64_t kSpan = 1024;       // features whose groups are summed before the sum goes to the total
 constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
 constexpr int64_t kMaxHadamard = 8192;  // features of the largest block of a Walsh-Hadamard transform
+constexpr int kRun = 16;  // positions of a cache that a vector holds
+constexpr int kTileQueries = 4;  // that attend to the same head's keys at once
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
 
 // Features of a step.
@@ -67,6 +69,30 @@ constexpr int64_t scratch_bytes(int64_t tokens, int limbs, bool groups) {
   return tokens * kTileRows * 4 * (groups ? 2 : limbs);
 }
 
+// The cache of one key/value head: keys [ceil(capacity/16), dim, 16], so that a vector holds 16 positions, and values
+// [capacity, dim]. Integers have a scale a position.
+struct CachedHead {
+  void *keys, *values;
+  float *key_scales, *value_scales;
+};
+
+// One query: it sees positions [first, last) of a cache.
+struct Query {
+  const float* q;  // [dim], times the scale of scores
+  float* out;      // [dim]
+  int64_t first, last;
+};
+
+// What happens in a decoder block between its products: attention.h.
+struct Between {
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* y);
+  void (*rotate)(const float* cosine, const float* sine, int64_t half, float* head);
+  void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);
+  void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim);
+  // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dim is a multiple of 16.
+  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores);
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -96,6 +122,8 @@ struct Isa {
   // The same for many tokens. scratch: of scratch_bytes(), aligned to 64 bytes.
   void (*gemm)(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
                int32_t y_type);
+
+  const Between* between;  // of the form of 2 bits only
 };
 
 extern const Isa kScalar, kScalarBinary, kScalarInt8;

@@ -1,6 +1,7 @@
 // The C ABI: argument checks and the choice of an instruction set.
 #include "forms.h"
 #include "multiply.h"
+#include "step.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 11; }
+BITNET_EXPORT int32_t bitnet_abi() { return 12; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -55,6 +56,20 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
                   static_cast<const char*>(x), x_type, x_stride * element_size(x_type), s,
                   static_cast<char*>(y), y_type, n * element_size(y_type)};
   return m == 1 ? decode(call, threads) : prefill(call, m, threads);
+}
+
+BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const Sequence* sequences,
+                                  const int64_t* sequence, const int64_t* position, int32_t threads) {
+  const Isa* isa = find_isa(kTwoBits, plan->isa);
+  if (!isa) return kBadIsa;
+  if (m < 0 || m > kSlab || plan->head_dim < kRun || plan->head_dim % kRun || plan->heads % plan->kv_heads) return kBadShape;
+  if (plan->cache_type != kFloat32 && plan->cache_type != kFloat16 && plan->cache_type != kInt8) return kBadType;
+  if (plan->gate < kSilu || plan->gate > kGeluTanh || 2 * plan->half > plan->head_dim) return kBadShape;
+  for (int64_t t = 0; t < m; ++t)
+    if (position[t] < 0 || position[t] >= sequences[sequence[t]].capacity || (plan->half && position[t] >= plan->positions))
+      return kBadShape;
+  if (m == 0) return kOk;
+  return Step{*plan, *isa, find_isa, x, m, sequences, sequence, position}.run_all(threads);
 }
 
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,

@@ -33,11 +33,11 @@ struct Call {
 
   int64_t row_bytes() const { return limbs * padded + 4 * layer.k; }
 
-  // Codes of one token: `limbs` rows of `padded` codes, and the sums of its groups; returns s. row: row_bytes().
-  float quantize(int64_t m, int8_t* row, int32_t* sums) const {
+  // Codes of one token x: `limbs` rows of `padded` codes, and the sums of its groups; returns s. row: row_bytes().
+  float quantize_token(const char* x, int8_t* row, int32_t* sums) const {
     const int64_t k = layer.k;
     int8_t* codes = row + limbs * padded;  // before steps come in
-    const float token_s = isa.quantize(x + m * x_stride, x_type, activation_bits, k, codes);
+    const float token_s = isa.quantize(x, x_type, activation_bits, k, codes);
     isa.sum_groups(codes, activation_bits, k, groups.size, sums);
     if (limbs == 2) {
       int8_t* high = codes + 2 * k;
@@ -56,7 +56,13 @@ struct Call {
         memcpy(to + at - groups.first(g) * groups.step, codes + at, here);
       }
     }
-    return x_type == kInt8 || x_type == kInt16 ? (s ? s[m] : 1) : token_s;
+    return token_s;
+  }
+
+  // Token m with its scale.
+  float quantize(int64_t m, int8_t* row, int32_t* sums) const {
+    const float token_s = quantize_token(x + m * x_stride, row, sums);
+    return s && (x_type == kInt8 || x_type == kInt16) ? s[m] : token_s;
   }
 };
 
@@ -65,54 +71,81 @@ void spread(const int8_t* codes, int64_t count, int64_t stride, int8_t* words) {
   for (int64_t i = 0; i < count; i += 4, words += 4 * stride) memcpy(words, codes + i, 4);
 }
 
+int64_t token_bytes(const Call& call) {
+  return ceil_div(call.limbs * call.padded, 64) * 64 + 4 * call.groups.count + call.row_bytes();
+}
+
+// Token 0 as gemv takes it; memory: token_bytes().
+Token make_token(const Call& call, void* memory) {
+  auto* codes = static_cast<int8_t*>(memory);
+  auto* sums = reinterpret_cast<int32_t*>(codes + ceil_div(call.limbs * call.padded, 64) * 64);
+  auto* row = reinterpret_cast<int8_t*>(sums + call.groups.count);
+  const Token token{call.limbs == 2 ? codes : row, sums, call.quantize(0, row, sums), call.limbs};
+  if (call.limbs == 2)
+    for (int limb = 0; limb < 2; ++limb) spread(row + limb * call.padded, call.padded, 2, codes + 4 * limb);
+  return token;
+}
+
+// Room for the codes of a slab of tokens.
+int64_t panel_bytes(const Call& call, int64_t tokens) {
+  return tokens * (call.limbs * call.padded + 4 * call.groups.count + 4);
+}
+
+// Where they lie in that room.
+Panels place_panels(const Call& call, int64_t tokens, void* memory) {
+  auto* sums = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + tokens * call.limbs * call.padded);
+  return {static_cast<int8_t*>(memory), sums, reinterpret_cast<float*>(sums + tokens * call.groups.count), tokens,
+          ceil_div(tokens, call.isa.max_tokens / call.limbs), call.limbs};
+}
+
+// A thread's share of the panels. quantize(token, row, sums) returns s; row: row_bytes().
+template <class Quantize>
+void fill_panels(const Call& call, const Panels& panels, int8_t* row, int thread, int count, const Quantize& quantize) {
+  auto* codes = const_cast<int8_t*>(panels.codes);
+  auto* sums = const_cast<int32_t*>(panels.sums);
+  for (int64_t p = share(panels.count, thread, count); p < share(panels.count, thread + 1, count); ++p) {
+    const int64_t first = panels.first(p), width = (panels.first(p + 1) - first) * call.limbs;
+    int8_t* words = codes + first * call.limbs * call.padded;
+    for (int64_t t = first; t < panels.first(p + 1); ++t) {
+      const_cast<float*>(panels.s)[t] = quantize(t, row, sums + t * call.groups.count);
+      for (int limb = 0; limb < call.limbs; ++limb, words += 4)
+        spread(row + limb * call.padded, call.padded, width, words);
+    }
+  }
+}
+
 // One token: every thread quantizes it for itself, which takes less time than waiting for another.
 Status decode(const Call& call, int threads) {
-  const int64_t blocks = ceil_div(call.layer.n, kBlockRows), codes_bytes = ceil_div(call.limbs * call.padded, 64) * 64;
+  const int64_t blocks = ceil_div(call.layer.n, kBlockRows);
   Status status = kOk;
   parallel(threads, [&](int thread, int count) {
-    auto* codes = static_cast<int8_t*>(row_scratch.reserve(codes_bytes + 4 * call.groups.count + call.row_bytes()));
-    if (!codes) {
+    void* memory = row_scratch.reserve(token_bytes(call));
+    if (!memory) {
       __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
       return;
     }
-    auto* sums = reinterpret_cast<int32_t*>(codes + codes_bytes);
-    auto* row = reinterpret_cast<int8_t*>(sums + call.groups.count);
-    const Token token{call.limbs == 2 ? codes : row, sums, call.quantize(0, row, sums), call.limbs};
-    if (call.limbs == 2)
-      for (int limb = 0; limb < 2; ++limb) spread(row + limb * call.padded, call.padded, 2, codes + 4 * limb);
-    call.isa.gemv(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), token, call.y,
-                  call.y_type);
+    call.isa.gemv(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), make_token(call, memory),
+                  call.y, call.y_type);
   });
   return status;
 }
 
 // Many tokens: the threads share the quantizing, then each multiplies all tokens by its own rows of the weight.
 Status prefill(const Call& call, int64_t m, int threads) {
-  const int64_t padded = call.padded, blocks = ceil_div(call.layer.n, kBlockRows), groups = call.groups.count;
-  const int64_t slabs = ceil_div(m, kSlab), largest = ceil_div(m, slabs);
-  char* memory = static_cast<char*>(panel_scratch.reserve(largest * (call.limbs * padded + 4 * groups + 4)));
+  const int64_t blocks = ceil_div(call.layer.n, kBlockRows), slabs = ceil_div(m, kSlab), largest = ceil_div(m, slabs);
+  void* memory = panel_scratch.reserve(panel_bytes(call, largest));
   if (!memory) return kNoMemory;
-  auto* codes = reinterpret_cast<int8_t*>(memory);
-  auto* sums = reinterpret_cast<int32_t*>(memory + largest * call.limbs * padded);
-  auto* s = reinterpret_cast<float*>(sums + largest * groups);
   Status status = kOk;
   parallel(threads, [&](int thread, int count) {
     const int64_t scratch = scratch_bytes(largest, call.limbs, call.layer.group_size);
-    auto* acc = static_cast<int32_t*>(row_scratch.reserve(scratch + call.row_bytes()));
-    auto* row = reinterpret_cast<int8_t*>(acc) + scratch;
+    auto* acc = static_cast<int8_t*>(row_scratch.reserve(scratch + call.row_bytes()));
     if (!acc) __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
     for (int64_t slab = 0; slab < slabs; ++slab) {
       const int64_t m0 = share(m, slab, slabs), tokens = share(m, slab + 1, slabs) - m0;
-      const int64_t widest = call.isa.max_tokens / call.limbs;
-      const Panels panels{codes, sums, s, tokens, ceil_div(tokens, widest), call.limbs};
-      for (int64_t p = share(panels.count, thread, count); acc && p < share(panels.count, thread + 1, count); ++p) {
-        const int64_t first = panels.first(p), width = (panels.first(p + 1) - first) * call.limbs;
-        int8_t* words = codes + first * call.limbs * padded;
-        for (int64_t t = first; t < panels.first(p + 1); ++t) {
-          s[t] = call.quantize(m0 + t, row, sums + t * groups);
-          for (int limb = 0; limb < call.limbs; ++limb, words += 4) spread(row + limb * padded, padded, width, words);
-        }
-      }
+      const Panels panels = place_panels(call, tokens, memory);
+      if (acc)
+        fill_panels(call, panels, acc + scratch, thread, count,
+                    [&](int64_t t, int8_t* row, int32_t* sums) { return call.quantize(m0 + t, row, sums); });
       barrier(count);
       if (acc)
         call.isa.gemm(call.layer, share(blocks, thread, count), share(blocks, thread + 1, count), panels, acc,

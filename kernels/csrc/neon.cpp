@@ -51,9 +51,18 @@ struct Neon {
     vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_f32(vcvtq_f32_s32(i), vld1q_f32(scale))));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
-    for (int i = 0; i < kBlockRows; i += 4)
-      vst1q_f32(values + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + i))));
+    for (int i = 0; i < kBlockRows; i += 4) store_float(values + i, load_half(half + i));
   }
+  using Float = float32x4_t;
+  static INLINE Float load_float(const float* p) { return vld1q_f32(p); }
+  static INLINE Float load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static INLINE Float load_byte(const int8_t* p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(word))))));
+  }
+  static INLINE Float splat_float(float x) { return vdupq_n_f32(x); }
+  static INLINE void store_float(float* p, Float v) { vst1q_f32(p, v); }
 
 #ifdef BITNET_DOTPROD
   using Sum = int32x4_t;

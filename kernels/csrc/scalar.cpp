@@ -35,6 +35,12 @@ struct Scalar {
   }
   static INLINE void add_scaled(float* to, int32_t i, const float* scale) { *to += float(i) * *scale; }
   static INLINE void widen(const uint16_t* half, float* values) { widen_scales(half, values); }
+  using Float = float;
+  static INLINE Float load_float(const float* p) { return *p; }
+  static INLINE Float load_half(const uint16_t* p) { return F16::any(*p); }
+  static INLINE Float load_byte(const int8_t* p) { return float(*p); }
+  static INLINE Float splat_float(float x) { return x; }
+  static INLINE void store_float(float* p, Float v) { *p = v; }
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE Vec field(const uint8_t* p, Packed) {

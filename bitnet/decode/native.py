@@ -1,0 +1,110 @@
+"""Sequences of tokens on the native step: prompts, single tokens and many sequences at once, each with its cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.cpu import step as native
+from .plan import Plan
+
+_ROOM = 256  # positions a cache has room for at first; it doubles
+
+
+class Cached:
+    """One sequence: its tokens' keys and values, and how many there are."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._shape = plan.blocks, plan.kv_heads, plan.head_dim
+        self.store = native.KeyValues.empty(*self._shape, _ROOM, plan.cache_type)
+        self.length = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for as many tokens in all."""
+        capacity = self.store.capacity
+        if tokens > capacity:
+            while capacity < tokens:
+                capacity *= 2
+            self.store = self.store.resized(capacity, self.length)
+
+    def copy(self, length: int | None = None) -> "Cached":
+        """An independent copy of the first `length` tokens, by default of all."""
+        copy = Cached.__new__(Cached)
+        copy._shape, copy.length = self._shape, self.length if length is None else length
+        copy.store = self.store.resized(self.store.capacity, copy.length)
+        return copy
+
+
+def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Tensor:
+    """Append tokens to sequences; the last hidden states after the final norm, float32 [M, hidden].
+
+    embedded: floating [M, hidden], the embeddings of the first sequence's tokens, then of the second's, ...; work: each
+    sequence and how many of the tokens are its own. No sequence may come twice.
+    """
+    x = embedded.to(torch.float32, copy=True).contiguous()
+    caches, sequence, position = [cached for cached, _ in work], [], []
+    for i, (cached, count) in enumerate(work):
+        sequence += [i] * count
+        position += range(cached.length, cached.length + count)
+    plan.reach(max(position) + 1)
+    for cached, count in work:
+        cached.reserve(cached.length + count)
+    stores = [cached.store for cached in caches]
+    for at in range(0, len(x), native.MOST_TOKENS):
+        to = at + native.MOST_TOKENS
+        native.step(plan.native, x[at:to], stores, sequence[at:to], position[at:to])
+    for cached, count in work:
+        cached.length += count
+    return x
+
+
+class NativeSequences:
+    """bitnet.decode.sequences.Sequences on the native step, for a causal language model that has a plan."""
+
+    def __init__(self, model: Any, slots: int = 8, cache_type: str = "float16", context: int | None = None) -> None:
+        """Raises Unplanned, with the reason, for a model that the step does not compute."""
+        self._model, self._cache_type = model, cache_type
+        self._plan = Plan(model.base_model, cache_type)
+        self._caches = [Cached(self._plan) for _ in range(slots)]
+        self.slots, self.vocabulary = slots, model.config.get_text_config().vocab_size
+        self.context = min(context or self._plan.positions, self._plan.positions)
+
+    def length(self, slot: int) -> int:
+        """How many tokens a slot holds."""
+        return self._caches[slot].length
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        """Forget all but the first `tokens`; with 0 the slot's memory is given back, too."""
+        if tokens > self._caches[slot].length:
+            raise ValueError(f"slot {slot} holds {self._caches[slot].length} tokens, not {tokens}")
+        self._caches[slot].length = tokens
+        if tokens == 0 and self._caches[slot].store.capacity > _ROOM:
+            self._caches[slot] = Cached(self._plan)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Make one slot the first `tokens` of another."""
+        self._caches[target] = self._caches[source].copy(tokens)
+
+    @torch.inference_mode()
+    def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Append each (slot, ids int64 [T]) to its slot; logits after the last of each, float32 [len(work), V]."""
+        if not self._plan.current():
+            self._plan = Plan(self._model.base_model, self._cache_type)
+        for slot, ids in work:
+            if self.length(slot) + len(ids) > self.context:
+                raise ValueError(f"{self.length(slot) + len(ids)} tokens, but a sequence holds {self.context}")
+        ids = torch.cat([ids for _, ids in work])
+        embedded = self._model.get_input_embeddings()(ids)
+        hidden = run(self._plan, embedded, [(self._caches[slot], len(ids)) for slot, ids in work])
+        last = torch.tensor([len(ids) for _, ids in work]).cumsum(0) - 1
+        return head(self._model, hidden[last])
+
+
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Logits float32 [M, V] of last hidden states [M, hidden]."""
+    lm_head: nn.Module = model.get_output_embeddings()
+    weight = lm_head.weight
+    logits = lm_head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

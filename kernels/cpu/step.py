@@ -1,0 +1,158 @@
+"""The decoder blocks of a model over some tokens, in one native call: csrc/step.h.
+
+The structures are those of csrc/bitnet_cpu.h, field by field.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .library import TYPES, check, isa_index, native
+from .linear import PreparedWeight
+
+MOST_TOKENS = 256  # of one call
+RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
+GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2}
+CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+_pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class Norm(ctypes.Structure):
+    _fields_ = (("weight", _pointer), ("eps", ctypes.c_float))
+
+
+class Product(ctypes.Structure):
+    _fields_ = (
+        ("norms", Norm * 2),
+        ("signs", _pointer),
+        ("hadamard", _int64),
+        ("count", _int64),
+        ("layers", ctypes.POINTER(PreparedWeight) * 3),
+    )
+
+
+class Block(ctypes.Structure):
+    _fields_ = (
+        ("into", Product * 3),
+        ("gate", Product * 2),
+        ("out", Product),
+        ("down", Product),
+        ("query", Norm),
+        ("key", Norm),
+        ("after_attention", Norm),
+        ("after_mlp", Norm),
+        ("window", _int64),
+        ("in_count", _int32),
+        ("gate_count", _int32),
+        ("rope", _int64),
+    )
+
+
+class Plan(ctypes.Structure):
+    _fields_ = (
+        ("blocks", _pointer),
+        ("count", _int64),
+        ("hidden", _int64),
+        ("heads", _int64),
+        ("kv_heads", _int64),
+        ("head_dim", _int64),
+        ("inner", _int64),
+        ("half", _int64),
+        ("positions", _int64),
+        ("ropes", _pointer * 2 * 2),
+        ("final", Norm),
+        ("scaling", ctypes.c_float),
+        ("gate", _int32),
+        ("cache_type", _int32),
+        ("isa", _int32),
+    )
+
+
+class _Sequence(ctypes.Structure):
+    _fields_ = (
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("key_scales", _pointer),
+        ("value_scales", _pointer),
+        ("capacity", _int64),
+    )
+
+
+@dataclass
+class KeyValues:
+    """The cache of one sequence, as csrc/bitnet_cpu.h describes it; what is beyond its length is not initialized.
+
+    keys: [blocks, kv_heads, capacity / 16, head_dim, 16]; values: [blocks, kv_heads, capacity, head_dim]; float32, float16
+    or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+
+    @staticmethod
+    def empty(blocks: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> "KeyValues":
+        """Room for that many positions, a multiple of 16."""
+        keys = torch.empty(blocks, kv_heads, capacity // RUN, head_dim, RUN, dtype=dtype)
+        values = torch.empty(blocks, kv_heads, capacity, head_dim, dtype=dtype)
+        if dtype != torch.int8:
+            return KeyValues(keys, values, None, None)
+        return KeyValues(keys, values, *(torch.empty(blocks, kv_heads, capacity) for _ in range(2)))
+
+    @property
+    def capacity(self) -> int:
+        return self.values.shape[2]
+
+    def resized(self, capacity: int, length: int) -> "KeyValues":
+        """A copy of the first `length` positions with room for another number of them."""
+        blocks, kv_heads, _, head_dim = self.values.shape
+        copy = KeyValues.empty(blocks, kv_heads, head_dim, capacity, self.values.dtype)
+        runs = -(-length // RUN)
+        copy.keys[:, :, :runs] = self.keys[:, :, :runs]
+        copy.values[:, :, :length] = self.values[:, :, :length]
+        for name in ("key_scales", "value_scales"):
+            if (scales := getattr(self, name)) is not None:
+                getattr(copy, name)[:, :, :length] = scales[:, :, :length]
+        return copy
+
+    def floats(self, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` positions, float32 [blocks, kv_heads, length, head_dim]."""
+        keys = self.keys.transpose(-1, -2).flatten(2, 3)[:, :, :length].float()
+        values = self.values[:, :, :length].float()
+        if self.key_scales is not None and self.value_scales is not None:
+            keys = keys * self.key_scales[:, :, :length, None]
+            values = values * self.value_scales[:, :, :length, None]
+        return keys, values
+
+    def _described(self) -> _Sequence:
+        scales = (None if t is None else t.data_ptr() for t in (self.key_scales, self.value_scales))
+        return _Sequence(self.keys.data_ptr(), self.values.data_ptr(), *scales, self.capacity)
+
+
+def step(plan: Plan, x: Tensor, caches: Sequence[KeyValues], sequence: Sequence[int], position: Sequence[int]) -> None:
+    """Run the blocks of a plan on x float32 [M, hidden], M <= MOST_TOKENS, in place.
+
+    Token i stands at position[i] of caches[sequence[i]]; see bitnet_step in csrc/bitnet_cpu.h. Raises ValueError for a
+    token beyond a cache's room or the plan's positions.
+    """
+    m = len(x)
+    rows, at = (_int64 * m)(*sequence), (_int64 * m)(*position)
+    if max(position) >= plan.positions or any(p >= caches[s].capacity for s, p in zip(sequence, position, strict=True)):
+        raise ValueError(f"a token at position {max(position)} has no room: there are {plan.positions} positions")
+    kept = (_Sequence * len(caches))(*(cache._described() for cache in caches))
+    check(native().bitnet_step(ctypes.byref(plan), x.data_ptr(), m, kept, rows, at, torch.get_num_threads()))
+
+
+def isa(name: str | None = None) -> int:
+    """By which a plan knows an instruction set; by default the best."""
+    return isa_index(isa=name)
+
+
+def cache_type(name: str) -> int:
+    """By which a plan knows the numbers of its caches."""
+    return TYPES[CACHE_TYPES[name]]

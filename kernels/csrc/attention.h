@@ -1,0 +1,247 @@
+// What a decoder block does between its products: norms, rotary positions, attention over a cache, gates. float32 all
+// along, every operation rounded by itself in the same order on each instruction set; the definitions are reference.py's,
+// which sums in another order.
+#pragma once
+#include "numbers.h"
+
+namespace {
+
+// e^x, with an error below 2 units in the last place; 0 below -87.
+INLINE float exponential(float x) {
+  x = x < -87 ? -87 : x;
+  x = x > 88 ? 88 : x;
+  const float shifted = x * 0x1.715476p+0f + 0x1.8p23f, n = shifted - 0x1.8p23f;  // 1 / ln 2; the low bits hold n
+  const float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;                   // ln 2 in two parts
+  float p = 0x1.6850e4p-10f;
+  p = p * r + 0x1.123bccp-7f;
+  p = p * r + 0x1.555b98p-5f;
+  p = p * r + 0x1.55548ep-3f;
+  p = p * r + 0x1.fffff8p-2f;
+  p = (p * r) * r + r + 1;
+  return p * bits<float>((bits<uint32_t>(shifted) + 127) << 23);
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight, of k features; x may be y.
+void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* y) {
+  double sum[kRun] = {};
+  int64_t i = 0;
+  for (; i + kRun <= k; i += kRun)
+    for (int l = 0; l < kRun; ++l) sum[l] += double(x[i + l]) * double(x[i + l]);
+  for (int l = 0; i < k; ++i, ++l) sum[l] += double(x[i]) * double(x[i]);
+  for (int l = 1; l < kRun; ++l) sum[0] += sum[l];
+  const float factor = 1 / __builtin_sqrtf(float(sum[0] / double(k)) + eps);
+  for (i = 0; i < k; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// Rotary positions of one head in place: features i and i + half turn by an angle.
+void rotate(const float* cosine, const float* sine, int64_t half, float* head) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cosine[i] - b * sine[i];
+    head[i + half] = b * cosine[i] + a * sine[i];
+  }
+}
+
+// gate = f(gate) * up
+void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
+  switch (kind) {
+    case kSilu:
+      for (int64_t i = 0; i < k; ++i) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+      return;
+    case kSquaredRelu:
+      for (int64_t i = 0; i < k; ++i) {
+        const float v = gate[i] > 0 ? gate[i] : 0;
+        gate[i] = v * v * up[i];
+      }
+      return;
+    case kGeluTanh:  // 0.5 x (1 + tanh(z)) = x / (1 + e^-2z)
+      for (int64_t i = 0; i < k; ++i) {
+        const float x = gate[i], z = 0x1.988454p-1f * (x + 0x1.6e4e26p-5f * (x * x * x));
+        gate[i] = x / (1 + exponential(-2 * z)) * up[i];
+      }
+      return;
+  }
+}
+
+// What a cache holds.
+
+template <class I>
+struct Floats {
+  using Element = float;
+  static constexpr bool kScaled = false;
+  static INLINE typename I::Float load(const float* p) { return I::load_float(p); }
+  static INLINE float store(float x, float) { return x; }
+};
+
+template <class I>
+struct Halves {
+  using Element = uint16_t;
+  static constexpr bool kScaled = false;
+  static INLINE typename I::Float load(const uint16_t* p) { return I::load_half(p); }
+  static INLINE uint16_t store(float x, float) { return F16::round(x); }
+};
+
+template <class I>
+struct Bytes {
+  using Element = int8_t;
+  static constexpr bool kScaled = true;
+  static INLINE typename I::Float load(const int8_t* p) { return I::load_byte(p); }
+  static INLINE int8_t store(float x, float s) { return int8_t(bits<uint32_t>(x * s + 0x1.8p23f)); }
+};
+
+INLINE float top_magnitude(const float* x, int64_t dim) {
+  uint32_t top = 0;
+  for (int64_t i = 0; i < dim; ++i) {
+    const uint32_t a = bits<uint32_t>(x[i]) & F32::kAbs;
+    top = a > top ? a : top;
+  }
+  const float value = bits<float>(top);
+  return value < 1e-5f ? 1e-5f : value;
+}
+
+template <class C>
+void store_position(const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim) {
+  auto* keys = static_cast<typename C::Element*>(cache.keys) + position / kRun * dim * kRun + position % kRun;
+  auto* values = static_cast<typename C::Element*>(cache.values) + position * dim;
+  float ks = 1, vs = 1;
+  if constexpr (C::kScaled) {
+    const float k = top_magnitude(key, dim), v = top_magnitude(value, dim);
+    ks = 127 / k, vs = 127 / v;
+    cache.key_scales[position] = k / 127, cache.value_scales[position] = v / 127;
+  }
+  for (int64_t i = 0; i < dim; ++i) keys[i * kRun] = C::store(key[i], ks);
+  for (int64_t i = 0; i < dim; ++i) values[i] = C::store(value[i], vs);
+}
+
+// The scores of T queries, [T, stride], for blocks of 16 positions.
+template <class I, class C, int T>
+INLINE void score(const CachedHead& cache, const Query* queries, int64_t dim, int64_t first, int64_t last, float* scores,
+                  int64_t stride) {
+  constexpr int kParts = kRun * 4 / I::kBytes, kWidth = I::kBytes / 4;
+  const auto* keys = static_cast<const typename C::Element*>(cache.keys) + first / kRun * dim * kRun;
+  for (int64_t at = first; at < last; at += kRun) {
+    typename I::Float sum[T][kParts] = {};
+    for (int64_t i = 0; i < dim; ++i, keys += kRun) {
+      typename I::Float key[kParts];
+      UNROLL for (int p = 0; p < kParts; ++p) key[p] = C::load(keys + p * kWidth);
+      UNROLL for (int t = 0; t < T; ++t) {
+        const auto q = I::splat_float(queries[t].q[i]);
+        UNROLL for (int p = 0; p < kParts; ++p) sum[t][p] = sum[t][p] + key[p] * q;
+      }
+    }
+    UNROLL for (int t = 0; t < T; ++t) {
+      UNROLL for (int p = 0; p < kParts; ++p) I::store_float(scores + t * stride + at - first + p * kWidth, sum[t][p]);
+    }
+    if constexpr (C::kScaled)
+      for (int t = 0; t < T; ++t)
+        for (int l = 0; l < kRun; ++l) scores[t * stride + at - first + l] *= cache.key_scales[at + l];
+  }
+}
+
+// Scores of positions [0, count) to weights that add up to 1.
+INLINE void softmax(float* scores, int64_t count) {
+  float top[kRun], sum[kRun] = {};
+  for (int l = 0; l < kRun; ++l) top[l] = scores[0];
+  int64_t i = 0;
+  for (; i + kRun <= count; i += kRun)
+    for (int l = 0; l < kRun; ++l) top[l] = scores[i + l] > top[l] ? scores[i + l] : top[l];
+  for (int l = 0; i < count; ++i, ++l) top[l] = scores[i] > top[l] ? scores[i] : top[l];
+  for (int l = 1; l < kRun; ++l) top[0] = top[l] > top[0] ? top[l] : top[0];
+  const float most = top[0];
+  for (i = 0; i + kRun <= count; i += kRun)
+    for (int l = 0; l < kRun; ++l) {
+      scores[i + l] = exponential(scores[i + l] - most);
+      sum[l] += scores[i + l];
+    }
+  for (int l = 0; i < count; ++i, ++l) {
+    scores[i] = exponential(scores[i] - most);
+    sum[l] += scores[i];
+  }
+  for (int l = 1; l < kRun; ++l) sum[0] += sum[l];
+  const float factor = 1 / sum[0];
+  for (i = 0; i < count; ++i) scores[i] *= factor;
+}
+
+// Sums of values, features at a time, weighted by T rows of weights.
+template <class I, class C, int T, int V>
+INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count, const float* weights, int64_t stride,
+                  const Query* queries, int64_t feature) {
+  constexpr int kWidth = I::kBytes / 4;
+  typename I::Float sum[T][V] = {};
+  values += feature;
+  for (int64_t i = 0; i < count; ++i, values += dim) {
+    typename I::Float value[V];
+    UNROLL for (int v = 0; v < V; ++v) value[v] = C::load(values + v * kWidth);
+    UNROLL for (int t = 0; t < T; ++t) {
+      const auto w = I::splat_float(weights[t * stride + i]);
+      UNROLL for (int v = 0; v < V; ++v) sum[t][v] = sum[t][v] + value[v] * w;
+    }
+  }
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int v = 0; v < V; ++v) I::store_float(queries[t].out + feature + v * kWidth, sum[t][v]);
+  }
+}
+
+template <class I, class C, int T>
+void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float* scores) {
+  constexpr int kWidth = I::kBytes / 4, kVecs = 2;
+  int64_t first = queries[0].first, last = queries[0].last;
+  for (int t = 1; t < T; ++t) {
+    first = smaller(first, queries[t].first);
+    last = last > queries[t].last ? last : queries[t].last;
+  }
+  const int64_t start = first / kRun * kRun, stride = (last - start + kRun - 1) / kRun * kRun;
+  score<I, C, T>(cache, queries, dim, start, last, scores, stride);
+  for (int t = 0; t < T; ++t) {
+    float* row = scores + t * stride;
+    for (int64_t i = first; i < queries[t].first; ++i) row[i - start] = 0;
+    softmax(row + queries[t].first - start, queries[t].last - queries[t].first);
+    for (int64_t i = queries[t].last; i < last; ++i) row[i - start] = 0;
+    if constexpr (C::kScaled)
+      for (int64_t i = first; i < last; ++i) row[i - start] *= cache.value_scales[i];
+  }
+  const auto* values = static_cast<const typename C::Element*>(cache.values) + first * dim;
+  const float* weights = scores + first - start;
+  int64_t feature = 0;
+  for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
+    weigh<I, C, T, kVecs>(values, dim, last - first, weights, stride, queries, feature);
+  for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(values, dim, last - first, weights, stride, queries, feature);
+}
+
+template <class I, class C>
+void attend_with(const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores) {
+  static_assert(kTileQueries == 4, "");
+  for (; count >= 4; count -= 4, queries += 4) attend_to<I, C, 4>(cache, queries, dim, scores);
+  if (count & 2) attend_to<I, C, 2>(cache, queries, dim, scores);
+  queries += count & 2;
+  if (count & 1) attend_to<I, C, 1>(cache, queries, dim, scores);
+}
+
+template <class I>
+void attend(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores) {
+  switch (type) {
+    case kFloat32: return attend_with<I, Floats<I>>(cache, queries, count, dim, scores);
+    case kFloat16: return attend_with<I, Halves<I>>(cache, queries, count, dim, scores);
+    case kInt8: return attend_with<I, Bytes<I>>(cache, queries, count, dim, scores);
+  }
+}
+
+template <class I>
+void store(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim) {
+  switch (type) {
+    case kFloat32: return store_position<Floats<I>>(cache, position, key, value, dim);
+    case kFloat16: return store_position<Halves<I>>(cache, position, key, value, dim);
+    case kInt8: return store_position<Bytes<I>>(cache, position, key, value, dim);
+  }
+}
+
+template <class I>
+constexpr Between kBetween = {rms_norm, rotate, apply_gate, store<I>, attend<I>};
+
+template <class I>
+constexpr const Between* between() {
+  if constexpr (I::kForm == kTwoBits) return &kBetween<I>;
+  return nullptr;
+}
+
+}  // namespace
