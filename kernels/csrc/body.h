@@ -12,6 +12,7 @@
 //   Planes, kPlaneSteps       the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
 //   kPlaneVecs                vectors of rows that are summed at once for one token
 //   kTileVecs, kMaxTokens     shape of the register tile for many: vectors of rows, tokens
+//   kFewVecs, kFewTokens      the same where all tokens fit one panel, from kMaxTokens on
 //   Float, load_float, load_half, load_byte, splat_float, store_float    vectors of float32, from float16 and int8
 //   kFactor, kZero            a weight is kFactor times what its field holds, minus kZero
 #pragma once
@@ -116,7 +117,7 @@ constexpr int kChunkFeatures = 256;  // features: 16 KB of unpacked weights wher
 template <class I, int V>
 struct Unpacked {
   struct Packed {};
-  static constexpr int64_t kStride = I::kFields * V * I::kBytes;
+  static constexpr int64_t kStride = I::kFields * V * I::kBytes, kAhead = 0;
   static INLINE Packed unpack(const uint8_t*) { return {}; }
   template <int J>
   static INLINE typename I::Vec field(const uint8_t* p, Packed) {
@@ -126,7 +127,7 @@ struct Unpacked {
 
 template <class I>
 struct AsStored : I {
-  static constexpr int64_t kStride = kStepBytes;
+  static constexpr int64_t kStride = kStepBytes, kAhead = 8192;  // as for one token
 };
 
 template <class I, class W, int J, int R, int T>
@@ -151,7 +152,10 @@ __attribute__((noinline)) void multiply(const uint8_t* weight, int64_t block_byt
   typename I::Sum sum[R][T] = {};
   for (; steps > 0; --steps, q += 4 * I::kFields * T) {
     typename W::Packed packed[R];
-    UNROLL for (int r = 0; r < R; ++r) packed[r] = W::unpack(w[r]);
+    UNROLL for (int r = 0; r < R; ++r) {
+      packed[r] = W::unpack(w[r]);
+      if (W::kAhead && r * I::kBytes % 64 == 0) __builtin_prefetch(w[r] + W::kAhead);
+    }
     multiply_fields<I, W, 0>(w, packed, q, sum);
     UNROLL for (int r = 0; r < R; ++r) w[r] += W::kStride;
   }
@@ -166,7 +170,7 @@ INLINE void multiply_panel(const uint8_t* w, int64_t block_bytes, int64_t steps,
       multiply_panel<I, W, V, T - Take::kLimbs>(w, block_bytes, steps, q, limbs, take);
     return;
   }
-  constexpr int R = I::kTileVecs < V ? I::kTileVecs : V;
+  constexpr int kMost = T > I::kMaxTokens ? I::kFewVecs : I::kTileVecs, R = kMost < V ? kMost : V;
   for (int v = 0; v < V; v += R) multiply<I, W, V, R, T>(w, block_bytes, v, steps, q, take);
 }
 
@@ -217,11 +221,11 @@ INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* 
 template <class I, int L, int V, class Take>
 INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps, const Panels& panels, int64_t done,
                            int64_t all_steps, uint8_t* unpacked, const Take& take) {
-  constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields, kWidest = I::kMaxTokens / L * L;
+  constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields;
   if (panels.count == 1) {
     const int64_t limbs = panels.tokens * L;
     const int8_t* q = panels.codes + done * kStep * limbs;
-    return multiply_panel<I, AsStored<I>, V, kWidest>(w, block_bytes, steps, q, int(limbs), take(0));
+    return multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(0));
   }
   for (int64_t step = 0; step < steps; ++step)
     for (int v = 0; v < V; ++v) {
@@ -231,7 +235,7 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t token = panels.first(p), limbs = (panels.first(p + 1) - token) * L;
     const int8_t* q = panels.codes + (token * L * all_steps + done * limbs) * kStep;
-    multiply_panel<I, Unpacked<I, V>, V, kWidest>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs), take(token));
+    multiply_panel<I, Unpacked<I, V>, V, I::kMaxTokens / L * L>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs), take(token));
   }
 }
 
@@ -248,9 +252,10 @@ void slice_rows(const PreparedWeight& layer, int64_t block, const Panels& panels
   alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
   const int64_t steps = (layer.k + kStep - 1) / kStep, n0 = block * kBlockRows;
   memset(acc, 0, panels.tokens * L * kRows * sizeof(*acc));
-  for (int64_t at = 0; at < steps; at += chunk_steps<I>())
+  const int64_t chunk = panels.count == 1 ? I::kSumSteps : chunk_steps<I>();  // nothing to unpack: all at once
+  for (int64_t at = 0; at < steps; at += chunk)
     multiply_chunk<I, L, V>(layer.weight + (block * steps + at) * kStepBytes, steps * kStepBytes,
-                            smaller(chunk_steps<I>(), steps - at), panels, at, steps, unpacked,
+                            smaller(chunk, steps - at), panels, at, steps, unpacked,
                             [=](int64_t token) { return ToRows<I, V, L>{acc + token * L * kRows}; });
   for (int64_t t = 0; t < panels.tokens; ++t, acc += L * kRows) {
     join_rows<I, L, kRows>(acc, panels.sums[t]);
@@ -373,7 +378,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kForm, I::kMaxTokens, quantize, sum_groups, split,
+  return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, quantize, sum_groups, split,
           hadamard, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>, between<I>()};
 }
 

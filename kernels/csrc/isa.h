@@ -97,7 +97,8 @@ struct Isa {
   const char* name;
   bool (*supported)();
   int form;
-  int max_tokens;  // limbs a panel may hold
+  int max_tokens;  // limbs that one of several panels may hold
+  int few_tokens;  // limbs that a single one may hold
 
   // Codes (int16 for 16 bits) and s of one token of k features. x_type may be that of codes: then x is copied, s is 1.
   float (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, void* codes);

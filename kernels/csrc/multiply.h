@@ -95,7 +95,7 @@ int64_t panel_bytes(const Call& call, int64_t tokens) {
 Panels place_panels(const Call& call, int64_t tokens, void* memory) {
   auto* sums = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + tokens * call.limbs * call.padded);
   return {static_cast<int8_t*>(memory), sums, reinterpret_cast<float*>(sums + tokens * call.groups.count), tokens,
-          ceil_div(tokens, call.isa.max_tokens / call.limbs), call.limbs};
+          tokens * call.limbs <= call.isa.few_tokens ? 1 : ceil_div(tokens, call.isa.max_tokens / call.limbs), call.limbs};
 }
 
 // A thread's share of the panels. quantize(token, row, sums) returns s; row: row_bytes().
