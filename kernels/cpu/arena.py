@@ -47,3 +47,15 @@ class _Arena:
 
 
 arena = _Arena()
+
+
+def mapped(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialized tensor; if it is large in memory of its own, of 2 MB pages where there are such."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < 2 * _Arena.PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, size + _Arena.PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _Arena.PAGE
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start).view(dtype).view(shape)

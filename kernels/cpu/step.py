@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arena import mapped
 from .library import TYPES, check, isa_index, native
 from .linear import PreparedWeight
 
@@ -98,8 +99,8 @@ class KeyValues:
     @staticmethod
     def empty(blocks: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> "KeyValues":
         """Room for that many positions, a multiple of 16."""
-        keys = torch.empty(blocks, kv_heads, capacity // RUN, head_dim, RUN, dtype=dtype)
-        values = torch.empty(blocks, kv_heads, capacity, head_dim, dtype=dtype)
+        keys = mapped(blocks, kv_heads, capacity // RUN, head_dim, RUN, dtype=dtype)
+        values = mapped(blocks, kv_heads, capacity, head_dim, dtype=dtype)
         if dtype != torch.int8:
             return KeyValues(keys, values, None, None)
         return KeyValues(keys, values, *(torch.empty(blocks, kv_heads, capacity) for _ in range(2)))

@@ -113,29 +113,40 @@ void store_position(const CachedHead& cache, int64_t position, const float* key,
   for (int64_t i = 0; i < dim; ++i) values[i] = C::store(value[i], vs);
 }
 
-// The scores of T queries, [T, stride], for blocks of 16 positions.
+// The scores of T queries for R runs of 16 positions.
+template <class I, class C, int T, int R>
+INLINE void score_runs(const typename C::Element* keys, const Query* queries, int64_t dim, float* scores, int64_t stride) {
+  constexpr int kWidth = I::kBytes / 4, kVecs = R * kRun / kWidth;
+  typename I::Float sum[T][kVecs] = {};
+  const float* q[T];
+  UNROLL for (int t = 0; t < T; ++t) q[t] = queries[t].q;
+  for (int64_t i = 0; i < dim; ++i, keys += kRun) {
+    typename I::Float key[kVecs];
+    UNROLL for (int v = 0; v < kVecs; ++v) key[v] = C::load(keys + v * kWidth / kRun * dim * kRun + v * kWidth % kRun);
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(keys + (R + r) * dim * kRun);  // the hardware's ends at a page
+    UNROLL for (int t = 0; t < T; ++t) {
+      const auto value = I::splat_float(q[t][i]);
+      UNROLL for (int v = 0; v < kVecs; ++v) sum[t][v] = sum[t][v] + key[v] * value;
+    }
+  }
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int v = 0; v < kVecs; ++v) I::store_float(scores + t * stride + v * kWidth, sum[t][v]);
+  }
+}
+
+// The same for positions [first, last), multiples of 16: [T, stride]. Eight sums at a time hide the latency of adding.
 template <class I, class C, int T>
 INLINE void score(const CachedHead& cache, const Query* queries, int64_t dim, int64_t first, int64_t last, float* scores,
                   int64_t stride) {
-  constexpr int kParts = kRun * 4 / I::kBytes, kWidth = I::kBytes / 4;
-  const auto* keys = static_cast<const typename C::Element*>(cache.keys) + first / kRun * dim * kRun;
-  for (int64_t at = first; at < last; at += kRun) {
-    typename I::Float sum[T][kParts] = {};
-    for (int64_t i = 0; i < dim; ++i, keys += kRun) {
-      typename I::Float key[kParts];
-      UNROLL for (int p = 0; p < kParts; ++p) key[p] = C::load(keys + p * kWidth);
-      UNROLL for (int t = 0; t < T; ++t) {
-        const auto q = I::splat_float(queries[t].q[i]);
-        UNROLL for (int p = 0; p < kParts; ++p) sum[t][p] = sum[t][p] + key[p] * q;
-      }
-    }
-    UNROLL for (int t = 0; t < T; ++t) {
-      UNROLL for (int p = 0; p < kParts; ++p) I::store_float(scores + t * stride + at - first + p * kWidth, sum[t][p]);
-    }
-    if constexpr (C::kScaled)
-      for (int t = 0; t < T; ++t)
-        for (int l = 0; l < kRun; ++l) scores[t * stride + at - first + l] *= cache.key_scales[at + l];
-  }
+  constexpr int kVecs = T * kRun * 4 / I::kBytes, kRuns = kVecs < 8 ? 8 / kVecs : 1;
+  const auto* keys = static_cast<const typename C::Element*>(cache.keys) + first * dim;
+  int64_t at = first;
+  for (; at + kRuns * kRun <= last; at += kRuns * kRun, keys += kRuns * kRun * dim)
+    score_runs<I, C, T, kRuns>(keys, queries, dim, scores + at - first, stride);
+  for (; at < last; at += kRun, keys += kRun * dim) score_runs<I, C, T, 1>(keys, queries, dim, scores + at - first, stride);
+  if constexpr (C::kScaled)
+    for (int t = 0; t < T; ++t)
+      for (at = first; at < last; ++at) scores[t * stride + at - first] *= cache.key_scales[at];
 }
 
 // Scores of positions [0, count) to weights that add up to 1.
@@ -162,12 +173,15 @@ INLINE void softmax(float* scores, int64_t count) {
   for (i = 0; i < count; ++i) scores[i] *= factor;
 }
 
-// Sums of values, features at a time, weighted by T rows of weights.
+// Adds values times T rows of weights to the queries' sums, V vectors of features at a time.
 template <class I, class C, int T, int V>
 INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count, const float* weights, int64_t stride,
                   const Query* queries, int64_t feature) {
   constexpr int kWidth = I::kBytes / 4;
-  typename I::Float sum[T][V] = {};
+  typename I::Float sum[T][V];
+  UNROLL for (int t = 0; t < T; ++t) {
+    UNROLL for (int v = 0; v < V; ++v) sum[t][v] = I::load_float(queries[t].out + feature + v * kWidth);
+  }
   values += feature;
   for (int64_t i = 0; i < count; ++i, values += dim) {
     typename I::Float value[V];
@@ -200,12 +214,17 @@ void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float
     if constexpr (C::kScaled)
       for (int64_t i = first; i < last; ++i) row[i - start] *= cache.value_scales[i];
   }
-  const auto* values = static_cast<const typename C::Element*>(cache.values) + first * dim;
-  const float* weights = scores + first - start;
-  int64_t feature = 0;
-  for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
-    weigh<I, C, T, kVecs>(values, dim, last - first, weights, stride, queries, feature);
-  for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(values, dim, last - first, weights, stride, queries, feature);
+  for (int t = 0; t < T; ++t) memset(queries[t].out, 0, dim * sizeof(float));
+  for (int64_t at = first; at < last; at += kRun) {  // as many positions as stay in the first cache
+    const auto* values = static_cast<const typename C::Element*>(cache.values) + at * dim;
+    for (int64_t i = 0; i < kRun * dim; i += 64 / int64_t(sizeof(*values))) __builtin_prefetch(values + kRun * dim + i);
+    const float* weights = scores + at - start;
+    const int64_t count = smaller(kRun, last - at);
+    int64_t feature = 0;
+    for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
+      weigh<I, C, T, kVecs>(values, dim, count, weights, stride, queries, feature);
+    for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(values, dim, count, weights, stride, queries, feature);
+  }
 }
 
 template <class I, class C>

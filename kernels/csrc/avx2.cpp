@@ -4,7 +4,7 @@
 namespace {
 
 struct Avx2 : Avx256 {  // sums are 16 x int16
-  static constexpr int kMaxTokens = 5, kFewVecs = 1, kFewTokens = 8;
+  static constexpr int kMaxTokens = 5, kStoredPanels = 1, kFewVecs = 1, kFewTokens = 8;
   // A step adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
   // Of two sums the odd one grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a step.
   static constexpr int64_t kSumSteps = 16, kPlaneSteps = 8;

@@ -4,7 +4,7 @@
 namespace {
 
 struct AvxVnni : Avx256 {  // sums are 8 x int32
-  static constexpr int kMaxTokens = 6, kFewVecs = 1, kFewTokens = 8;
+  static constexpr int kMaxTokens = 6, kStoredPanels = 1, kFewVecs = 1, kFewTokens = 8;
   // Planes of 8 steps: more would fit the sums, but not the first cache, through which they pass twice.
   static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = 8;
   using Planes = TwoSums<AvxVnni>;

@@ -222,12 +222,8 @@ template <class I, int L, int V, class Take>
 INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps, const Panels& panels, int64_t done,
                            int64_t all_steps, uint8_t* unpacked, const Take& take) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields;
-  if (panels.count == 1) {
-    const int64_t limbs = panels.tokens * L;
-    const int8_t* q = panels.codes + done * kStep * limbs;
-    return multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(0));
-  }
-  for (int64_t step = 0; step < steps; ++step)
+  const bool stored = panels.count <= I::kStoredPanels;
+  if (!stored) for (int64_t step = 0; step < steps; ++step)
     for (int v = 0; v < V; ++v) {
       const uint8_t* from = w + v / kBlockVecs * block_bytes + step * kStepBytes + v % kBlockVecs * I::kBytes;
       unpack_fields<I, V, 0>(from, I::unpack(from), unpacked + step * Unpacked<I, V>::kStride + v * I::kBytes);
@@ -235,7 +231,8 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t token = panels.first(p), limbs = (panels.first(p + 1) - token) * L;
     const int8_t* q = panels.codes + (token * L * all_steps + done * limbs) * kStep;
-    multiply_panel<I, Unpacked<I, V>, V, I::kMaxTokens / L * L>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs), take(token));
+    if (stored) multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(token));
+    else multiply_panel<I, Unpacked<I, V>, V, I::kMaxTokens / L * L>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs), take(token));
   }
 }
 
@@ -252,7 +249,7 @@ void slice_rows(const PreparedWeight& layer, int64_t block, const Panels& panels
   alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
   const int64_t steps = (layer.k + kStep - 1) / kStep, n0 = block * kBlockRows;
   memset(acc, 0, panels.tokens * L * kRows * sizeof(*acc));
-  const int64_t chunk = panels.count == 1 ? I::kSumSteps : chunk_steps<I>();  // nothing to unpack: all at once
+  const int64_t chunk = panels.count <= I::kStoredPanels ? I::kSumSteps : chunk_steps<I>();  // nothing to unpack: all at once
   for (int64_t at = 0; at < steps; at += chunk)
     multiply_chunk<I, L, V>(layer.weight + (block * steps + at) * kStepBytes, steps * kStepBytes,
                             smaller(chunk, steps - at), panels, at, steps, unpacked,
@@ -378,7 +375,7 @@ struct EightBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
-  return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, quantize, sum_groups, split,
+  return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, I::kStoredPanels, quantize, sum_groups, split,
           hadamard, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>, between<I>()};
 }
 

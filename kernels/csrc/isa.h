@@ -98,7 +98,8 @@ struct Isa {
   bool (*supported)();
   int form;
   int max_tokens;  // limbs that one of several panels may hold
-  int few_tokens;  // limbs that a single one may hold
+  int few_tokens;  // the same for panels that take weights as stored
+  int stored_panels;  // how many of these there may be
 
   // Codes (int16 for 16 bits) and s of one token of k features. x_type may be that of codes: then x is copied, s is 1.
   float (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, void* codes);

@@ -91,11 +91,17 @@ int64_t panel_bytes(const Call& call, int64_t tokens) {
   return tokens * (call.limbs * call.padded + 4 * call.groups.count + 4);
 }
 
+// Panels that take weights as stored, if those are few enough, else narrower ones for which they are unpacked.
+int64_t count_panels(const Isa& isa, int64_t tokens, int limbs) {
+  const int64_t stored = ceil_div(tokens, isa.few_tokens / limbs);
+  return stored <= isa.stored_panels ? stored : ceil_div(tokens, isa.max_tokens / limbs);
+}
+
 // Where they lie in that room.
 Panels place_panels(const Call& call, int64_t tokens, void* memory) {
   auto* sums = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + tokens * call.limbs * call.padded);
   return {static_cast<int8_t*>(memory), sums, reinterpret_cast<float*>(sums + tokens * call.groups.count), tokens,
-          tokens * call.limbs <= call.isa.few_tokens ? 1 : ceil_div(tokens, call.isa.max_tokens / call.limbs), call.limbs};
+          count_panels(call.isa, tokens, call.limbs), call.limbs};
 }
 
 // A thread's share of the panels. quantize(token, row, sums) returns s; row: row_bytes().

@@ -66,7 +66,7 @@ struct Neon {
 
 #ifdef BITNET_DOTPROD
   using Sum = int32x4_t;
-  static constexpr int kMaxTokens = 5, kFewVecs = 2, kFewTokens = 10;
+  static constexpr int kMaxTokens = 5, kStoredPanels = 1, kFewVecs = 2, kFewTokens = 10;
   static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = int64_t(1) << 14;
   static INLINE void dot(Sum& sum, Vec u, Vec s) { sum = vdotq_s32(sum, u, s); }
   static INLINE int32x4_t total(Sum sum) { return sum; }
@@ -104,7 +104,7 @@ struct Neon {
   struct Sum {
     int16x8_t low, high;  // one product a lane: the bytes of rows 0, 1 and of rows 2, 3
   };
-  static constexpr int kMaxTokens = 2, kFewVecs = 4, kFewTokens = 2;
+  static constexpr int kMaxTokens = 2, kStoredPanels = 1, kFewVecs = 4, kFewTokens = 2;
   // A step adds at most 4 planes * 2 * 128 = 2^10 (of 1-bit weights 8 * 1 * 128, the same); 32 of them reach -2^15, and 127 stays below 2^15.
   static constexpr int64_t kSumSteps = 32, kPlaneSteps = 32;
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
