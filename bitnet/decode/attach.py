@@ -1,0 +1,219 @@
+"""The native step behind a transformers model: generate() and every forward with a cache run on it, unchanged otherwise.
+
+What transformers does around the blocks stays its own: sampling, beams, streaming, stop strings, left padding, assisted
+generation, the output head. The base model's forward is stood in for, on that one model object, by NativeForward, which
+runs the blocks of a call that it can compute and hands every other call to transformers: without a cache passed in, with
+gradients, with attentions or hidden states asked for, under torch.compile, on other devices, or when a module or weight has
+become something that plan.py does not know. A cache that was begun natively is then turned into transformers' own.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .native import Cached, run
+from .plan import Plan, Unplanned
+
+# transformers 5.24 renamed what forwards and outputs call their cache
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "inputs_embeds", "return_dict"}
+
+
+def attach(model: Any, cache_type: str = "float16") -> None:
+    """Make a causal language model decode natively wherever it can; see the module. Calling it again changes the cache.
+
+    cache_type: "float16", "float32" (no rounding of keys and values) or "int8" (a scale a position and head)
+    """
+    base = model.base_model
+    vars(base)["forward"] = NativeForward(base, cache_type)
+
+
+def detach(model: Any) -> None:
+    """The inverse."""
+    vars(model.base_model).pop("forward", None)
+
+
+def why_not(model: Any) -> str | None:
+    """None if a model runs on the native step, else the reason."""
+    try:
+        Plan(model.base_model)
+    except Unplanned as why:
+        return str(why)
+    return None
+
+
+class NativeForward:
+    """A base model's forward: see the module."""
+
+    def __init__(self, base: nn.Module, cache_type: str) -> None:
+        self._base, self._cache_type = base, cache_type
+        self._plan: Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_base": self._base, "_cache_type": self._cache_type, "_plan": None}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Any:
+        return type(self._base).forward.__get__(self._base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(_CACHE)
+        if type(cache) is not DynamicCache:
+            return self._original(*args, **kwargs)
+        rows = _rows(cache)
+        hidden = None
+        if not args and self._can_run(kwargs):
+            try:
+                hidden = self._run(cache, rows, kwargs)
+            except Unplanned:
+                pass
+        if hidden is None:
+            if rows is not None:
+                rows.give_back(cache, self._base.dtype)
+            return self._original(*args, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache})
+
+    def _can_run(self, kwargs: dict[str, Any]) -> bool:
+        ids = kwargs.get("input_ids")
+        if ids is None or ids.ndim != 2 or not ids.is_cpu or kwargs.get("inputs_embeds") is not None:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        config = self._base.config
+        if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
+            return False
+        return not any(value for name, value in kwargs.items() if name not in _KNOWN and name != _CACHE)
+
+    def _run(self, cache: Cache, rows: "_Rows | None", kwargs: dict[str, Any]) -> Tensor | None:
+        """The last hidden states [B, T, hidden], or None for a call that is not the step's."""
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if rows is None and cache.get_seq_length() > 0:
+            return None  # begun by transformers
+        if self._plan is None or not self._plan.current():
+            self._plan = None  # should the next line raise
+            self._plan = Plan(self._base, self._cache_type)
+        plan = self._plan
+        if rows is None:
+            rows = _Rows([Cached(plan) for _ in ids], cache.layers)
+        if len(rows.cached) != len(ids) or rows.cached[0].store.keys.dtype != plan.cache_type:
+            return None
+        past = rows.seen.shape[1]
+        if mask is None:
+            new = torch.ones_like(ids, dtype=torch.bool)
+            if not bool(rows.seen.all()):
+                return None
+        elif isinstance(mask, Tensor) and mask.shape == (len(ids), past + ids.shape[1]):
+            mask = mask.bool()
+            new = mask[:, past:]
+            if not torch.equal(mask[:, :past], rows.seen):
+                return None
+        else:
+            return None
+        counts = new.sum(1).tolist()
+        starts = torch.tensor([[cached.length] for cached in rows.cached])
+        expected = (new.cumsum(1) - 1 + starts)[new]
+        positions = kwargs.get("position_ids")
+        if positions is not None and not torch.equal(positions.expand_as(new)[new], expected):
+            return None
+        if sum(counts) == 0 or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions:
+            return None
+        embedded = self._base.get_input_embeddings()(ids[new])
+        work = [(cached, n) for cached, n in zip(rows.cached, counts, strict=True) if n]
+        x = run(plan, embedded, work).to(embedded.dtype)
+        if not bool(new.all()):
+            full = x.new_zeros(*new.shape, x.shape[-1])
+            full[new] = x
+            x = full
+        rows.seen = torch.cat([rows.seen, new], dim=1)
+        rows.take(cache)
+        return x.view(*ids.shape, -1)
+
+
+class _Rows:
+    """What a transformers cache holds when the native step fills it."""
+
+    def __init__(self, cached: list[Cached], layers: list[Any]) -> None:
+        self.cached = cached
+        self.seen = torch.zeros(len(cached), 0, dtype=torch.bool)  # [B, columns]: which are tokens, not padding
+        self._layers = layers  # transformers' own, empty
+
+    def take(self, cache: Cache) -> None:
+        """Stand in the cache, if that is not so yet."""
+        if not (cache.layers and isinstance(cache.layers[0], _NativeLayer)):
+            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self.cached[0].store.keys.shape[0])]
+
+    def give_back(self, cache: Cache, dtype: torch.dtype) -> None:
+        """Turn the cache into what transformers' own forward would have filled, with zeros for padding."""
+        rows = []
+        for cached, seen in zip(self.cached, self.seen, strict=True):
+            both = [t.new_zeros(*t.shape[:2], len(seen), t.shape[3]) for t in cached.store.floats(cached.length)]
+            for full, part in zip(both, cached.store.floats(cached.length), strict=True):
+                full[:, :, seen] = part
+            rows.append(both)
+        cache.layers = self._layers
+        for i in range(self.cached[0].store.keys.shape[0]):
+            keys, values = (torch.stack([row[which][i] for row in rows]).to(dtype) for which in (0, 1))
+            cache.update(keys, values, i)
+
+    def crop(self, columns: int) -> None:
+        self.seen = self.seen[:, :columns]
+        for cached, seen in zip(self.cached, self.seen, strict=True):
+            cached.length = int(seen.sum())
+
+    def select(self, indices: list[int]) -> None:
+        """Make row i a copy of row indices[i]."""
+        used: set[int] = set()
+        chosen = []
+        for index in indices:
+            chosen.append(self.cached[index].copy() if index in used else self.cached[index])
+            used.add(index)
+        self.cached, self.seen = chosen, self.seen[indices]
+
+
+class _NativeLayer(DynamicLayer):
+    """A layer of a transformers cache whose keys and values the native step holds; the first acts for all."""
+
+    def __init__(self, rows: _Rows, first: bool) -> None:
+        super().__init__()
+        self.rows, self.first, self.is_initialized = rows, first, True
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("this cache belongs to the native step; pass it to the model that made it")
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.rows.seen.shape[1]
+
+    def reset(self) -> None:
+        if self.first:
+            self.rows.crop(0)
+
+    def crop(self, tokens_to_remove: int) -> None:  # before transformers 5.24 a positive number is what is left
+        columns = self.get_seq_length()
+        left = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
+        if self.first:
+            self.rows.crop(max(0, left))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.first:
+            self.rows.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.first:
+            self.rows.select([row for row in range(len(self.rows.cached)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.first:
+            self.rows.select(torch.arange(len(self.rows.cached))[indices].tolist())
+
+
+def _rows(cache: Cache) -> _Rows | None:
+    first = cache.layers[0] if cache.layers else None
+    return first.rows if isinstance(first, _NativeLayer) else None
