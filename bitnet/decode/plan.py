@@ -52,10 +52,14 @@ class Unplanned(Exception):
 class Plan:
     """A model's plan, tied to the tensors and modules it was made from.
 
-    base: the model without its head; cache_type: "float32", "float16" or "int8". Raises Unplanned, with the reason.
+    base: the model without its head; cache_type: "float32", "float16" or "int8"; isa: the name of an instruction set, by
+    default the best. Raises Unplanned, with the reason, and ValueError for another cache_type.
     """
 
-    def __init__(self, base: nn.Module, cache_type: str = "float16") -> None:
+    def __init__(self, base: Any, cache_type: str = "float16", isa: str | None = None) -> None:
+        if cache_type not in native.CACHE_TYPES:
+            raise ValueError(f"cache_type must be one of {', '.join(native.CACHE_TYPES)}, got {cache_type!r}")
+        self._isa = isa
         self.cache_type = native.CACHE_TYPES[cache_type]
         self._watched: list[tuple[dict[str, Any], str, Any, int]] = []
         self._hooks: list[dict[int, Any]] = []
@@ -68,10 +72,12 @@ class Plan:
             raise Unplanned("there is no native library")
         self._family = family
         layers = list(base.layers)[: config.num_hidden_layers]
-        for module in base.modules():
+        for name, module in base.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise Unplanned(f"{name or 'the model'} has hooks")
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-            for name, child in module._modules.items():
-                self._watched.append((module._modules, name, child, -1))
+            for part, child in module._modules.items():
+                self._watched.append((module._modules, part, child, -1))
         attention = layers[0].self_attn
         self.blocks, self.hidden = len(layers), config.hidden_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -94,7 +100,7 @@ class Plan:
         plan.hidden, plan.heads, plan.kv_heads, plan.head_dim = self.hidden, self.heads, self.kv_heads, self.head_dim
         plan.inner, plan.scaling, plan.gate = config.intermediate_size, attention.scaling, native.GATES[gate]
         plan.final = self._norm(base.norm)
-        plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa()
+        plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self._kept.append(blocks)
         self.native = plan
         self.reach(1)
@@ -134,7 +140,8 @@ class Plan:
         if (form := _FORMS.get(backend)) is None:
             raise Unplanned(f"{name} runs on backend {backend!r}")
         self._watch(module, "weight", "weight_scale", "bias", "signs")
-        layer = prepared(weight, module.weight_scale, module.bias, module.out_features, module.in_features, form, None, bits)
+        shape = module.out_features, module.in_features
+        layer = prepared(weight, module.weight_scale, module.bias, *shape, form, self._isa, bits)
         self._kept.append(layer)
         return layer
 

@@ -1,0 +1,366 @@
+"""The native step computes what transformers does, on every instruction set, and generate() runs on it unchanged."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from decode_models import FAMILIES, packed, stepwise
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
+
+from bitnet.decode.attach import NativeForward, attach, detach, why_not
+from bitnet.decode.native import Cached, NativeSequences, run
+from bitnet.decode.plan import Plan, Unplanned
+from bitnet.kernels.cpu import library
+
+pytestmark = pytest.mark.skipif(isinstance(library.load(), str), reason="there is no native library")
+
+IDS = torch.randint(3, 200, (70,), generator=torch.Generator().manual_seed(1))
+SPECS = {
+    "row": {"per_row": True},
+    "groups": {"group_size": 32},
+    "16 bits": {"activation_bits": 16},
+    "weight-only groups": {"activation_bits": None, "group_size": 64},
+    "binary": {"weights": "binary"},
+    "rotated": {"hadamard": 16, "hadamard_signs": True},
+    "norms inside": {"rms_norm": True},
+    "4 bits": {"activation_bits": 4},
+}
+
+
+@torch.no_grad()
+def reference(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
+    return model(ids[None], use_cache=False).logits[0]
+
+
+def assert_same_but_for_roundings(found: Tensor, expected: Tensor, bits: int = 8) -> None:
+    """Sums in another order move a value by some 1e-7 of itself, and some activations then round to another code.
+
+    Of 8 bits hardly a token in a few has one that does, and a code is 1/127 of the largest activation. Of 16 bits nearly
+    each has, and a code is 1/32639.
+    """
+    error = (found - expected).abs().amax(-1) / expected.abs().max()
+    assert error.quantile(0.1) < (2e-6 if bits == 8 else 1e-4)
+    assert error.max() < (0.05 if bits == 8 else 5e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_computes_what_transformers_does(family: str) -> None:
+    model = packed(family)
+    found = stepwise(NativeSequences(model, 1, "float32"), IDS)
+    assert_same_but_for_roundings(found, reference(model))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_step_computes_every_option_of_the_layers(name: str) -> None:
+    model = packed("llama", **SPECS[name])
+    found = stepwise(NativeSequences(model, 1, "float32"), IDS)
+    assert_same_but_for_roundings(found, reference(model), model.model.layers[0].mlp.up_proj.activation_bits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_many_sequences_and_single_tokens_give_the_same_bits(family: str) -> None:
+    sequences = NativeSequences(packed(family, head="int8"), 4, "float16")  # torch's product of a float head is not the same
+    alone = stepwise(sequences, IDS)
+    others = [IDS[:50], IDS[5:60]]
+    rest = [stepwise(sequences, ids, slot) for slot, ids in enumerate(others, 1)]
+    for slot in range(4):
+        sequences.truncate(slot, 0)
+    work = [(0, IDS[:33]), (1, others[0][:1]), (2, others[1][:17])]
+    first = sequences.extend(work)
+    second = sequences.extend([(2, others[1][17:]), (0, IDS[33:]), (1, others[0][1:])])
+    assert torch.equal(first, torch.stack([alone[32], rest[0][0], rest[1][16]]))
+    assert torch.equal(second, torch.stack([rest[1][-1], alone[-1], rest[0][-1]]))
+
+
+def test_more_tokens_than_one_call_takes() -> None:
+    sequences = NativeSequences(packed("qwen3", head="int8"), 2)
+    ids = torch.randint(3, 200, (400,), generator=torch.Generator().manual_seed(2))
+    whole = sequences.extend([(0, ids)])
+    parts = [sequences.extend([(1, part)]) for part in ids.split(90)]
+    assert torch.equal(whole, parts[-1])
+
+
+@pytest.mark.parametrize("cache_type", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("isa", library.isas() if not isinstance(library.load(), str) else [])
+def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str) -> None:
+    model, found = packed("gemma3"), []
+    for name in (isa, library.isas()[-1]):  # the last is plain C++
+        plan = Plan(model.base_model, cache_type, name)
+        cached = Cached(plan)
+        x = model.get_input_embeddings()(IDS).detach()
+        found.append(torch.cat([run(plan, x[:41], [(cached, 41)]), *(run(plan, e[None], [(cached, 1)]) for e in x[41:])]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("cache_type", "most"), [("float16", 2e-2), ("int8", 5e-2)])
+def test_narrow_caches_stay_close(cache_type: str, most: float) -> None:
+    model = packed("llama")
+    expected = stepwise(NativeSequences(model, 1, "float32"), IDS)
+    found = stepwise(NativeSequences(model, 1, cache_type), IDS)
+    error = (found - expected).abs().amax(-1) / expected.abs().max()
+    assert 0 < error.median() < most / 2
+    assert error.max() < 2 * most
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    model, before, found = packed("bitnet", head="int8"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sequences = NativeSequences(model, 2)
+            found.append(torch.cat([sequences.extend([(0, IDS[:40])]), stepwise(sequences, IDS[40:])]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_slots_are_cut_copied_and_freed() -> None:
+    sequences = NativeSequences(packed(head="int8"), 3, context=100)
+    whole = sequences.extend([(0, IDS)])
+    sequences.copy(0, 1, 30)
+    assert [sequences.length(slot) for slot in range(3)] == [70, 30, 0]
+    assert torch.equal(sequences.extend([(1, IDS[30:])]), whole)
+    sequences.truncate(0, 69)
+    assert torch.equal(sequences.extend([(0, IDS[69:])]), whole)
+    sequences.truncate(1, 0)
+    assert sequences.length(1) == 0
+    with pytest.raises(ValueError, match="slot 2 holds 0 tokens, not 5"):
+        sequences.truncate(2, 5)
+    with pytest.raises(ValueError, match="140 tokens, but a sequence holds 100"):
+        sequences.extend([(0, IDS)])
+    assert sequences.length(0) == 70
+
+
+@pytest.mark.parametrize("change", ["scale", "norm", "bits", "bias"])
+def test_a_changed_weight_is_noticed(change: str) -> None:
+    model = packed()
+    sequences = NativeSequences(model, 2, "float32")
+    before = sequences.extend([(0, IDS)])
+    layer = model.model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        if change == "scale":
+            layer.weight_scale *= 2
+        elif change == "norm":
+            model.model.norm.weight *= 3
+        elif change == "bits":
+            layer.weight = layer.weight.flip(1)
+        else:
+            layer.bias += 1
+    after = sequences.extend([(1, IDS)])
+    assert not torch.equal(before, after)
+    assert_same_but_for_roundings(after, reference(model)[-1:])
+
+
+@pytest.mark.parametrize("why", ["head_dim", "float layer", "kind", "hook", "activation", "rope"])
+def test_models_that_are_not_computed_say_why(why: str) -> None:
+    from tiny import gpt2, llama
+
+    model, words = packed(), "multiple of 16"
+    if why == "head_dim":
+        model = llama()
+    elif why == "float layer":
+        model.model.layers[2].mlp.down_proj.to_linear(torch.float32)
+        words = "layers.2.mlp.down_proj is a Linear, not a packed layer"
+    elif why == "kind":
+        model, words = gpt2(), "GPT2Model is not one of"
+    elif why == "hook":
+        plan = Plan(model.base_model)
+        model.model.layers[0].register_forward_hook(lambda *_: None)
+        assert not plan.current()
+        words = "layers.0 has hooks"
+    elif why == "activation":
+        model.config.hidden_act, words = "tanh", "'tanh' in its MLPs"
+    else:
+        model.model.rotary_emb.rope_type, words = "dynamic", "rotary positions of type dynamic"
+    assert words in str(why_not(model))
+    with pytest.raises(Unplanned, match=r"\w"):
+        NativeSequences(model)
+
+
+# generate()
+
+
+class Calls:
+    """How many forwards ran natively, and how many did not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.native = self.other = 0
+        original = NativeForward.__call__
+
+        def counted(this: NativeForward, *args: object, **kwargs: object) -> object:
+            output = original(this, *args, **kwargs)
+            cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+            native = cache is not None and bool(cache.layers) and type(cache.layers[0]).__name__ == "_NativeLayer"
+            self.native, self.other = self.native + native, self.other + (not native)
+            return output
+
+        monkeypatch.setattr(NativeForward, "__call__", counted)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.stack([IDS[:30], IDS[20:50], IDS[40:70]])
+    mask = torch.ones_like(ids)
+    mask[1, :7], mask[2, :20] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_gives_the_same_tokens(calls: Calls, family: str) -> None:
+    """With left padding. Where a text differs, it does so at a tie: the two tokens' scores are as close as roundings."""
+    model = packed(family)
+    plain = model.generate(**batch(), max_new_tokens=60, do_sample=False)
+    attach(model, "float32")
+    found = model.generate(**batch(), max_new_tokens=60, do_sample=False)
+    assert (calls.native, calls.other) == (60, 0)
+    for a, b, mask in zip(plain, found, batch()["attention_mask"], strict=True):
+        if not torch.equal(a, b):
+            at = int((a != b).nonzero()[0])
+            scores = reference(model, a[int(mask.argmax()) : at])[-1]
+            assert (scores[a[at]] - scores[b[at]]).abs() < 0.02 * scores.abs().max()
+
+
+def test_beams_and_samples_are_as_good(calls: Calls) -> None:
+    model = packed("gemma3")
+    options = {"num_beams": 3, "max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True}
+    plain = model.generate(**batch(), do_sample=False, **options).sequences_scores
+    attach(model, "float32")
+    found = model.generate(**batch(), do_sample=False, **options).sequences_scores
+    torch.testing.assert_close(found, plain, rtol=0.01, atol=0)
+    texts = model.generate(**batch(), do_sample=True, top_k=10, max_new_tokens=20, num_return_sequences=2)
+    assert calls.other == 0
+    assert len(set(map(tuple, texts.tolist()))) == 6
+    for text, mask in zip(texts, batch()["attention_mask"].repeat_interleave(2, 0), strict=True):
+        scores = reference(model, text[int(mask.argmax()) :])[:-1][-20:]
+        allowed = scores.topk(10).values[:, -1] - 0.02 * scores.abs().max()
+        assert bool((scores.gather(1, text[-20:, None])[:, 0] >= allowed).all())
+
+
+def test_the_loop_of_a_user_runs_natively(calls: Calls) -> None:
+    model = packed()
+    attach(model, "float32")
+    cache = DynamicCache(config=model.config)
+    name = "cache" if _new_names() else "past_key_values"
+    with torch.no_grad():
+        first = model(IDS[None, :40], **{name: cache}).logits
+        rest = [model(IDS[None, i : i + 1], **{name: cache}).logits for i in range(40, 70)]
+    assert (calls.native, calls.other) == (31, 0)
+    assert cache.get_seq_length() == 70
+    assert_same_but_for_roundings(torch.cat([first, *rest], dim=1)[0], reference(model))
+
+
+def test_a_cache_is_handed_to_transformers_and_goes_on(calls: Calls) -> None:
+    """Attentions are asked for in the middle: transformers' own forward takes over with the same keys and values."""
+    for family in ("llama", "gemma3"):
+        model = packed(family)
+        model.set_attn_implementation("eager")
+        attach(model, "float32")
+        inputs = batch()
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            key = "cache" if _new_names() else "past_key_values"
+            model(**inputs, **{key: cache})
+            new = torch.tensor([[5], [6], [7]])
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+            positions = mask.cumsum(1)[:, -1:] - 1
+            found = model(new, attention_mask=mask, position_ids=positions, output_attentions=True, **{key: cache})
+            assert found.attentions is not None
+            assert type(cache.layers[0]).__name__ != "_NativeLayer"
+            ids = torch.cat([inputs["input_ids"], new], 1)
+            for row in range(3):
+                expected = reference(model, ids[row][mask[row].bool()])[-1]
+                assert (found.logits[row, -1] - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def _new_names() -> bool:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return "cache" in BaseModelOutputWithPast.__dataclass_fields__
+
+
+@pytest.mark.parametrize("what", ["no cache", "gradients", "hook", "adapter", "static cache"])
+def test_other_calls_stay_transformers_own(calls: Calls, what: str) -> None:
+    model = packed()
+    attach(model)
+    inputs = {"input_ids": IDS[None], "attention_mask": torch.ones(1, 70, dtype=torch.long)}
+    if what == "no cache":
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits[0], reference(model))
+    elif what == "gradients":
+        model.get_input_embeddings().requires_grad_(True)
+        model(**inputs).logits.sum().backward()
+        assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    elif what == "static cache":
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    else:
+        layer, seen = model.model.layers[0].self_attn, []
+        if what == "hook":
+            layer.q_proj.register_forward_hook(lambda *_: seen.append(1))
+        else:
+            layer.q_proj = nn.Sequential(layer.q_proj)
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert len(seen) == (3 if what == "hook" else 0)
+    assert calls.native == 0
+
+
+def test_prompts_are_cut_for_an_assistant_and_streamed(calls: Calls) -> None:
+    model, draft = packed(), packed("llama", per_row=True)
+    for each in (model, draft):
+        attach(each, "float32")
+    options = {"attention_mask": torch.ones(1, 70, dtype=torch.long), "max_new_tokens": 30, "do_sample": False}
+    plain = model.generate(IDS[None], **options)
+    assert torch.equal(model.generate(IDS[None], assistant_model=draft, **options), plain)
+    assert calls.other == 0
+
+    class Words:
+        def decode(self, ids: list[int], **kwargs: object) -> str:
+            return " ".join(map(str, ids))
+
+    streamer = TextIteratorStreamer(Words(), skip_prompt=True)
+    model.generate(IDS[None], streamer=streamer, **options)
+    assert "".join(streamer).split() == [str(int(token)) for token in plain[0, 70:]]
+
+
+def test_a_cache_begun_once_serves_many(calls: Calls) -> None:
+    model = packed()
+    attach(model)
+    key = "cache" if _new_names() else "past_key_values"
+    prefix = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS[None, :40], **{key: prefix})
+    plain = model.generate(IDS[None, :50], attention_mask=torch.ones(1, 50, dtype=torch.long), max_new_tokens=20, do_sample=False)
+    for _ in range(2):
+        again = model.generate(
+            IDS[None, :50],
+            attention_mask=torch.ones(1, 50, dtype=torch.long),
+            max_new_tokens=20,
+            do_sample=False,
+            **{key: copy.deepcopy(prefix)},
+        )
+        assert torch.equal(again, plain)
+    assert calls.other == 0
+
+
+def test_copies_and_pickles_run_on_their_own_weights(calls: Calls) -> None:
+    model = packed()
+    attach(model)
+    options = {"attention_mask": torch.ones(1, 70, dtype=torch.long), "max_new_tokens": 20, "do_sample": False}
+    plain = model.generate(IDS[None], **options)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(IDS[None], **options), plain)
+        with torch.no_grad():
+            other.model.norm.weight.neg_()
+        assert not torch.equal(other.generate(IDS[None], **options), plain)
+    assert torch.equal(model.generate(IDS[None], **options), plain)
+    assert calls.other == 0
+    detach(model)
+    calls.native = 0
+    model.generate(IDS[None], **options)
+    assert calls.native == 0
