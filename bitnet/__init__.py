@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .convert.swap.replace import replace_linear
     from .convert.swap.report import Report
     from .convert.swap.unpack import unpack
+    from .decode.attach import native_decoding
     from .experts import BitExperts, PackedExperts
     from .kernels.backends import backends
     from .linear import BitConv1D, BitLinear
@@ -53,6 +54,7 @@ _HOME = {
     "embed": "bitnet.serving.embed",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
+    "native_decoding": "bitnet.decode.attach",
     "pack": "bitnet.convert.swap.pack",
     "replace_linear": "bitnet.convert.swap.replace",
     "save": "bitnet.convert.checkpoint",

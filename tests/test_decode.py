@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from decode_models import FAMILIES, packed, stepwise
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, TextIteratorStreamer
 
-from bitnet.decode.attach import NativeForward, attach, detach, why_not
+import bitnet
+
+from bitnet.decode.attach import NativeForward, native_decoding, why_not
 from bitnet.decode.native import Cached, NativeSequences, run
 from bitnet.decode.plan import Plan, Unplanned
 from bitnet.kernels.cpu import library
@@ -217,7 +220,7 @@ def test_generate_gives_the_same_tokens(calls: Calls, family: str) -> None:
     """With left padding. Where a text differs, it does so at a tie: the two tokens' scores are as close as roundings."""
     model = packed(family)
     plain = model.generate(**batch(), max_new_tokens=60, do_sample=False)
-    attach(model, "float32")
+    native_decoding(model, "float32")
     found = model.generate(**batch(), max_new_tokens=60, do_sample=False)
     assert (calls.native, calls.other) == (60, 0)
     for a, b, mask in zip(plain, found, batch()["attention_mask"], strict=True):
@@ -231,7 +234,7 @@ def test_beams_and_samples_are_as_good(calls: Calls) -> None:
     model = packed("gemma3")
     options = {"num_beams": 3, "max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True}
     plain = model.generate(**batch(), do_sample=False, **options).sequences_scores
-    attach(model, "float32")
+    native_decoding(model, "float32")
     found = model.generate(**batch(), do_sample=False, **options).sequences_scores
     torch.testing.assert_close(found, plain, rtol=0.01, atol=0)
     texts = model.generate(**batch(), do_sample=True, top_k=10, max_new_tokens=20, num_return_sequences=2)
@@ -245,7 +248,7 @@ def test_beams_and_samples_are_as_good(calls: Calls) -> None:
 
 def test_the_loop_of_a_user_runs_natively(calls: Calls) -> None:
     model = packed()
-    attach(model, "float32")
+    native_decoding(model, "float32")
     cache = DynamicCache(config=model.config)
     name = "cache" if _new_names() else "past_key_values"
     with torch.no_grad():
@@ -261,7 +264,7 @@ def test_a_cache_is_handed_to_transformers_and_goes_on(calls: Calls) -> None:
     for family in ("llama", "gemma3"):
         model = packed(family)
         model.set_attn_implementation("eager")
-        attach(model, "float32")
+        native_decoding(model, "float32")
         inputs = batch()
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
@@ -288,7 +291,7 @@ def _new_names() -> bool:
 @pytest.mark.parametrize("what", ["no cache", "gradients", "hook", "adapter", "static cache"])
 def test_other_calls_stay_transformers_own(calls: Calls, what: str) -> None:
     model = packed()
-    attach(model)
+    native_decoding(model)
     inputs = {"input_ids": IDS[None], "attention_mask": torch.ones(1, 70, dtype=torch.long)}
     if what == "no cache":
         with torch.no_grad():
@@ -313,7 +316,7 @@ def test_other_calls_stay_transformers_own(calls: Calls, what: str) -> None:
 def test_prompts_are_cut_for_an_assistant_and_streamed(calls: Calls) -> None:
     model, draft = packed(), packed("llama", per_row=True)
     for each in (model, draft):
-        attach(each, "float32")
+        native_decoding(each, "float32")
     options = {"attention_mask": torch.ones(1, 70, dtype=torch.long), "max_new_tokens": 30, "do_sample": False}
     plain = model.generate(IDS[None], **options)
     assert torch.equal(model.generate(IDS[None], assistant_model=draft, **options), plain)
@@ -330,7 +333,7 @@ def test_prompts_are_cut_for_an_assistant_and_streamed(calls: Calls) -> None:
 
 def test_a_cache_begun_once_serves_many(calls: Calls) -> None:
     model = packed()
-    attach(model)
+    native_decoding(model)
     key = "cache" if _new_names() else "past_key_values"
     prefix = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -350,7 +353,7 @@ def test_a_cache_begun_once_serves_many(calls: Calls) -> None:
 
 def test_copies_and_pickles_run_on_their_own_weights(calls: Calls) -> None:
     model = packed()
-    attach(model)
+    native_decoding(model)
     options = {"attention_mask": torch.ones(1, 70, dtype=torch.long), "max_new_tokens": 20, "do_sample": False}
     plain = model.generate(IDS[None], **options)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -360,7 +363,29 @@ def test_copies_and_pickles_run_on_their_own_weights(calls: Calls) -> None:
         assert not torch.equal(other.generate(IDS[None], **options), plain)
     assert torch.equal(model.generate(IDS[None], **options), plain)
     assert calls.other == 0
-    detach(model)
+    native_decoding(model, None)
     calls.native = 0
     model.generate(IDS[None], **options)
     assert calls.native == 0
+
+
+def test_a_loaded_checkpoint_decodes_natively(calls: Calls, tmp_path: Path) -> None:
+    model = packed()
+    options = {"attention_mask": torch.ones(1, 70, dtype=torch.long), "max_new_tokens": 20, "do_sample": False}
+    bitnet.native_decoding(model)
+    plain = model.generate(IDS[None], **options)
+    bitnet.save(model, tmp_path)
+    for loaded in (bitnet.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        calls.native = calls.other = 0
+        assert torch.equal(loaded.generate(IDS[None], **options), plain)
+        assert (calls.native, calls.other) == (20, 0)
+    assert bitnet.load(tmp_path).state_dict().keys() == model.state_dict().keys()
+
+
+def test_asking_for_what_the_step_does_not_compute_raises() -> None:
+    from tiny import gpt2
+
+    with pytest.raises(ValueError, match="native_decoding: GPT2Model is not one of LlamaModel"):
+        bitnet.native_decoding(gpt2())
+    with pytest.raises(ValueError, match="cache_type must be one of float32, float16, int8, got 'bf16'"):
+        bitnet.native_decoding(packed(), "bf16")

@@ -16,31 +16,39 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .native import Cached, run
-from .plan import Plan, Unplanned
+from .plan import Plan, Unplanned, known
 
 # transformers 5.24 renamed what forwards and outputs call their cache
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "inputs_embeds", "return_dict"}
 
 
-def attach(model: Any, cache_type: str = "float16") -> None:
-    """Make a causal language model decode natively wherever it can; see the module. Calling it again changes the cache.
+def native_decoding(model: Any, cache_type: str | None = "float16") -> None:
+    """Decode a packed causal language model natively, as bitnet.load and from_pretrained do on a CPU; see the module.
 
-    cache_type: "float16", "float32" (no rounding of keys and values) or "int8" (a scale a position and head)
+    cache_type: of keys and values: "float16"; "float32", which does not round them; "int8", with a scale a position and
+        head; None leaves all to transformers again
+    Raises ValueError with the reason for a model that the native step does not compute.
     """
-    base = model.base_model
-    vars(base)["forward"] = NativeForward(base, cache_type)
-
-
-def detach(model: Any) -> None:
-    """The inverse."""
     vars(model.base_model).pop("forward", None)
+    if cache_type is None:
+        return
+    if why := why_not(model, cache_type):
+        raise ValueError(f"native_decoding: {why}")
+    vars(model.base_model)["forward"] = NativeForward(model.base_model, cache_type)
 
 
-def why_not(model: Any) -> str | None:
+def attach_if_known(model: nn.Module) -> None:
+    """The same for a model just loaded, if it is of a family that the step knows; whether it fits shows when it runs."""
+    base = getattr(model, "base_model", model)
+    if base is not model and known(base) and all(p.device.type == "cpu" for p in model.parameters()):
+        vars(base)["forward"] = NativeForward(base, "float16")
+
+
+def why_not(model: Any, cache_type: str = "float16") -> str | None:
     """None if a model runs on the native step, else the reason."""
     try:
-        Plan(model.base_model)
+        Plan(model.base_model, cache_type)
     except Unplanned as why:
         return str(why)
     return None

@@ -49,6 +49,12 @@ class Unplanned(Exception):
     """Why a model, or something in it, is not what the native step computes."""
 
 
+def known(base: Any) -> bool:
+    """Is it the base model of a family, of transformers' own class?"""
+    family = FAMILIES.get(getattr(getattr(base, "config", None), "model_type", ""))
+    return family is not None and type(base).__name__ == family.base and type(base).__module__.startswith("transformers.")
+
+
 class Plan:
     """A model's plan, tied to the tensors and modules it was made from.
 
@@ -65,12 +71,11 @@ class Plan:
         self._hooks: list[dict[int, Any]] = []
         self._kept: list[Any] = []  # what the structures point to
         config = base.config
-        family = FAMILIES.get(config.model_type)
-        if family is None or type(base).__name__ != family.base or not type(base).__module__.startswith("transformers."):
+        if not known(base):
             raise Unplanned(f"{type(base).__name__} is not one of {', '.join(f.base for f in FAMILIES.values())}")
         if isinstance(library.load(), str):
             raise Unplanned("there is no native library")
-        self._family = family
+        self._family = FAMILIES[config.model_type]
         layers = list(base.layers)[: config.num_hidden_layers]
         for name, module in base.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 
+from bitnet.decode.attach import attach_if_known
 from bitnet.experts import PackedExperts
 from bitnet.packed import PackedBitLinear
 
@@ -118,6 +119,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
         finish_loading(model, self.quantization_config)
         attach(model)
         forget_names(model, self.inner_norms)
+        attach_if_known(model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:

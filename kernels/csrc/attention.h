@@ -22,7 +22,7 @@ INLINE float exponential(float x) {
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight, of k features; x may be y.
-void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* y) {
+[[maybe_unused]] void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* y) {
   double sum[kRun] = {};
   int64_t i = 0;
   for (; i + kRun <= k; i += kRun)
@@ -34,7 +34,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* 
 }
 
 // Rotary positions of one head in place: features i and i + half turn by an angle.
-void rotate(const float* cosine, const float* sine, int64_t half, float* head) {
+[[maybe_unused]] void rotate(const float* cosine, const float* sine, int64_t half, float* head) {
   for (int64_t i = 0; i < half; ++i) {
     const float a = head[i], b = head[i + half];
     head[i] = a * cosine[i] - b * sine[i];
@@ -43,7 +43,7 @@ void rotate(const float* cosine, const float* sine, int64_t half, float* head) {
 }
 
 // gate = f(gate) * up
-void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
+[[maybe_unused]] void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
   switch (kind) {
     case kSilu:
       for (int64_t i = 0; i < k; ++i) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];

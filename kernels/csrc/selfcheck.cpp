@@ -261,6 +261,76 @@ void check_hadamard(int64_t m, int64_t block, int64_t blocks) {
     }
 }
 
+// Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens.
+void check_step(int cache_type, int gate, int64_t group_size) {
+  constexpr int64_t kHidden = 40, kHeads = 6, kKvHeads = 2, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
+  const int64_t shapes[7][2] = {{kHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden},
+                                {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden}, {kHidden, kInner}};
+  std::vector<Weight> weights;
+  for (int b = 0; b < kBlocks; ++b)
+    for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
+  const auto floats = [](int64_t count) {
+    std::vector<float> values(count);
+    for (auto& v : values) v = float(int(draw(2001)) - 1000) / 700;
+    return values;
+  };
+  const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
+  const std::vector<float> one_scale{0.02f};
+  std::vector<std::vector<uint16_t>> group_scales;
+  for (const auto& w : weights) group_scales.emplace_back((w.n + 31) / 32 * 32 * ((w.k + 31) / 32), uint16_t(0x2400));
+  std::vector<float> expected;
+  int plainest = 0;
+  while (bitnet_isa(kTwoBits, plainest + 1)) ++plainest;
+  for (int isa = plainest; isa >= 0; --isa)
+    for (int64_t chunk : {int64_t(1), int64_t(11), kTokens}) {
+      std::vector<PreparedWeight> layers;
+      for (size_t i = 0; i < weights.size(); ++i) {
+        const Weight& w = weights[i];
+        const void* scale = group_size ? static_cast<const void*>(group_scales[i].data()) : one_scale.data();
+        layers.push_back({w.forms[kTwoBits].data(), scale, nullptr, w.n, w.k, group_size, 0, 0, kTwoBits, 8, isa});
+      }
+      std::vector<Block> blocks(kBlocks);
+      for (int b = 0; b < kBlocks; ++b) {
+        const PreparedWeight* l = layers.data() + 7 * b;
+        const Norm n{norm.data(), 1e-5f}, none{};
+        Block& block = blocks[b];
+        block = {};
+        if (b) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 3, {l, l + 1, l + 2}};
+        else {
+          block.in_count = 3;
+          for (int i = 0; i < 3; ++i) block.in[i] = {{n, n}, nullptr, 8, 1, {l + i}};
+        }
+        block.out = {{n, none}, nullptr, 0, 1, {l + 3}};
+        block.gate_count = 1, block.gate[0] = {{n, none}, nullptr, 0, 2, {l + 4, l + 5}};
+        block.down = {{none, none}, nullptr, 0, 1, {l + 6}};
+        block.query = block.key = b ? n : none;
+        block.after_attention = block.after_mlp = b ? none : n;
+        block.window = b ? 0 : 19, block.rope = b - 1;
+      }
+      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kKvHeads, kDim, kInner, 8, kCapacity, {{cosine.data(), sine.data()}},
+                {norm.data(), 1e-5f}, 0.25f, gate, cache_type, isa};
+      const int64_t cells = kBlocks * kKvHeads * kCapacity;
+      std::vector<float> keys(cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells);
+      std::vector<float> spare = keys;
+      const Sequence sequences[] = {{keys.data(), values.data(), key_scales.data(), value_scales.data(), kCapacity},
+                                    {spare.data(), spare.data(), key_scales.data(), value_scales.data(), kCapacity}};
+      std::vector<float> x = embedded;
+      std::vector<int64_t> sequence(kTokens, 0), position(kTokens);
+      for (int64_t t = 0; t < kTokens; ++t) position[t] = t;
+      for (int64_t t = 0; t < kTokens; t += chunk) {
+        const int64_t m = chunk < kTokens - t ? chunk : kTokens - t;
+        require(!bitnet_step(&plan, x.data() + t * kHidden, m, sequences, sequence.data() + t, position.data() + t, 1 + isa % 2),
+                "step's status", bitnet_isa(kTwoBits, isa), m, kHidden, kInner);
+      }
+      if (expected.empty()) expected = x;
+      require(same(x, expected), "step", bitnet_isa(kTwoBits, isa), chunk, kHidden, kInner);
+      require(bitnet_step(&plan, x.data(), 257, sequences, sequence.data(), position.data(), 1) == kBadShape, "too many tokens",
+              "step", 257, 0, 0);
+      position[0] = kCapacity;
+      require(bitnet_step(&plan, x.data(), 1, sequences, sequence.data(), position.data(), 1) == kBadShape, "no room", "step", 1, 0, 0);
+    }
+}
+
 int main() {
   const int near[] = {1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 129, 200, 257};
   const int tokens[] = {0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17};
@@ -276,6 +346,8 @@ int main() {
     for (int extreme : {-1, 1}) check(m, 3, 16384, extreme);
   check(1, 2, 600001, 1);
   for (int extreme : {-1, 1}) check(2, 2, 65536, extreme);
+  for (int cache_type : {kFloat32, kFloat16, kInt8})
+    for (int gate : {kSilu, kSquaredRelu, kGeluTanh}) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0);
   for (const auto& target : targets()) printf("%s ", target.isa);
   printf("agree\n");
 }
