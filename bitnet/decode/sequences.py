@@ -1,0 +1,29 @@
+"""What decodes: sequences of tokens in slots, which continuous batching extends together."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Sequences(Protocol):
+    """A causal language model and the keys and values of up to `slots` sequences."""
+
+    vocabulary: int
+    context: int  # tokens that one sequence may hold
+    slots: int
+
+    def length(self, slot: int) -> int:
+        """How many tokens a slot holds."""
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        """Forget all but the first `tokens`; with 0 the slot's memory is given back, too."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Make one slot the first `tokens` of another."""
+
+    def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Append each (slot, ids int64 [T]) to its slot; logits after the last of each, float32 [len(work), V].
+
+        No slot comes twice. Raises ValueError for a sequence beyond `context`.
+        """
