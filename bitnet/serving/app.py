@@ -54,7 +54,9 @@ class Server:
         if asked not in (None, self.name):
             raise HTTPException(404, f"there is no model {asked!r} here, only {self.name!r}")
 
-    async def answer(self, request: Request, work: Awaitable[dict[str, Any]]) -> Response:
+    async def answer(
+        self, request: Request, work: Awaitable[dict[str, Any]], cancel: Callable[[], None] = lambda: None
+    ) -> Response:
         """A whole answer; the work stops when its client goes away or its time is over."""
         task = asyncio.ensure_future(work)
 
@@ -71,17 +73,18 @@ class Server:
                 return Response(status_code=499)
             return error(504, "timeout", f"the answer took more than {self.limits.seconds:g} s")
         finally:
+            cancel()
             for each in (task, watch):
                 each.cancel()
             await asyncio.gather(task, watch, return_exceptions=True)
 
-    def stream(self, events: AsyncIterator[str]) -> Response:
+    def stream(self, work: Any) -> Response:
         """An answer as server-sent events; what goes wrong meanwhile becomes one, too."""
 
         async def guarded() -> AsyncIterator[str]:
             try:
                 async with asyncio.timeout(self.limits.seconds):
-                    async for event in events:
+                    async for event in work.events(self.metrics):
                         yield event
             except TimeoutError:
                 yield chat.event({"error": content("timeout", f"the answer took more than {self.limits.seconds:g} s")})
@@ -90,6 +93,8 @@ class Server:
             except Exception as failed:
                 self.metrics.failures.inc()
                 yield chat.event({"error": content("internal_error", f"{type(failed).__name__}: {failed}")})
+            finally:
+                work.cancel()
 
         return StreamingResponse(guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -148,24 +153,24 @@ def create_app(server: Server, api_key: str | None = None) -> Callable[..., Awai
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        work = chat.start(server.text_model(body.model), body)
+        work = await chat.start(server.text_model(body.model), body)
         if body.stream:
-            return server.stream(work.events(server.metrics))
-        return await server.answer(request, work.whole(server.metrics))
+            return server.stream(work)
+        return await server.answer(request, work.whole(server.metrics), work.cancel)
 
     @app.post("/v1/completions")
     async def plain_completions(body: CompletionRequest, request: Request) -> Response:
-        work = completions.start(server.text_model(body.model), body)
+        work = await completions.start(server.text_model(body.model), body)
         if body.stream:
-            return server.stream(work.events(server.metrics))
-        return await server.answer(request, work.whole(server.metrics))
+            return server.stream(work)
+        return await server.answer(request, work.whole(server.metrics), work.cancel)
 
     @app.post("/v1/responses")
     async def make_response(body: ResponsesRequest, request: Request) -> Response:
-        work = responses.start(server.text_model(body.model), body)
+        work = await responses.start(server.text_model(body.model), body)
         if body.stream:
-            return server.stream(work.events(server.metrics))
-        return await server.answer(request, work.whole(server.metrics))
+            return server.stream(work)
+        return await server.answer(request, work.whole(server.metrics), work.cancel)
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:

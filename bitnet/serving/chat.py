@@ -55,14 +55,14 @@ def schema_of(form: ResponseFormat | None) -> Any:
     return JSON_OBJECT if form.json_schema is None else form.json_schema.schema_
 
 
-def start(model: TextModel, body: ChatRequest) -> "Chat":
+async def start(model: TextModel, body: ChatRequest) -> "Chat":
     """Queue a request. Raises BadRequest and Busy."""
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []] if body.tool_choice != "none" else []
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     for message in messages:
         if isinstance(message.get("content"), list):
             message["content"] = joined(message["content"])
-    prompt = model.chat_ids(messages, tools or None, **body.chat_template_kwargs or {})
+    prompt = await asyncio.to_thread(model.chat_ids, messages, tools or None, **body.chat_template_kwargs or {})
     most = model.check_prompt(prompt, body.max_completion_tokens or body.max_tokens)
     options = sampling(body, (body.top_logprobs or 0) if body.logprobs else -1)
     check_bias(model, options)
@@ -72,7 +72,7 @@ def start(model: TextModel, body: ChatRequest) -> "Chat":
         schema = _call_schema(body)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     marks = TOOL_MARKS if tools and not forced else ()
-    answers = model.start(
+    answers = await model.start(
         prompt, options, most, count=body.n, stops=stops, marks=marks, schema=schema, ignore_end=body.ignore_eos
     )
     return Chat(model, body, answers, forced, bool(tools))
@@ -108,6 +108,11 @@ class Chat:
     def __init__(self, model: TextModel, body: ChatRequest, answers: list[Answer], forced: bool, tools: bool) -> None:
         self._model, self._body, self._answers, self._forced, self._tools = model, body, answers, forced, tools
         self._id, self._created, self._start = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), time.monotonic()
+
+    def cancel(self) -> None:
+        """Stop generating, if it still goes on."""
+        for answer in self._answers:
+            answer.cancel()
 
     async def whole(self, metrics: Metrics) -> dict[str, Any]:
         """The answer at once."""

@@ -13,11 +13,11 @@ from .model import Answer, TextModel
 from .schemas import CompletionRequest
 
 
-def start(model: TextModel, body: CompletionRequest) -> "Completion":
+async def start(model: TextModel, body: CompletionRequest) -> "Completion":
     """Queue a request. Raises BadRequest and Busy."""
     given: Any = body.prompt
     several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = [p if isinstance(p, list) else model.plain_ids(p) for p in (given if several else [given])]
+    prompts = [p if isinstance(p, list) else await asyncio.to_thread(model.plain_ids, p) for p in (given if several else [given])]
     limit = 16 if body.max_tokens is None else body.max_tokens  # as OpenAI has it
     options = sampling(body, -1 if body.logprobs is None else body.logprobs)
     check_bias(model, options)
@@ -26,7 +26,7 @@ def start(model: TextModel, body: CompletionRequest) -> "Completion":
     answers = []
     try:
         for prompt, tokens in zip(prompts, most, strict=True):
-            answers += model.start(
+            answers += await model.start(
                 prompt, options, tokens, count=body.n, stops=stops, schema=schema_of(body.response_format),
                 ignore_end=body.ignore_eos,
             )
@@ -43,6 +43,11 @@ class Completion:
     def __init__(self, model: TextModel, body: CompletionRequest, answers: list[Answer]) -> None:
         self._model, self._body, self._answers = model, body, answers
         self._id, self._created, self._start = f"cmpl-{uuid.uuid4().hex}", int(time.time()), time.monotonic()
+
+    def cancel(self) -> None:
+        """Stop generating, if it still goes on."""
+        for answer in self._answers:
+            answer.cancel()
 
     async def whole(self, metrics: Metrics) -> dict[str, Any]:
         """The answer at once."""

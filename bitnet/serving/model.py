@@ -114,7 +114,7 @@ class TextModel:
             raise BadRequest("response_format", f"this schema cannot be followed: {error}") from None
         return found
 
-    def start(
+    async def start(
         self,
         prompt: list[int],
         sampling: Sampling,
@@ -131,7 +131,7 @@ class TextModel:
         for i in range(count):
             seed = None if sampling.seed is None else sampling.seed + i
             options = Sampling(**vars(sampling) | {"seed": seed})
-            grammar = None if schema is None else self.grammar(schema, prompt)
+            grammar = None if schema is None else await asyncio.to_thread(self.grammar, schema, prompt)
             sampler = Sampler(options, prompt, grammar)
             stop_ids = frozenset() if ignore_end else self.ends
             answers.append(Answer(self, prompt, sampler, max_tokens, stop_ids, stops, marks))

@@ -1,5 +1,6 @@
 """/v1/responses: OpenAI's newer form of the same, text only, with nothing stored."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from .schemas import ResponsesRequest
 _ROLES = ("user", "assistant", "system", "developer")
 
 
-def start(model: TextModel, body: ResponsesRequest) -> "Responding":
+async def start(model: TextModel, body: ResponsesRequest) -> "Responding":
     """Queue a request. Raises BadRequest and Busy."""
     turns: list[dict[str, Any]] = []
     if body.instructions:
@@ -27,14 +28,14 @@ def start(model: TextModel, body: ResponsesRequest) -> "Responding":
         if not isinstance(content, str | list):
             raise BadRequest("input", "a message has no content")
         turns.append({"role": item["role"], "content": content if isinstance(content, str) else joined(content)})
-    prompt = model.chat_ids(turns)
+    prompt = await asyncio.to_thread(model.chat_ids, turns)
     most = model.check_prompt(prompt, body.max_output_tokens)
     form = body.text.format if body.text else None
     schema = None
     if form is not None and form.type != "text":
         schema = JSON_OBJECT if form.schema_ is None else form.schema_
     options = Sampling(temperature=body.temperature, top_p=body.top_p)
-    return Responding(model, body, model.start(prompt, options, most, schema=schema)[0])
+    return Responding(model, body, (await model.start(prompt, options, most, schema=schema))[0])
 
 
 class Responding:
@@ -44,6 +45,10 @@ class Responding:
         self._model, self._body, self._answer = model, body, answer
         self._id, self._item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._created, self._start = int(time.time()), time.monotonic()
+
+    def cancel(self) -> None:
+        """Stop generating, if it still goes on."""
+        self._answer.cancel()
 
     async def whole(self, metrics: Metrics) -> dict[str, Any]:
         """The answer at once."""
