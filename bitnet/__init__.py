@@ -80,6 +80,7 @@ __all__ = [
     "embed",
     "inspect_checkpoint",
     "load",
+    "native_decoding",
     "pack",
     "replace_linear",
     "save",

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, generate, info, inspect, quickstart, serve, tune
+from .commands import chat, convert, generate, info, inspect, quickstart, serve, tune
 
 EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
   bitnet generate quickstart/ternary "def "  continue a prompt with it
-  bitnet serve quickstart/ternary           the same model behind an OpenAI-compatible API
+  bitnet chat my-model-1.58                 talk to a model that has a chat template
+  bitnet serve quickstart/ternary           a model behind an OpenAI-compatible API, with a page to chat with it
   bitnet inspect quickstart/ternary         its layers and codes, and whether anything is wrong with them
   bitnet convert SRC DST --to base3         the same weights in another form
   bitnet tune my-model-1.58                 on a GPU: measure which kernel configurations suit its layers
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for command in (info, quickstart, generate, convert, inspect, serve, tune):
+    for command in (info, quickstart, generate, chat, convert, inspect, serve, tune):
         command.add(commands)
     args = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):

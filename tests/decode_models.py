@@ -26,14 +26,22 @@ from transformers import (
 import bitnet
 from bitnet.decode.native import NativeSequences
 
-SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 64}
 _KINDS = ["sliding_attention", "full_attention"] * 2
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True)
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=24, head_dim=32)),
     "qwen2": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=20, max_window_layers=2)

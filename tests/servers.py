@@ -14,7 +14,8 @@ import bitnet
 
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>{% if enable_thinking %}<think>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>{% if enable_thinking %}<think>{% "
+    "endif %}"
 )
 
 
@@ -47,7 +48,9 @@ def save_model(directory: Path, template: bool = True, **changes: Any) -> Path:
 
 
 @contextmanager
-def serving(directory: Path, api_key: str | None = None, limits: dict[str, Any] | None = None, **options: Any) -> Iterator[str]:
+def serving(
+    directory: Path, api_key: str | None = None, limits: dict[str, Any] | None = None, **options: Any
+) -> Iterator[str]:
     """The address of a server in a thread of this process; options: of bitnet.serving.run.Options."""
     import socket
 

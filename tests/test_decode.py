@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, TextIteratorStreamer
 
 import bitnet
-
 from bitnet.decode.attach import NativeForward, native_decoding, why_not
 from bitnet.decode.native import Cached, NativeSequences, run
 from bitnet.decode.plan import Plan, Unplanned
@@ -40,7 +39,8 @@ def reference(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
 def assert_same_but_for_roundings(found: Tensor, expected: Tensor, bits: int = 8) -> None:
     """Sums in another order move a value by some 1e-7 of itself, and some activations then round to another code.
 
-    Of 8 bits hardly a token in a few has one that does, and a code is 1/127 of the largest activation. Of 16 bits nearly
+    Of 8 bits hardly a token in a few has one that does, and a code is 1/127 of the largest activation. Of 16 bits
+    nearly
     each has, and a code is 1/32639.
     """
     error = (found - expected).abs().amax(-1) / expected.abs().max()
@@ -64,7 +64,9 @@ def test_a_step_computes_every_option_of_the_layers(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_many_sequences_and_single_tokens_give_the_same_bits(family: str) -> None:
-    sequences = NativeSequences(packed(family, head="int8"), 4, "float16")  # torch's product of a float head is not the same
+    sequences = NativeSequences(
+        packed(family, head="int8"), 4, "float16"
+    )  # torch's product of a float head is not the same
     alone = stepwise(sequences, IDS)
     others = [IDS[:50], IDS[5:60]]
     rest = [stepwise(sequences, ids, slot) for slot, ids in enumerate(others, 1)]
@@ -93,7 +95,9 @@ def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str) ->
         plan = Plan(model.base_model, cache_type, name)
         cached = Cached(plan)
         x = model.get_input_embeddings()(IDS).detach()
-        found.append(torch.cat([run(plan, x[:41], [(cached, 41)]), *(run(plan, e[None], [(cached, 1)]) for e in x[41:])]))
+        found.append(
+            torch.cat([run(plan, x[:41], [(cached, 41)]), *(run(plan, e[None], [(cached, 1)]) for e in x[41:])])
+        )
     assert torch.equal(*found)
 
 
@@ -217,7 +221,8 @@ def batch() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_gives_the_same_tokens(calls: Calls, family: str) -> None:
-    """With left padding. Where a text differs, it does so at a tie: the two tokens' scores are as close as roundings."""
+    """With left padding. Where a text differs, it does so at a tie: the two tokens' scores are as close as
+    roundings."""
     model = packed(family)
     plain = model.generate(**batch(), max_new_tokens=60, do_sample=False)
     native_decoding(model, "float32")
@@ -338,7 +343,9 @@ def test_a_cache_begun_once_serves_many(calls: Calls) -> None:
     prefix = DynamicCache(config=model.config)
     with torch.no_grad():
         model(IDS[None, :40], **{key: prefix})
-    plain = model.generate(IDS[None, :50], attention_mask=torch.ones(1, 50, dtype=torch.long), max_new_tokens=20, do_sample=False)
+    plain = model.generate(
+        IDS[None, :50], attention_mask=torch.ones(1, 50, dtype=torch.long), max_new_tokens=20, do_sample=False
+    )
     for _ in range(2):
         again = model.generate(
             IDS[None, :50],

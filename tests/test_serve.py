@@ -1,5 +1,7 @@
-"""The server: each field of a request does what it says or is refused by its name, and nothing that clients do harms it."""
+"""The server: each field of a request does what it says or is refused by its name, and nothing that clients do harms
+it."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -18,6 +20,7 @@ openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
 pytest.importorskip("llguidance")
 pytest.importorskip("uvicorn")
 
+
 from servers import save_model, serving, tokenizer  # noqa: E402
 
 HI = [{"role": "user", "content": "hi"}]
@@ -27,9 +30,18 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {
-    "type": "object", "properties": {"city": {"enum": ["Rome", "Bern"]}}, "required": ["city"], "additionalProperties": False,
-}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Bern"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +168,18 @@ def test_logprobs_and_bias_and_penalties_change_what_they_say(address: str) -> N
     words = tokenizer()
     forced = words.encode("Z", add_special_tokens=False)[0]
     assert text_of(chat(address, logit_bias={str(forced): 100}, max_tokens=4)) == "ZZZZ"
-    assert "Z" * 3 not in text_of(chat(address, logit_bias={str(forced): 3}, frequency_penalty=2.0, presence_penalty=2.0))
+    assert "Z" * 3 not in text_of(
+        chat(address, logit_bias={str(forced): 3}, frequency_penalty=2.0, presence_penalty=2.0)
+    )
     likely = [text_of(chat(address, temperature=1.0, seed=i, top_k=1)) for i in range(3)]
     assert set(likely) == {text_of(chat(address))}
     assert text_of(chat(address, temperature=1.0, seed=1, top_p=1e-6)) == likely[0]
     assert text_of(chat(address, temperature=1.0, seed=1, min_p=1.0)) == likely[0]
     plain = post(address, "/v1/completions", {"prompt": "a", "max_tokens": 3, "temperature": 0, "logprobs": 2}).json()
     assert len(plain["choices"][0]["logprobs"]["top_logprobs"]) == 3
-    assert all(1 <= len(top) <= 2 for top in plain["choices"][0]["logprobs"]["top_logprobs"])  # by text, which may repeat
+    assert all(
+        1 <= len(top) <= 2 for top in plain["choices"][0]["logprobs"]["top_logprobs"]
+    )  # by text, which may repeat
 
 
 def test_a_schema_is_followed_always(address: str) -> None:
@@ -200,7 +216,14 @@ def test_tools_are_called_where_they_must_be(address: str, client: "openai.OpenA
         assert call.name == "weather"
         assert json.loads(call.arguments)["city"] in ("Rome", "Bern")
         assert answer.choices[0].finish_reason == "tool_calls"
-    body = {"messages": HI, "tools": [TOOL], "tool_choice": "required", "max_tokens": 200, "temperature": 1.0, "seed": 4}
+    body = {
+        "messages": HI,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "max_tokens": 200,
+        "temperature": 1.0,
+        "seed": 4,
+    }
     streamed = [e["choices"][0]["delta"] for e in events(address, "/v1/chat/completions", body)]
     calls = [delta["tool_calls"][0] for delta in streamed if "tool_calls" in delta]
     assert [c["function"]["name"] for c in calls] == ["weather"]
@@ -255,7 +278,11 @@ def test_other_errors_have_their_numbers(address: str) -> None:
     assert post(address, "/v1/completions", b"x" * (5 << 20)).status_code == 413
     assert post(address, "/v1/nothing", {}).status_code == 404
     assert httpx.get(f"{address}/v1/completions").status_code == 405
-    for path, body in (("chat/completions", {"messages": HI}), ("completions", {"prompt": "a"}), ("responses", {"input": "a"})):
+    for path, body in (
+        ("chat/completions", {"messages": HI}),
+        ("completions", {"prompt": "a"}),
+        ("responses", {"input": "a"}),
+    ):
         for name in ("gpt-4", "tiny@main", "../tiny"):
             answer = post(address, f"/v1/{path}", body | {"model": name})
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
@@ -292,7 +319,8 @@ def wait_until_idle(address: str, seconds: float = 20) -> None:
 def test_a_client_that_goes_away_stops_its_generation(address: str, stream: bool) -> None:
     body = {"prompt": "a", "max_tokens": 500, "stream": stream, "ignore_eos": True, "n": 4}
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    head += f"{len(data)}\r\n\r\n"
     host, _, port = address.removeprefix("http://").partition(":")
     before = httpx.get(f"{address}/metrics").text
     with socket.create_connection((host, int(port))) as connection:
@@ -306,7 +334,9 @@ def test_a_client_that_goes_away_stops_its_generation(address: str, stream: bool
     wait_until_idle(address)
 
     def generated(text: str) -> float:
-        return float(next(line for line in text.splitlines() if line.startswith("bitnet_generated_tokens_total")).split()[1])
+        return float(
+            next(line for line in text.splitlines() if line.startswith("bitnet_generated_tokens_total")).split()[1]
+        )
 
     assert generated(httpx.get(f"{address}/metrics").text) - generated(before) < 4 * 500
 
@@ -451,17 +481,15 @@ def test_a_crowd_gets_its_answers_and_harms_nothing(folder: Path) -> None:
                     assert answer.json()["choices"][0]["text"] == alone[i]
                     answered += 1
                 elif kind == "gone":
-                    try:
-                        httpx.post(f"{address}/v1/completions", json=good[i] | {"max_tokens": 400}, headers=right, timeout=0.05)
-                    except httpx.TimeoutException:
-                        pass
+                    with contextlib.suppress(httpx.TimeoutException):
+                        httpx.post(
+                            f"{address}/v1/completions", json=good[i] | {"max_tokens": 400}, headers=right, timeout=0.05
+                        )
                 elif kind == "json":
                     assert post(address, "/v1/completions", b"{" * dice.randrange(1, 99), **right).status_code == 400
                 elif kind == "large":
-                    try:
+                    with contextlib.suppress(httpx.WriteError):  # it may hang up before it has read all
                         assert post(address, "/v1/completions", b"x" * (10 << 20), **right).status_code == 413
-                    except httpx.WriteError:
-                        pass  # it hung up before it had read all
                 elif kind == "unknown":
                     assert post(address, "/v1/completions", {"prompt": "a", "nothing": 1}, **right).status_code == 400
                 elif kind == "long":

@@ -1,12 +1,16 @@
-"""The native step behind a transformers model: generate() and every forward with a cache run on it, unchanged otherwise.
+"""The native step behind a transformers model: generate() and every forward with a cache run on it, unchanged
+otherwise.
 
 What transformers does around the blocks stays its own: sampling, beams, streaming, stop strings, left padding, assisted
 generation, the output head. The base model's forward is stood in for, on that one model object, by NativeForward, which
-runs the blocks of a call that it can compute and hands every other call to transformers: without a cache passed in, with
-gradients, with attentions or hidden states asked for, under torch.compile, on other devices, or when a module or weight has
+runs the blocks of a call that it can compute and hands every other call to transformers: without a cache passed in,
+with
+gradients, with attentions or hidden states asked for, under torch.compile, on other devices, or when a module or
+weight has
 become something that plan.py does not know. A cache that was begun natively is then turned into transformers' own.
 """
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -19,7 +23,7 @@ from .native import Cached, run
 from .plan import Plan, Unplanned, known
 
 # transformers 5.24 renamed what forwards and outputs call their cache
-_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "inputs_embeds", "return_dict"}
 
 
@@ -39,7 +43,8 @@ def native_decoding(model: Any, cache_type: str | None = "float16") -> None:
 
 
 def attach_if_known(model: nn.Module) -> None:
-    """The same for a model just loaded, if it is of a family that the step knows; whether it fits shows when it runs."""
+    """The same for a model just loaded, if it is of a family that the step knows; whether it fits shows when it
+    runs."""
     base = getattr(model, "base_model", model)
     if base is not model and known(base) and all(p.device.type == "cpu" for p in model.parameters()):
         vars(base)["forward"] = NativeForward(base, "float16")
@@ -57,7 +62,7 @@ def why_not(model: Any, cache_type: str = "float16") -> str | None:
 class NativeForward:
     """A base model's forward: see the module."""
 
-    def __init__(self, base: nn.Module, cache_type: str) -> None:
+    def __init__(self, base: Any, cache_type: str) -> None:
         self._base, self._cache_type = base, cache_type
         self._plan: Plan | None = None
 
@@ -73,21 +78,19 @@ class NativeForward:
         return type(self._base).forward.__get__(self._base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(_CACHE)
+        cache = kwargs.get(CACHE)
         if type(cache) is not DynamicCache:
             return self._original(*args, **kwargs)
         rows = _rows(cache)
         hidden = None
         if not args and self._can_run(kwargs):
-            try:
+            with contextlib.suppress(Unplanned):
                 hidden = self._run(cache, rows, kwargs)
-            except Unplanned:
-                pass
         if hidden is None:
             if rows is not None:
                 rows.give_back(cache, self._base.dtype)
             return self._original(*args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
 
     def _can_run(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
@@ -98,7 +101,7 @@ class NativeForward:
         config = self._base.config
         if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
             return False
-        return not any(value for name, value in kwargs.items() if name not in _KNOWN and name != _CACHE)
+        return not any(value for name, value in kwargs.items() if name not in _KNOWN and name != CACHE)
 
     def _run(self, cache: Cache, rows: "_Rows | None", kwargs: dict[str, Any]) -> Tensor | None:
         """The last hidden states [B, T, hidden], or None for a call that is not the step's."""
@@ -131,7 +134,10 @@ class NativeForward:
         positions = kwargs.get("position_ids")
         if positions is not None and not torch.equal(positions.expand_as(new)[new], expected):
             return None
-        if sum(counts) == 0 or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions:
+        if (
+            sum(counts) == 0
+            or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions
+        ):
             return None
         embedded = self._base.get_input_embeddings()(ids[new])
         work = [(cached, n) for cached, n in zip(rows.cached, counts, strict=True) if n]

@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave at every step, one worker thread runs the model.
 
 A step gives each running sequence its next token, and what room is left goes to prompts, in chunks, so that a long one
-does not hold up the others. A slot remembers its tokens: a request whose prompt begins alike takes over what was computed.
+does not hold up the others. A slot remembers its tokens: a request whose prompt begins alike takes over what was
+computed.
 """
 
 import threading
@@ -132,7 +133,9 @@ class Scheduler:
                 request = self._waiting[0]
                 # the last token is always computed: its logits are what the answer starts from
                 known = [(_common(slot.tokens, request.prompt[:-1]), slot) for slot in self._slots]
-                coming = max((_common(s.tokens + s.pending, request.prompt[:-1]) for s in self._slots if s.request), default=0)
+                coming = max(
+                    (_common(s.tokens + s.pending, request.prompt[:-1]) for s in self._slots if s.request), default=0
+                )
                 if coming > max(count for count, _ in known) + 16:
                     return  # the same prompt is being computed: the next steps make it a copy
                 self._waiting.popleft()
@@ -151,7 +154,8 @@ class Scheduler:
     def _step(self) -> None:
         work: list[tuple[_Slot, int]] = [(s, 1) for s in self._slots if s.request and len(s.pending) == 1]
         room = CHUNK
-        for slot in sorted((s for s in self._slots if s.request and len(s.pending) > 1), key=lambda s: s.request.arrived):  # type: ignore[union-attr]
+        prompts = [(s.request.arrived, i) for i, s in enumerate(self._slots) if s.request and len(s.pending) > 1]
+        for slot in (self._slots[i] for _, i in sorted(prompts)):
             if count := min(room, len(slot.pending)):
                 work.append((slot, count))
                 room -= count

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-_NAME = "cache" if hasattr(DynamicCache, "get_max_length") else "past_key_values"  # transformers 5.24 renamed it
+from .attach import CACHE
 
 
 class EagerSequences:
@@ -60,12 +60,12 @@ class EagerSequences:
         self._caches[slot] = None  # should this fail, nothing is believed of it
         inputs = {"input_ids": ids[None].to(self._model.device), "use_cache": True, "logits_to_keep": 1}
         if cache is not None:
-            inputs[_NAME] = cache
+            inputs[CACHE] = cache
         try:
             output = self._model(**inputs)
         except TypeError:  # a model without logits_to_keep
             del inputs["logits_to_keep"]
             output = self._model(**inputs)
         self._ids[slot] += ids.tolist()
-        self._caches[slot] = output.get("cache", output.get("past_key_values"))
+        self._caches[slot] = getattr(output, CACHE, None)
         return output.logits[:, -1].float().cpu()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.cpu import step as native
 from .plan import Plan
@@ -43,7 +43,9 @@ def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Ten
     sequence and how many of the tokens are its own. No sequence may come twice.
     """
     x = embedded.to(torch.float32, copy=True).contiguous()
-    caches, sequence, position = [cached for cached, _ in work], [], []
+    caches = [cached for cached, _ in work]
+    sequence: list[int] = []
+    position: list[int] = []
     for i, (cached, count) in enumerate(work):
         sequence += [i] * count
         position += range(cached.length, cached.length + count)
@@ -103,8 +105,8 @@ class NativeSequences:
 
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits float32 [M, V] of last hidden states [M, hidden]."""
-    lm_head: nn.Module = model.get_output_embeddings()
+    lm_head = model.get_output_embeddings()
     weight = lm_head.weight
-    logits = lm_head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden).float()
+    logits: Tensor = lm_head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -2,7 +2,8 @@
 
 The step (kernels/csrc/step.h) knows one block, that of the Llama line:
 
-    x += [norm](out([norm](attention(q, k, v))))        q, k, v of norm(x); heads of q and k [norm], then rotary positions
+    x += [norm](out([norm](attention(q, k, v))))        q, k, v of norm(x); heads of q and k [norm], then rotary
+    positions
     x += [norm](down([norm](f(gate(norm(x))) * up(norm(x)))))
 
 with what stands in brackets where a model has it. FAMILIES says of which model types that is true of all that their
@@ -52,13 +53,16 @@ class Unplanned(Exception):
 def known(base: Any) -> bool:
     """Is it the base model of a family, of transformers' own class?"""
     family = FAMILIES.get(getattr(getattr(base, "config", None), "model_type", ""))
-    return family is not None and type(base).__name__ == family.base and type(base).__module__.startswith("transformers.")
+    return (
+        family is not None and type(base).__name__ == family.base and type(base).__module__.startswith("transformers.")
+    )
 
 
 class Plan:
     """A model's plan, tied to the tensors and modules it was made from.
 
-    base: the model without its head; cache_type: "float32", "float16" or "int8"; isa: the name of an instruction set, by
+    base: the model without its head; cache_type: "float32", "float16" or "int8"; isa: the name of an instruction set,
+    by
     default the best. Raises Unplanned, with the reason, and ValueError for another cache_type.
     """
 
@@ -121,12 +125,12 @@ class Plan:
 
     def _watch(self, module: nn.Module, *names: str) -> None:
         for name in names:
-            holder = module._parameters if name in module._parameters else module._buffers
+            holder: Any = module._parameters if name in module._parameters else module._buffers
             value = holder.get(name)
             version = -1 if value is None or value.is_inference() else value._version
             self._watched.append((holder, name, value, version))
 
-    def _norm(self, module: nn.Module) -> native.Norm:
+    def _norm(self, module: Any) -> native.Norm:
         weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
         self._watch(module, "weight")
         if weight is None or not isinstance(eps, float):
@@ -150,7 +154,7 @@ class Plan:
         self._kept.append(layer)
         return layer
 
-    def _products(self, named: list[tuple[str, nn.Module]], norm: nn.Module | None, into: Any) -> int:
+    def _products(self, named: list[tuple[str, Any]], norm: Any, into: Any) -> int:
         """Fill products with layers that share an input; layers that transform theirs alike share one. How many."""
         outer = None if norm is None else self._norm(norm)
         count, previous = 0, None
@@ -214,7 +218,9 @@ class Plan:
         like, at, tables = torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None], []
         for index, kind in enumerate(self._ropes):
             with torch.no_grad():
-                cosine, sine = (table[0] for table in (self._rotary(like, at, kind) if kind else self._rotary(like, at)))
+                cosine, sine = (
+                    table[0] for table in (self._rotary(like, at, kind) if kind else self._rotary(like, at))
+                )
             half = cosine.shape[-1] // 2
             if 2 * half > self.head_dim or not torch.equal(cosine[:, :half], cosine[:, half:]):
                 raise Unplanned("rotary positions that do not pair features i and i + half")
@@ -225,4 +231,3 @@ class Plan:
 
 def _kind(layer: Any) -> str:
     return getattr(layer.self_attn, "layer_type", None) or ""
-

@@ -21,14 +21,22 @@ from .embed import Encoder
 from .gate import Gate
 from .metrics import Metrics
 from .model import BadRequest, Cancelled, TextModel
-from .schemas import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingsRequest, ResponsesRequest, TokenizeRequest
+from .schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingsRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
 
 PAGE = Path(__file__).parent / "page"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on. seconds: for one answer; body: bytes of a request; drain: seconds to finish on SIGTERM."""
+    """What a server takes on. seconds: for one answer; body: bytes of a request; drain: seconds to finish on
+    SIGTERM."""
 
     seconds: float = 600
     body: int = 4 << 20
@@ -61,7 +69,7 @@ class Server:
         task = asyncio.ensure_future(work)
 
         async def gone() -> None:
-            while not (await request.receive())["type"] == "http.disconnect":
+            while (await request.receive())["type"] != "http.disconnect":
                 pass
 
         watch = asyncio.ensure_future(gone())
@@ -139,7 +147,11 @@ def create_app(server: Server, api_key: str | None = None) -> Callable[..., Awai
     def card() -> dict[str, Any]:
         found: dict[str, Any] = {"id": server.name, "object": "model", "created": server.created, "owned_by": "local"}
         if server.model is not None:
-            found |= {"context": server.model.scheduler.context, "chat": server.model.chats, "engine": server.model.engine}
+            found |= {
+                "context": server.model.scheduler.context,
+                "chat": server.model.chats,
+                "engine": server.model.engine,
+            }
         return found
 
     @app.get("/v1/models")
@@ -201,7 +213,9 @@ def create_app(server: Server, api_key: str | None = None) -> Callable[..., Awai
     return Gate(app, api_key, server.limits.body, error, server.metrics)
 
 
-_POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+)
 
 
 def _errors(app: FastAPI, server: Server) -> None:
@@ -210,7 +224,9 @@ def _errors(app: FastAPI, server: Server) -> None:
         first = found.errors()[0]
         path = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
-            return error(400, "invalid_json", f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+            return error(
+                400, "invalid_json", f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+            )
         if first["type"] == "extra_forbidden":
             return error(400, "unsupported_field", f"{path} is not supported here", path)
         words = first["msg"].removeprefix("Value error, ")

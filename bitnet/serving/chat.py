@@ -22,13 +22,15 @@ def event(data: dict[str, Any] | str, name: str | None = None) -> str:
     return (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
 
 
-def sampling(body: Sampled, logprobs: int) -> Sampling:
-    """The options of a request. Raises BadRequest for tokens that are no numbers."""
+def sampling(model: TextModel, body: Sampled, logprobs: int) -> Sampling:
+    """The options of a request. Raises BadRequest for biases of tokens that there are not."""
     try:
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     except ValueError:
         raise BadRequest("logit_bias", "its keys must be numbers of tokens") from None
-    return Sampling(
+    if wrong := [token for token in bias if not 0 <= token < model.vocabulary]:
+        raise BadRequest("logit_bias", f"there is no token {wrong[0]}")
+    return model.sampling(
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,
@@ -40,12 +42,6 @@ def sampling(body: Sampled, logprobs: int) -> Sampling:
         seed=body.seed,
         logprobs=logprobs,
     )
-
-
-def check_bias(model: TextModel, options: Sampling) -> None:
-    """Raise BadRequest for a bias of a token that there is not."""
-    if wrong := [token for token in options.logit_bias if not 0 <= token < model.vocabulary]:
-        raise BadRequest("logit_bias", f"there is no token {wrong[0]}")
 
 
 def schema_of(form: ResponseFormat | None) -> Any:
@@ -64,8 +60,7 @@ async def start(model: TextModel, body: ChatRequest) -> "Chat":
             message["content"] = joined(message["content"])
     prompt = await asyncio.to_thread(model.chat_ids, messages, tools or None, **body.chat_template_kwargs or {})
     most = model.check_prompt(prompt, body.max_completion_tokens or body.max_tokens)
-    options = sampling(body, (body.top_logprobs or 0) if body.logprobs else -1)
-    check_bias(model, options)
+    options = sampling(model, body, (body.top_logprobs or 0) if body.logprobs else -1)
     schema = schema_of(body.response_format)
     forced = body.tool_choice not in (None, "none", "auto")
     if forced:
@@ -188,7 +183,11 @@ def usage(answers: list[Answer]) -> dict[str, Any]:
     """Tokens in and out; answers share a prompt."""
     requests = [answer.request for answer in answers]
     prompt, generated = len(requests[0].prompt), sum(request.generated for request in requests)
-    found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    found: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    }
     return found | {"prompt_tokens_details": {"cached_tokens": requests[0].cached}}
 
 
@@ -206,7 +205,7 @@ async def measured(answer: Answer, metrics: Metrics, start: float) -> AsyncItera
             first, last = False, now
             yield piece
     finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
         request = answer.request
         metrics.prompt.inc(len(request.prompt))
         metrics.reused.inc(request.cached)

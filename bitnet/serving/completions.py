@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ..decode.sampling import Token
-from .chat import check_bias, event, measured, sampling, schema_of, together
+from .chat import event, measured, sampling, schema_of, together
 from .metrics import Metrics
 from .model import Answer, TextModel
 from .schemas import CompletionRequest
@@ -17,17 +17,24 @@ async def start(model: TextModel, body: CompletionRequest) -> "Completion":
     """Queue a request. Raises BadRequest and Busy."""
     given: Any = body.prompt
     several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = [p if isinstance(p, list) else await asyncio.to_thread(model.plain_ids, p) for p in (given if several else [given])]
+    prompts = [
+        p if isinstance(p, list) else await asyncio.to_thread(model.plain_ids, p)
+        for p in (given if several else [given])
+    ]
     limit = 16 if body.max_tokens is None else body.max_tokens  # as OpenAI has it
-    options = sampling(body, -1 if body.logprobs is None else body.logprobs)
-    check_bias(model, options)
+    options = sampling(model, body, -1 if body.logprobs is None else body.logprobs)
     most = [model.check_prompt(prompt, limit) for prompt in prompts]
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     answers = []
     try:
         for prompt, tokens in zip(prompts, most, strict=True):
             answers += await model.start(
-                prompt, options, tokens, count=body.n, stops=stops, schema=schema_of(body.response_format),
+                prompt,
+                options,
+                tokens,
+                count=body.n,
+                stops=stops,
+                schema=schema_of(body.response_format),
                 ignore_end=body.ignore_eos,
             )
     except BaseException:

@@ -39,7 +39,7 @@ class JsonGrammar:
 
     def __init__(self, matcher: Any, think: tuple[int, int] | None, prompt: list[int], may_begin: bool) -> None:
         self._matcher, self._think, self._may_begin = matcher, think, may_begin
-        self._bits = None
+        self._bits: Any = None
         self._reasoning = False
         if think is not None:
             marks = [token for token in prompt if token in think]

@@ -1,8 +1,9 @@
-"""A checkpoint that generates for many at once: its tokenizer, its scheduler, and one asynchronous stream a sequence."""
+"""A checkpoint that generates for many at once: its tokenizer, its scheduler, and one asynchronous stream a
+sequence."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +36,14 @@ class Piece:
 class TextModel:
     """A causal language model and its tokenizer behind a scheduler.
 
-    model: transformers' class, packed or not; name: as clients know it; slots: sequences at a time; queue: that may wait;
+    model: transformers' class, packed or not; name: as clients know it; slots: sequences at a time; queue: that may
+    wait;
     context: tokens of a sequence, at most the model's
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, *, slots: int = 8, queue: int = 64, context: int | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, *, slots: int = 8, queue: int = 64, context: int | None = None
+    ) -> None:
         self.tokenizer, self.name = tokenizer, name
         config = model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
@@ -54,16 +58,23 @@ class TextModel:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends]) | {
             token for token in [tokenizer.eos_token_id] if token is not None
         }
+        self._defaults = _defaults(model.generation_config)
         self._grammars: Any = None
         ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")]
         self._think = ids if all(isinstance(i, int) and i != tokenizer.unk_token_id for i in ids) else None
+
+    def sampling(self, **asked: Any) -> Sampling:
+        """Options of sampling: what is None comes from the model's generation_config.json, if it says."""
+        return Sampling(**self._defaults | {name: value for name, value in asked.items() if value is not None})
 
     @property
     def chats(self) -> bool:
         """Whether there is a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """The prompt of a chat. Raises BadRequest if the template does not take it."""
         if not self.chats:
             raise BadRequest(
@@ -98,7 +109,9 @@ class TextModel:
         if len(ids) >= context or len(ids) + (max_tokens or 1) > context:
             room = f", and {max_tokens} more are asked for" if max_tokens and len(ids) < context else ""
             raise BadRequest(
-                "prompt", f"the prompt has {len(ids)} tokens{room}, but a sequence holds {context}", "context_length_exceeded"
+                "prompt",
+                f"the prompt has {len(ids)} tokens{room}, but a sequence holds {context}",
+                "context_length_exceeded",
             )
         return max_tokens or context - len(ids)
 
@@ -139,6 +152,14 @@ class TextModel:
         return answers
 
 
+def _defaults(config: Any) -> dict[str, Any]:
+    """What a model's generation_config.json recommends."""
+    if not config.do_sample:
+        return {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: value for name in names if (value := getattr(config, name, None)) is not None}
+
+
 class Answer:
     """One sequence that is being generated; pieces() is read by one coroutine of the loop that made it."""
 
@@ -165,7 +186,7 @@ class Answer:
         """Stop generating."""
         self._model.scheduler.cancel(self.request)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """The answer's parts as they come. Raises what went wrong; cancels the sequence if it is left early."""
         ended = False
         try:
@@ -215,7 +236,8 @@ class Cancelled(Exception):
 
 
 def parse_tool_calls(text: str) -> list[dict[str, Any]]:
-    """Calls in an answer: `<tool_call>{...}</tool_call>` blocks (Hermes, Qwen), or JSON alone (Llama); [] if there are none.
+    """Calls in an answer: `<tool_call>{...}</tool_call>` blocks (Hermes, Qwen), or JSON alone (Llama); [] if there are
+    none.
 
     Each as {"name", "arguments"}, arguments a JSON text.
     """
@@ -233,5 +255,7 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
             arguments = call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
             if arguments is None or not isinstance(call.get("name"), str):
                 return []
-            calls.append({"name": call["name"], "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)})
+            calls.append(
+                {"name": call["name"], "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
+            )
     return calls

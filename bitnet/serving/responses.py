@@ -6,8 +6,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ..decode.sampling import Sampling
-from .chat import joined, event, measured, usage
+from .chat import event, joined, measured, usage
 from .grammar import JSON_OBJECT
 from .metrics import Metrics
 from .model import Answer, BadRequest, TextModel
@@ -34,7 +33,7 @@ async def start(model: TextModel, body: ResponsesRequest) -> "Responding":
     schema = None
     if form is not None and form.type != "text":
         schema = JSON_OBJECT if form.schema_ is None else form.schema_
-    options = Sampling(temperature=body.temperature, top_p=body.top_p)
+    options = model.sampling(temperature=body.temperature, top_p=body.top_p)
     return Responding(model, body, (await model.start(prompt, options, most, schema=schema))[0])
 
 

@@ -35,7 +35,12 @@ def load_text_model(checkpoint: str, options: Options) -> Any:
 
     weight_files(checkpoint)  # a clear error before anything slow
     tokenizer = load_tokenizer(checkpoint)
-    model = load(checkpoint, device=options.device or default_device(), backend=options.backend, activation_bits=options.activation_bits)
+    model = load(
+        checkpoint,
+        device=options.device or default_device(),
+        backend=options.backend,
+        activation_bits=options.activation_bits,
+    )
     if not hasattr(model, "generate"):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}, which does not generate text")
     if options.head is not None:
@@ -80,7 +85,10 @@ def serve(
             raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
         weight_files(checkpoint)
         if read_sentences(Path(checkpoint)) is not None:
-            encoder, model = Encoder(checkpoint, device=options.device or default_device(), backend=options.backend), None
+            encoder, model = (
+                Encoder(checkpoint, device=options.device or default_device(), backend=options.backend),
+                None,
+            )
         else:
             encoder, model = None, load_text_model(checkpoint, options)
         served = name or checkpoint

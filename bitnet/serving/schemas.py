@@ -62,8 +62,10 @@ class Common(Strict):
 
     model: StrictStr | None = None
     stream: StrictBool = False
-    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = (
+        None  # None, here and below: as generation_config.json says
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     user: StrictStr | None = None
 
 
@@ -74,11 +76,11 @@ class Sampled(Common):
     n: Annotated[StrictInt, Field(ge=1, le=16)] = 1
     stop: StrictStr | Annotated[list[StrictStr], Field(max_length=8)] | None = None
     seed: StrictInt | None = None
-    top_k: Annotated[StrictInt, Field(ge=0)] = 0
-    min_p: Probability = 0.0
+    top_k: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_p: Probability | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     ignore_eos: StrictBool = False

@@ -87,7 +87,8 @@ class _Sequence(ctypes.Structure):
 class KeyValues:
     """The cache of one sequence, as csrc/bitnet_cpu.h describes it; what is beyond its length is not initialized.
 
-    keys: [blocks, kv_heads, capacity / 16, head_dim, 16]; values: [blocks, kv_heads, capacity, head_dim]; float32, float16
+    keys: [blocks, kv_heads, capacity / 16, head_dim, 16]; values: [blocks, kv_heads, capacity, head_dim]; float32,
+    float16
     or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]
     """
 

@@ -1,0 +1,220 @@
+"""Continuous batching: fair to short requests, frugal with what is known, and sure to end each request once."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet.decode.batch import CHUNK, Busy, Request, Scheduler
+from bitnet.decode.sampling import Sampler, Sampling, Token
+
+VOCABULARY = 50
+
+
+class Counting:
+    """A "model" whose next token is a function of all tokens before; it checks how it is used."""
+
+    vocabulary, context = VOCABULARY, 1000
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.held = slots, [[] for _ in range(slots)]
+        self.steps: list[list[int]] = []  # tokens of each sequence in each step
+        self.gate = threading.Semaphore(10**6)
+
+    def length(self, slot: int) -> int:
+        return len(self.held[slot])
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        assert tokens <= len(self.held[slot])
+        del self.held[slot][tokens:]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.held[target] = self.held[source][:tokens]
+
+    def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
+        self.gate.acquire()
+        assert len({slot for slot, _ in work}) == len(work)
+        self.steps.append([len(ids) for _, ids in work])
+        rows = []
+        for slot, ids in work:
+            self.held[slot] += ids.tolist()
+            assert len(self.held[slot]) <= self.context
+            row = torch.zeros(VOCABULARY)
+            row[following(self.held[slot])] = 1
+            rows.append(row)
+        return torch.stack(rows)
+
+
+def following(tokens: list[int]) -> int:
+    return (sum(i * t for i, t in enumerate(tokens, 1)) + 7) % VOCABULARY
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(following(tokens))
+    return tokens[len(prompt) :]
+
+
+class Asked:
+    def __init__(self, prompt: list[int], count: int = 10, stop_ids: frozenset[int] = frozenset()) -> None:
+        self.tokens: list[int] = []
+        self.ends: list[str | Exception] = []
+        self.done = threading.Event()
+        sampler = Sampler(Sampling(temperature=0), prompt)
+        self.request = Request(prompt, sampler, count, stop_ids, self.token, self.end)
+
+    def token(self, token: Token) -> bool:
+        self.tokens.append(token.id)
+        return False
+
+    def end(self, how: str | Exception) -> None:
+        self.ends.append(how)
+        self.done.set()
+
+    def wait(self) -> "Asked":
+        assert self.done.wait(20)
+        time.sleep(0.01)
+        assert len(self.ends) == 1
+        return self
+
+
+def test_every_request_gets_its_own_tokens() -> None:
+    model = Counting(3)
+    scheduler = Scheduler(model)
+    asked = [Asked([i % 5, 3, i % 7] * (1 + i % 4), 5 + i) for i in range(20)]
+    for each in asked:
+        scheduler.submit(each.request)
+    for i, each in enumerate(asked):
+        assert each.wait().tokens == expected(each.request.prompt, 5 + i)
+        assert each.ends == ["length"]
+    assert max(map(len, model.steps)) == 3
+
+
+def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+    model = Counting(2)
+    model.gate = threading.Semaphore(0)
+    scheduler = Scheduler(model)
+    short, long = Asked([1, 2], 40), Asked([3] * 900, 2)
+    scheduler.submit(short.request)
+    scheduler.submit(long.request)
+    model.gate.release(1000)
+    assert long.wait().tokens == expected([3] * 900, 2)
+    short.wait()
+    mixed = [step for step in model.steps if len(step) == 2]
+    assert all(CHUNK - 2 <= max(step) <= CHUNK for step in mixed[:3])
+    assert all(min(step) <= 2 for step in mixed[:3])
+
+
+def test_what_is_known_of_a_prompt_is_not_computed_again() -> None:
+    model = Counting(3)
+    scheduler = Scheduler(model)
+    prompt = list(range(40)) * 3
+    first = Asked(prompt, 4)
+    scheduler.submit(first.request)
+    first.wait()
+    model.steps.clear()
+    again, longer = Asked(prompt, 4), Asked([*prompt, *expected(prompt, 3), 9], 4)
+    scheduler.submit(again.request)
+    again.wait()
+    scheduler.submit(longer.request)
+    assert longer.wait().tokens == expected(longer.request.prompt, 4)
+    assert again.tokens == first.tokens
+    assert (again.request.cached, longer.request.cached) == (119, 123)
+    assert sum(map(sum, model.steps)) == 4 + 4
+    twins = [Asked([7] * 300, 3) for _ in range(3)]
+    model.steps.clear()
+    scheduler.submit(*(twin.request for twin in twins))
+    for twin in twins:
+        assert twin.wait().tokens == expected([7] * 300, 3)
+    assert sum(map(sum, model.steps)) < 2 * 300  # one of them computes the prompt, the others copy it
+
+
+def test_stops_cancels_and_failures_end_a_request_once() -> None:
+    model = Counting(2)
+    scheduler = Scheduler(model, queue=3)
+    answer = expected([1, 2, 3], 10)
+    stopped = Asked([1, 2, 3], 10, frozenset([answer[4]]))
+    scheduler.submit(stopped.request)
+    assert stopped.wait().tokens == answer[: answer.index(answer[4])]
+    assert stopped.ends == ["stop"]
+    model.gate = threading.Semaphore(0)
+    running, waiting = [Asked([i], 500) for i in range(2)], [Asked([i, i], 5) for i in range(3)]
+    scheduler.submit(*(each.request for each in running))
+    while scheduler.counts() != (2, 0):
+        time.sleep(0.001)
+    scheduler.submit(*(each.request for each in waiting))
+    with pytest.raises(Busy, match="3 requests are waiting already"):
+        scheduler.submit(Asked([1]).request)
+    scheduler.cancel(waiting[1].request)
+    scheduler.cancel(running[0].request)
+    model.gate.release(10**6)
+    for each in (waiting[1], running[0]):
+        assert each.wait().ends == ["cancelled"]
+    assert waiting[0].wait().tokens == expected([0, 0], 5)
+    running[1].wait()
+    waiting[2].wait()
+
+    def broken(work: object) -> Tensor:
+        raise RuntimeError("no")
+
+    good, model.extend = model.extend, broken  # type: ignore[method-assign]
+    failed = Asked([4, 5])
+    scheduler.submit(failed.request)
+    assert isinstance(failed.wait().ends[0], RuntimeError)
+    model.extend = good  # type: ignore[method-assign]
+    after = Asked([4, 5], 3)
+    scheduler.submit(after.request)
+    assert after.wait().tokens == expected([4, 5], 3)
+
+
+def test_the_context_ends_an_answer() -> None:
+    scheduler = Scheduler(Counting(1))
+    asked = Asked([1] * 990, 500)
+    scheduler.submit(asked.request)
+    assert len(asked.wait().tokens) == 11  # the last one needs no room
+    assert asked.ends == ["length"]
+
+
+def test_draining_finishes_what_there_is_and_takes_no_more() -> None:
+    scheduler = Scheduler(Counting(1))
+    asked = [Asked([i], 20) for i in range(3)]
+    scheduler.submit(*(each.request for each in asked))
+    scheduler.drain(20)
+    assert [each.wait().ends for each in asked] == [["length"]] * 3
+    with pytest.raises(Busy, match="shutting down"):
+        scheduler.submit(Asked([1]).request)
+    slow = Counting(1)
+    slow.gate = threading.Semaphore(0)
+    scheduler = Scheduler(slow)
+    endless = Asked([1], 900)
+    scheduler.submit(endless.request)
+    threading.Timer(0.3, lambda: slow.gate.release(10**6)).start()
+    scheduler.drain(0.1)
+    assert endless.wait().ends[0] in ("cancelled", "length")
+
+
+def test_eager_sequences_are_those_of_the_model() -> None:
+    from decode_models import packed
+
+    import bitnet
+    from bitnet.decode.eager import EagerSequences
+    from bitnet.decode.native import NativeSequences
+
+    model = packed("llama", head="int8")
+    bitnet.native_decoding(model, None)
+    eager, native = EagerSequences(model, 3), NativeSequences(model, 3, "float32")
+    ids = torch.randint(3, 200, (40,), generator=torch.Generator().manual_seed(0))
+    for sequences in (eager, native):
+        sequences.extend([(0, ids[:20]), (2, ids[5:30])])
+        sequences.copy(0, 1, 12)
+        sequences.truncate(2, 7)
+    work = [(1, ids[12:15]), (2, ids[12:13]), (0, ids[20:21])]
+    found, wanted = eager.extend(work), native.extend(work)
+    assert [eager.length(slot) for slot in range(3)] == [native.length(slot) for slot in range(3)] == [21, 15, 8]
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    with pytest.raises(ValueError, match="a sequence holds 512"):
+        eager.extend([(0, ids.repeat(20))])
