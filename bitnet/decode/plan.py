@@ -119,14 +119,16 @@ class Plan:
         if any(self._hooks):
             return False
         for holder, name, value, version in self._watched:
-            if holder.get(name) is not value or (version >= 0 and value._version != version):
+            if holder.get(name) is not value:
+                return False
+            if version >= 0 and value._version != version:
                 return False
         return True
 
     def _watch(self, module: nn.Module, *names: str) -> None:
         for name in names:
             holder: Any = module._parameters if name in module._parameters else module._buffers
-            value = holder.get(name)
+            value: Any = holder.get(name)
             version = -1 if value is None or value.is_inference() else value._version
             self._watched.append((holder, name, value, version))
 

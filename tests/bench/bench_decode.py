@@ -1,69 +1,256 @@
-"""Tokens per second of transformers' generate at batch 1: a Llama in float32, in bf16, and packed.
+"""A token end to end: a random model of bitnet-b1.58-2B-4T's shape, here and in llama.cpp on the same weights.
 
-    python tests/bench/bench_decode.py [--threads 1 2] [--layers 6] [--csv tests/bench/results.csv]
+    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--stock] [--folder DIR] [--csv
+    tests/bench/results.csv]
 
-Random weights: speed does not depend on them. The models take turns, medians are compared, and one row a model is
-appended to the CSV, with n and k the vocabulary and the width, and times per token.
+A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabulary 128,256) with random ternary
+codes: speed
+does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
+through its
+own quantizer; ours has 8 bits. Rounds take turns, medians are compared; what a raw read of our weights takes stands
+beside.
+--stock adds transformers' own `bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
 """
 
 import argparse
-import copy
+import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import results
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import bitnet
+from bitnet.decode.native import NativeSequences
+from bitnet.kernels.cpu import library
+from bitnet.linear import BitLinear
+from bitnet.packed import PackedBitLinear
+from bitnet.packing import to_packed
 
-VOCABULARY, WIDTH, TOKENS, ROUNDS = 32000, 2048, 16, 6
+VOCABULARY, WIDTH, ROUNDS = 128_256, 2560, 9
+CONTEXTS = (128, 1024)
 
 
-def models(layers: int) -> dict[str, LlamaForCausalLM]:
+def build(folder: Path, layers: int) -> None:
+    """Write the model, as published ones are: packed layers, and a bf16 embedding that is the head, too."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        intermediate_size=5632,
+        intermediate_size=6912,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        num_attention_heads=20,
+        num_key_value_heads=5,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
     )
-    full = LlamaForCausalLM(config).eval()
-    found = {"float32": full, "bf16": copy.deepcopy(full).bfloat16()}
-    for name, head in (("1.58 bit", None), ("1.58 bit, int8 head", "int8")):
-        found[name] = copy.deepcopy(full)
-        bitnet.replace_linear(found[name])
-        bitnet.pack(found[name], head=head)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        bitnet.replace_linear(model)
+        for module in [m for m in model.modules() if isinstance(m, BitLinear)]:
+            to_packed(module)
+    model.to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, PackedBitLinear):
+            codes = torch.randint(0, 81, module.weight.shape, dtype=torch.uint8)
+            module.weight = sum((codes // 3**j % 3) << 2 * j for j in range(4))
+            module.weight_scale = torch.full((1,), (module.in_features / 1.5) ** -0.5)
+        elif isinstance(module, torch.nn.Embedding):
+            module.weight = torch.nn.Parameter(torch.randn(module.weight.shape, dtype=torch.bfloat16) * 0.02)
+        elif "Norm" in type(module).__name__:
+            module.weight = torch.nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16))
+    model.tie_weights()
+    bitnet.save(model, folder)
+
+
+def to_llama_cpp(folder: Path, file: Path) -> None:
+    """The same weights for llama.cpp, with a head of 6 bits."""
+    import llama_cpp
+    from bitnet.convert.llama_cpp.writer import write_gguf
+    from bitnet.convert.opening import open_source
+
+    plain = file.with_suffix(".bf16-head")
+    write_gguf(open_source(folder), plain, "gguf-tq2_0", tokenizer=False)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = 37, True  # LLAMA_FTYPE_MOSTLY_TQ2_0
+    options.token_embedding_type = options.output_tensor_type = 14  # GGML_TYPE_Q6_K
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(file).encode(), options):
+        raise RuntimeError("llama.cpp could not quantize the head")
+    plain.unlink()
+
+
+class Ours:
+    """The native step."""
+
+    def __init__(self, folder: Path) -> None:
+        model = bitnet.load(folder)
+        bitnet.pack(model, head="int8")
+        self.model, self.sequences = model, NativeSequences(model, 9)
+        layers = [m for m in model.modules() if isinstance(m, PackedBitLinear)]
+        self.weights = [layer.prepack()[0] for layer in layers]
+
+    def reset(self) -> None:
+        for slot in range(9):
+            self.sequences.truncate(slot, 0)
+
+    def extend(self, ids: list[int]) -> None:
+        self.sequences.extend([(0, torch.tensor(ids))])
+
+    def batch(self, ids: list[int]) -> None:
+        self.sequences.extend([(slot, torch.tensor(ids)) for slot in range(1, 9)])
+
+    def read(self) -> None:
+        for weight in self.weights:
+            library.read(weight)
+
+
+class LlamaCpp:
+    """llama-cpp-python."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import llama_cpp
+
+        options: dict[str, Any] = {"n_ctx": 2048, "n_batch": 512, "n_ubatch": 512, "verbose": False}
+        self._llama = llama_cpp.Llama(str(file), n_threads=threads, n_threads_batch=threads, **options)
+
+    def reset(self) -> None:
+        self._llama.reset()
+
+    def extend(self, ids: list[int]) -> None:
+        self._llama.eval(ids)
+
+
+class Generate:
+    """transformers' generate, natively behind, or its own layers; a call extends by so many tokens."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+
+    def per_token(self, prompt: list[int], tokens: int) -> float:
+        """Seconds."""
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+        first = timed(lambda: self.model.generate(ids, max_new_tokens=1, **options))
+        return (timed(lambda: self.model.generate(ids, max_new_tokens=1 + tokens, **options)) - first) / tokens
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(threads: int, ours: Ours, gguf: Path | None, generate: Generate) -> dict[tuple[str, str], list[float]]:
+    """Seconds by (what, who)."""
+    torch.set_num_threads(threads)
+    found: dict[tuple[str, str], list[float]] = {}
+    dice = torch.Generator().manual_seed(0)
+    prompt: list[int] = torch.randint(0, VOCABULARY, (1024,), generator=dice).tolist()
+    others: dict[str, Any] = {"native": ours}
+    if gguf is not None:
+        others["llama.cpp TQ2_0"] = LlamaCpp(gguf, threads)
+
+    def note(what: str, who: str, call: Callable[[], Any]) -> None:
+        found.setdefault((what, who), []).append(timed(call))
+
+    for round_ in range(3):
+        for who, each in others.items():
+            each.reset()
+            each.extend(prompt[:8])
+            each.reset()
+            if round_:
+                note("prefill 512", who, lambda each=each: each.extend(prompt[:512]))
+            else:
+                each.extend(prompt[:512])
+    for context in CONTEXTS:
+        for each in others.values():
+            each.reset()
+            for at in range(0, context, 128):
+                each.extend(prompt[at : at + 128])
+        for i in range(ROUNDS + 1):
+            for who, each in others.items():
+                call = lambda each=each, i=i: each.extend([prompt[i]])  # noqa: E731
+                note(f"decode, context {context}", who, call) if i else call()
+            if i:
+                note(f"decode, context {context}", "read", ours.read)
+    ours.reset()
+    ours.batch(prompt[:128])
+    for i in range(ROUNDS):
+        note("decode, batch 8, context 128", "native", lambda i=i: ours.batch([prompt[i]]))
+    found["decode, context 128", "generate()"] = [generate.per_token(prompt[:128], 16) for _ in range(4)][1:]
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--stock", action="store_true", help="measure transformers' own layers, too")
+    parser.add_argument("--folder", type=Path, help="where the model is, or is written to (default: a temporary one)")
     parser.add_argument("--csv", type=Path, default=results.FILE)
     args = parser.parse_args()
+    logging.set_verbosity_error()
     common, rows = results.conditions(), []
-    candidates = models(args.layers)
-    prompt = torch.randint(0, VOCABULARY, (1, 32))
-    options = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "pad_token_id": 0}
-    print(f"{common['hardware']}; {common['versions']}; {args.layers} layers; tokens per second")
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(ROUNDS + 1):
-            for name, model in candidates.items():
-                start = time.perf_counter()
-                model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-                times[name].append((time.perf_counter() - start) / TOKENS)
-        for name, seconds in times.items():
-            per_token = torch.tensor(seconds[1:], dtype=torch.float64)  # the first round warms up
-            print(f"threads {threads}  {name:<20} {1 / per_token.median():6.1f}", flush=True)
-            what = {"op": f"generate, {args.layers} layers", "m": 1, "n": VOCABULARY, "k": WIDTH, "dtype": name}
-            rows.append(results.row(what | {"backend": "auto", "threads": threads}, per_token, None, common))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)) / f"{args.layers}-layers"
+        gguf: Path | None = folder / "model.gguf"
+        if not (folder / "config.json").exists():
+            build(folder, args.layers)
+        if not (folder / "model.gguf").exists():
+            try:
+                to_llama_cpp(folder, folder / "model.gguf")
+            except ImportError:
+                print("llama-cpp-python is not installed: without it", file=sys.stderr)
+                gguf = None
+        start = time.perf_counter()
+        ours = Ours(folder)
+        print(
+            f"{common['hardware']}; {common['versions']}; {args.layers} layers; loaded in {time.perf_counter() - "
+            f"start:.1f} s"
+        )
+        size = sum(weight.nbytes for weight in ours.weights)
+        generate = Generate(ours.model)
+        for threads in args.threads:
+            found = measure(threads, ours, gguf, generate)
+            if args.stock:
+                stock = Generate(stock_model(folder))
+                found["decode, context 128", "transformers' bitnet"] = [stock.per_token([5] * 128, 2)]
+            for (what, who), seconds in found.items():
+                middle = statistics.median(seconds)
+                own = statistics.median(found.get((what, "native"), seconds))
+                print(
+                    f"threads {threads}  {what:<30} {who:<22} {1e3 * middle:9.1f} ms  {middle / own:6.2f} of native",
+                    flush=True,
+                )
+                op = {
+                    "op": f"{what}, {args.layers} layers",
+                    "m": 8 if "batch" in what else 512 if "prefill" in what else 1,
+                }
+                shape = {"n": VOCABULARY, "k": WIDTH, "dtype": "float32", "backend": who, "threads": threads}
+                moved = size if "decode" in what and who in ("native", "read") else None
+                rows.append(results.row(op | shape, torch.tensor(seconds, dtype=torch.float64), moved, common))
     results.append(rows, args.csv)
+
+
+def stock_model(folder: Path) -> Any:
+    """The checkpoint in transformers' own layers."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
+
+    kept = AUTO_QUANTIZER_MAPPING["bitnet"]
+    AUTO_QUANTIZER_MAPPING["bitnet"] = BitNetHfQuantizer
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    finally:
+        AUTO_QUANTIZER_MAPPING["bitnet"] = kept
 
 
 if __name__ == "__main__":
