@@ -71,7 +71,7 @@ class Plan:
             raise ValueError(f"cache_type must be one of {', '.join(native.CACHE_TYPES)}, got {cache_type!r}")
         self._isa = isa
         self.cache_type = native.CACHE_TYPES[cache_type]
-        self._watched: list[tuple[dict[str, Any], str, Any, int]] = []
+        self._watched: list[tuple[Any, str, Any, int]] = []
         self._hooks: list[dict[int, Any]] = []
         self._kept: list[Any] = []  # what the structures point to
         config = base.config

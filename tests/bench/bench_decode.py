@@ -72,6 +72,7 @@ def build(folder: Path, layers: int) -> None:
 def to_llama_cpp(folder: Path, file: Path) -> None:
     """The same weights for llama.cpp, with a head of 6 bits."""
     import llama_cpp
+
     from bitnet.convert.llama_cpp.writer import write_gguf
     from bitnet.convert.opening import open_source
 
@@ -212,10 +213,8 @@ def main() -> None:
                 gguf = None
         start = time.perf_counter()
         ours = Ours(folder)
-        print(
-            f"{common['hardware']}; {common['versions']}; {args.layers} layers; loaded in {time.perf_counter() - "
-            f"start:.1f} s"
-        )
+        loading = time.perf_counter() - start
+        print(f"{common['hardware']}; {common['versions']}; {args.layers} layers; loaded in {loading:.1f} s")
         size = sum(weight.nbytes for weight in ours.weights)
         generate = Generate(ours.model)
         for threads in args.threads:
