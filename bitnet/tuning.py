@@ -62,10 +62,12 @@ def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
         return [(n, k, planes)]
     from .convert.files.folder import CONFIG, weight_files
     from .convert.files.json_object import read_json
+    from .convert.folders import find_folder
     from .convert.opening import open_source
     from .experts import PackedStack
     from .packed import PackedBitLinear
 
+    target = str(find_folder(target))
     weight_files(target)  # a clear error before the model is built
     modules = []
     config = read_json(Path(target) / CONFIG)

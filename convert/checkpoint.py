@@ -19,6 +19,7 @@ from .files.folder import CONFIG, WEIGHTS, variant, weight_files
 from .files.folder import INDEX as INDEX
 from .files.json_object import read_json
 from .files.safetensors import read_headers
+from .folders import find_folder
 from .hub.config import config_of, module_config
 from .hub.legacy import modernize
 from .hub.loading import compare_all, finish_loading, swap_for_loading
@@ -85,7 +86,7 @@ def load(
 ) -> Any:
     """Read what save wrote, or any Hugging Face `bitnet` checkpoint; returns the model in evaluation mode.
 
-    directory: the checkpoint
+    directory: the checkpoint: a folder, a GGUF file, or a name on the Hub (org/name, org/name@revision)
     model:     for a module that is not from Hugging Face: a freshly built float one, which is filled in place
     device:    where the weights go
     dtype:     of the float weights; "auto" takes the stored one
@@ -96,6 +97,7 @@ def load(
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
     """
+    directory = find_folder(directory)
     files = weight_files(directory)
     headers = read_headers(files)
     file = Path(directory) / CONFIG

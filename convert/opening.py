@@ -6,6 +6,7 @@ from typing import Any
 from .files import mlx
 from .files.folder import CONFIG
 from .files.json_object import read_json
+from .finding import find
 from .hub.source import FolderSource
 from .llama_cpp.source import GgufSource
 from .mlx.source import MlxSource
@@ -13,16 +14,17 @@ from .source import Source
 
 
 def open_source(path: str | Path, *, floats: bool = False, **swap: Any) -> Source:
-    """A checkpoint folder, one that MLX quantized among them, or a GGUF file, as a Source.
+    """A checkpoint folder, one that MLX quantized among them, a GGUF file, or one of them on the Hub, as a Source.
+
+    path:   see finding.find
 
     floats: of a GGUF file and of MLX all matrices count as floats, also those that no packed layer can hold
     swap:   skip, include and options, for a float checkpoint
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such folder or file")
-    if Path(path).is_file():
+    path = find(path)
+    if path.is_file():
         return GgufSource(path, dequantize=floats)
-    config = Path(path) / CONFIG
+    config = path / CONFIG
     if config.is_file() and mlx.is_mlx(read_json(config)):
         return MlxSource(path, dequantize=floats)
     return FolderSource(path, **swap)

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .serve import add_model_options, model_options
+from .serve import MODEL, add_model_options, model_options
 
 
 def add(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         "what can "
         "be typed besides text. What is piped in is read line by line.",
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument(
         "--temperature", type=float, help="0 takes the likeliest token (default: the model's own, else 1)"

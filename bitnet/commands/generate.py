@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import Any
 
+from .serve import MODEL
+
 
 def add(commands: Any) -> None:
     """The command's options."""
@@ -12,7 +14,7 @@ def add(commands: Any) -> None:
         help="continue a prompt, streamed to the terminal",
         description="Loads a checkpoint and continues a prompt, streamed to the terminal as it is generated.",
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL)
     parser.add_argument("prompt", nargs="?", default="-", help="text to continue; - or nothing reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")

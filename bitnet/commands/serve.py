@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+MODEL = "a checkpoint folder, a GGUF file, or a name on the Hugging Face Hub: org/name, org/name@revision"
+
 
 def add(commands: Any) -> None:
     """The command's options."""
@@ -16,7 +18,7 @@ def add(commands: Any) -> None:
         "in a browser to chat. Any OpenAI client works: base_url=http://127.0.0.1:8000/v1.",
         epilog="SIGTERM and Ctrl-C finish what is running, then stop. Needs pip install 'bitnet-toolkit[serve]'.",
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="a checkpoint directory with a tokenizer")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; set a key then (default: %(default)s)"
     )
@@ -24,7 +26,7 @@ def add(commands: Any) -> None:
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--api-key", metavar="KEY", help="what clients must send; other users of this machine can see it")
     key.add_argument("--api-key-file", metavar="FILE", type=Path, help="the same, read from a file, where they cannot")
-    parser.add_argument("--name", help="of the model, as clients see it (default: DIR)")
+    parser.add_argument("--name", help="of the model, as clients see it (default: MODEL)")
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="sequences at a time (default: %(default)s)"
     )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..convert.checkpoint import load
+from ..convert.folders import find_folder
 from ..convert.hub.sentences import MODULES, POOLINGS, read_sentences
 from ..convert.hub.tokenizers import load_tokenizer
 
@@ -18,7 +19,8 @@ UNBOUNDED = 1 << 20  # what tokenizers say that know no greatest length is large
 class Encoder:
     """A model that turns texts into vectors: loaded once, called as often as needed.
 
-    directory: a checkpoint folder; its modules.json says how the vectors of a text's tokens become one
+    directory: a checkpoint folder, or its name on the Hub; its modules.json says how the vectors of a text's tokens
+    become one
     pooling:   "mean", "cls" or "lasttoken", for a folder without modules.json; normalize then says whether to divide
                by the length
     device, backend: as in bitnet.load
@@ -35,7 +37,8 @@ class Encoder:
         device: str | torch.device | None = None,
         backend: str = "auto",
     ) -> None:
-        found = read_sentences(Path(directory))
+        directory = find_folder(directory)
+        found = read_sentences(directory)
         if found is None and pooling is None:
             raise ValueError(
                 f"embed: {directory} has no {MODULES}, which says how tokens become an embedding; pass "

@@ -26,15 +26,17 @@ def generate(
     from transformers import TextStreamer
 
     from ..convert.checkpoint import load, weight_files
+    from ..convert.folders import find_folder
     from ..convert.hub.tokenizers import load_tokenizer
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {temperature}")
-    weight_files(checkpoint)  # a clear error before anything slow
-    tokenizer = load_tokenizer(checkpoint)
-    model = load(checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), backend=backend)
+    folder = find_folder(checkpoint)
+    weight_files(folder)  # a clear error before anything slow
+    tokenizer = load_tokenizer(folder)
+    model = load(folder, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), backend=backend)
     if chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{checkpoint} has no chat template; leave out --chat to continue plain text")

@@ -4,12 +4,12 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..convert.checkpoint import load, weight_files
+from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
 from ..convert.swap.pack import pack
 
@@ -33,10 +33,11 @@ def load_text_model(checkpoint: str, options: Options) -> Any:
     """A bitnet.serving.model.TextModel."""
     from .model import TextModel
 
-    weight_files(checkpoint)  # a clear error before anything slow
-    tokenizer = load_tokenizer(checkpoint)
+    folder = find_folder(checkpoint)
+    weight_files(folder)  # a clear error before anything slow
+    tokenizer = load_tokenizer(folder)
     model = load(
-        checkpoint,
+        folder,
         device=options.device or default_device(),
         backend=options.backend,
         activation_bits=options.activation_bits,
@@ -83,10 +84,11 @@ def serve(
             listening.bind((host, port))  # before anything slow
         except OSError as error:
             raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
-        weight_files(checkpoint)
-        if read_sentences(Path(checkpoint)) is not None:
+        folder = find_folder(checkpoint)
+        weight_files(folder)
+        if read_sentences(folder) is not None:
             encoder, model = (
-                Encoder(checkpoint, device=options.device or default_device(), backend=options.backend),
+                Encoder(folder, device=options.device or default_device(), backend=options.backend),
                 None,
             )
         else:

@@ -1,6 +1,6 @@
 // What a decoder block does between its products: norms, rotary positions, attention over a cache, gates. float32 all
-// along, every operation rounded by itself in the same order on each instruction set; the definitions are reference.py's,
-// which sums in another order.
+// along, every operation rounded by itself in the same order on each instruction set. What they compute is what transformers'
+// models of the Llama line do, whose sums have another order.
 #pragma once
 #include "numbers.h"
 
