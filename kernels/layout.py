@@ -122,8 +122,9 @@ def check_packed(packed: Tensor, out_features: int | None = None) -> int:
 
 def validate_packed(packed: Tensor) -> None:
     """Raise ValueError if any field of a Hub-layout tensor holds 3, which encodes no ternary value."""
-    bad = packed & packed >> 1 & 0b01010101
-    if bool(bad.any()):
+    rows = max(1, (1 << 18) // max(1, packed.shape[1]))  # at a time: what is in between stays in the caches
+    if any(bool((part & part >> 1 & 0b01010101).any()) for part in packed.split(rows)):
+        bad = packed & packed >> 1 & 0b01010101
         row, column = bad.nonzero()[0].tolist()
         raise ValueError(
             f"packed weight is corrupt: {int(bad.count_nonzero())} bytes hold the code 3, the first at "

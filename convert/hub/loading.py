@@ -102,7 +102,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
                 where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
                 layer.check()
-                if layer.weight.dtype == torch.uint8 and not bool(layer.weight.any()):
+                if layer.weight.dtype == torch.uint8 and not (bool(layer.weight[0].any()) or bool(layer.weight.any())):
                     warnings.warn(
                         f"{where}: every packed byte is zero, which means every weight is -1; the checkpoint is "
                         "probably damaged (some uploads are)",

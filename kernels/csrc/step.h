@@ -236,12 +236,21 @@ struct Step {
     place(memory);
     const int64_t bytes = thread_bytes(), scores = (longest + 32) * kTileQueries * 4;
     Status status = kOk;
+    bool alone = false;
     parallel(threads, [&](int thread, int count) {
       if (!row_scratch.reserve(bytes) || !attention_scratch.reserve(scores))
         __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
       barrier(count);
       if (__atomic_load_n(&status, __ATOMIC_RELAXED) != kOk) return;
-      for (int64_t b = 0; b < plan.count; ++b) run(b, thread, count);
+      Watch watch;
+      for (int64_t b = 0; b < plan.count; ++b) {
+        run(b, thread, count);
+        if (count == 1) continue;
+        if (thread == 0) alone = watch.lost();
+        barrier(count);
+        if (alone && thread > 0) return;
+        if (alone) count = 1;
+      }
       for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
         float* row = x + t * plan.hidden;
         if (plan.final.weight) f.rms_norm(row, plan.final.weight, plan.final.eps, plan.hidden, row);

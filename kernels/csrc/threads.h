@@ -38,10 +38,19 @@ bool forked = false;  // a forked child has none of the pool's threads, and Open
 
 #ifdef _OPENMP
 // When another process takes a core, the thread there comes late by whole time slices and the others spin for it: a
-// call of 0.1 ms lasts 8. A call that was lost to waiting sends those of the next kAlone seconds to one thread.
-constexpr double kLate = 1e-3, kAlone = 0.1;
-double alone_until = 0;
+// call of 0.1 ms lasts 8. A call that was lost to waiting sends those that follow to one thread, for kAlone seconds at
+// first and twice as long each time that it happens again.
+constexpr double kLate = 1e-3, kAlone = 0.1, kLongest = 3;
+double alone_until = 0, alone_for = kAlone;
 thread_local double waited = 0;
+
+void stay_alone() {
+  double seconds;
+  __atomic_load(&alone_for, &seconds, __ATOMIC_RELAXED);
+  const double until = omp_get_wtime() + seconds, next = seconds * 2 < kLongest ? seconds * 2 : kLongest;
+  __atomic_store(&alone_until, &until, __ATOMIC_RELAXED);
+  __atomic_store(&alone_for, &next, __ATOMIC_RELAXED);
+}
 #endif
 
 // body(thread, threads) in every thread of a team; on one thread without any of OpenMP's cost.
@@ -60,16 +69,32 @@ void parallel(int threads, const Body& body) {
         if (omp_get_thread_num() == 0) worked = omp_get_wtime() - start - waited;
       }
       const double end = omp_get_wtime(), lost = end - start - worked;
-      if (lost > kLate && lost > 4 * worked) {
-        until = end + kAlone;
-        __atomic_store(&alone_until, &until, __ATOMIC_RELAXED);
-      }
+      __atomic_load(&alone_until, &until, __ATOMIC_RELAXED);
+      if (lost > kLate && lost > 4 * worked) stay_alone();
+      else if (until < start) __atomic_store(&alone_for, &kAlone, __ATOMIC_RELAXED);
       return;
     }
   }
 #endif
   body(0, 1);
 }
+
+// For long calls: tells a team's first thread, part by part, whether it has waited for the others longer than it worked.
+// Then it goes on alone, and so do the calls that follow.
+struct Watch {
+#ifdef _OPENMP
+  double start = omp_get_wtime(), before = waited;
+  bool lost() {
+    const double now = omp_get_wtime(), waiting = waited - before, working = now - start - waiting;
+    start = now, before = waited;
+    if (waiting <= kLate || waiting <= working) return false;
+    stay_alone();
+    return true;
+  }
+#else
+  bool lost() { return false; }
+#endif
+};
 
 void barrier(int threads) {
 #ifdef _OPENMP
