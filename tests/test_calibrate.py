@@ -91,42 +91,76 @@ def layer(n: int, k: int, tokens: int = 64, seed: int = 0) -> tuple[Tensor, Tens
 
 def output_error(w: Tensor, x: Tensor, y: Tensor, codes: Tensor, scale: Tensor, damping: float) -> Tensor:
     """The sum in gptq.py's docstring, from its definition, by row."""
-    v = (codes * scale[:, None]).double()
+    v = reference.dequantize_weight(codes, scale).double()
     outputs = x.double() @ w.double().T - y.double() @ v.T
     return outputs.square().sum(0) + damping * (w.double() - v).square().sum(1)
 
 
-@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+SCALES = {"row": {"per_row": True}, "tensor": {"per_row": False}, "groups": {"per_row": False, "group_size": 32}}
+scales = pytest.mark.parametrize("options", SCALES.values(), ids=SCALES)
+
+
+@scales
 @pytest.mark.parametrize(("n", "k", "tokens"), [(8, 24, 64), (5, 200, 40), (3, 130, 400), (1, 1, 4), (24, 4, 1)])
-def test_outputs_are_never_further_off_than_with_plain_rounding(n: int, k: int, tokens: int, per_row: bool) -> None:
+def test_outputs_are_never_further_off_than_with_plain_rounding(
+    n: int, k: int, tokens: int, options: dict[str, Any]
+) -> None:
     for seed in range(2 if k > 4 else 30):  # with few columns plain rounding now and then wins by luck
         w, x, y = layer(n, k, tokens, seed)
         w[0] *= 10  # a row that spoils the scale of all
         h, c = y.T @ y, y.T @ x
-        codes, scale = gptq.ternarize(w, h, c, per_row)
+        codes, scale = gptq.ternarize(w, h, c, **options)
+        plain_codes, plain_scale = reference.quantize_weight(w, **options)
         assert codes.dtype == torch.int8
-        assert scale.shape == ((n,) if per_row else (1,))
+        assert (scale.shape, scale.dtype) == (plain_scale.shape, plain_scale.dtype)
         assert bool((scale > 0).all())
         damping = gptq.DAMPING * h.diagonal().mean().item()
         ours = output_error(w, x, y, codes, scale, damping)
-        plain = output_error(w, x, y, *reference.quantize_weight(w, per_row=per_row), damping)
-        if not per_row:
+        plain = output_error(w, x, y, plain_codes, plain_scale, damping)
+        if scale.numel() == 1:
             ours, plain = ours.sum(), plain.sum()
         assert bool((ours <= plain * (1 + 1e-4)).all())  # float32 sums
         if tokens > k > 1:
             assert ours.sum() < 0.7 * plain.sum()
 
 
-@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
-def test_a_ternary_matrix_comes_back_as_it_was(per_row: bool) -> None:
+def test_groups_fit_better_than_rows() -> None:
+    w, x, y = layer(16, 192, 600)
+    w *= (torch.arange(192) // 32 + 1.0) ** 2  # features whose sizes differ
+    damping = gptq.DAMPING * (y.T @ y).diagonal().mean().item()
+    sums = {
+        name: output_error(w, x, y, *gptq.ternarize(w, y.T @ y, y.T @ x, **options), damping).sum()
+        for name, options in SCALES.items()
+    }
+    assert sums["groups"] < 0.9 * sums["row"] < sums["tensor"]
+
+
+@scales
+def test_a_ternary_matrix_comes_back_as_it_was(options: dict[str, Any]) -> None:
     codes = torch.randint(-1, 2, (12, 150))
     codes[3] = 0
-    scale = torch.rand(12, 1) + 0.1 if per_row else torch.tensor([[0.37]])
+    _, wanted = reference.quantize_weight(torch.rand(12, 150) + 0.1, **options)
     _, x, _ = layer(1, 150, 100)
-    found, scales = gptq.ternarize(codes * scale, x.T @ x, x.T @ x, per_row)
+    weight = reference.dequantize_weight(codes.to(torch.int8), wanted)
+    found, scale = gptq.ternarize(weight, x.T @ x, x.T @ x, **options)
     assert torch.equal(found, codes.to(torch.int8))
-    used = codes.any(dim=1) if per_row else torch.tensor([True])
-    torch.testing.assert_close(scales[used], scale[:, 0][used])
+    used = torch.arange(12) != 3 if len(scale) > 1 else torch.tensor([True])
+    torch.testing.assert_close(scale[used], wanted[used], rtol=1e-3 if scale.ndim > 1 else 1e-5, atol=0)
+
+
+def test_scales_of_groups_are_the_best_for_their_codes() -> None:
+    w, x, _ = layer(5, 100, 300)
+    h = x.T @ x
+    h.diagonal().add_(3 * h.diagonal().mean())  # so that all of the best ones are positive
+    group_of = torch.randperm(100) // 32
+    codes = w.sign()
+    scale = torch.ones(5, 4)
+    for _ in range(60):  # one after the other, until none can become better
+        scale = gptq.refit_groups(w, h, codes, scale, group_of)
+    for row in range(5):
+        parts = torch.stack([codes[row] * (group_of == g) for g in range(4)]).double()
+        best = torch.linalg.solve(parts @ h.double() @ parts.T, parts @ h.double() @ w[row].double())
+        torch.testing.assert_close(scale[row].double(), best, rtol=1e-3, atol=0)
 
 
 def test_columns_and_layers_without_input_are_rounded_by_their_weights() -> None:
@@ -164,7 +198,7 @@ def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
         inverse = np.linalg.inv(exact[j:, j:])
         slow[:, j] = np.clip(np.round(free[:, j] / s), -1, 1)
         free[:, j:] -= np.outer((free[:, j] - slow[:, j] * s) / inverse[0, 0], inverse[0])
-    codes = gptq.gptq(w, gptq.inverse_factor(h), scale)
+    codes = gptq.gptq(w, gptq.inverse_factor(h), gptq.columns(scale, None))
     assert np.array_equal(codes.numpy(), slow)
 
     for j in range(150):
@@ -174,7 +208,7 @@ def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
             e = w.double().numpy() - slow * s[:, None]
             tried.append(((e @ exact) * e).sum(1))
         slow[:, j] = np.argmin(tried, axis=0) - 1
-    assert np.array_equal(gptq.sweep(w, h, codes, scale).numpy(), slow)
+    assert np.array_equal(gptq.sweep(w, h, codes, gptq.columns(scale, None)).numpy(), slow)
 
 
 def perplexity(model: PreTrainedModel, texts: Tensor) -> float:
@@ -355,11 +389,13 @@ def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_pat
 
 def test_latent_weights_made_from_codes_round_back_to_them() -> None:
     w, x, y = layer(8, 32)
-    for per_row in (True, False):
-        codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, per_row)
-        again, scale_again = reference.quantize_weight(latent_weight(codes, scale), per_row=per_row)
+    for options in SCALES.values():
+        codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, **options)
+        again, scale_again = reference.quantize_weight(latent_weight(codes, scale), **options)
         assert torch.equal(again, codes)
-        torch.testing.assert_close(scale_again, scale)
+        torch.testing.assert_close(
+            scale_again, scale, rtol=0 if scale.ndim > 1 else None, atol=0 if scale.ndim > 1 else None
+        )
 
 
 def test_a_row_of_zeros_stays_one() -> None:
@@ -371,11 +407,14 @@ def test_a_row_of_zeros_stays_one() -> None:
 # In a conversion
 
 
-@pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
-def test_a_conversion_writes_what_was_calibrated(folder: Path, text: Path, per_row: bool, tmp_path: Path) -> None:
-    calibrate(FolderSource(folder, per_row=per_row), text, tmp_path / "store", **OPTIONS)
+@scales
+def test_a_conversion_writes_what_was_calibrated(
+    folder: Path, text: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = options
+    calibrate(FolderSource(folder, **shape), text, tmp_path / "store", **OPTIONS)
     expected = {name: read() for name, read in calibrated(tmp_path / "store").items()}
-    options = {"calibrate": text, "per_row": per_row, "console": Console(quiet=True), **OPTIONS}
+    options = {"calibrate": text, "console": Console(quiet=True), **shape, **OPTIONS}
     models = {}
     for to in ("hub", "base3", "latent", "bf16"):
         models[to] = bitnet.load(convert_checkpoint(folder, tmp_path / to, to, **options))
@@ -384,11 +423,11 @@ def test_a_conversion_writes_what_was_calibrated(folder: Path, text: Path, per_r
             layer = models[to].get_submodule(name)
             assert torch.equal(layer.codes(), codes)
             assert torch.equal(layer.weight_scale, scale)
-        again, scale_again = reference.quantize_weight(models["latent"].get_submodule(name).weight, per_row=per_row)
+        again, scale_again = reference.quantize_weight(models["latent"].get_submodule(name).weight, **shape)
         assert torch.equal(again, codes)
         torch.testing.assert_close(scale_again, scale)
         weight = models["bf16"].get_submodule(name).weight
-        assert torch.equal(weight, (codes * scale[:, None]).bfloat16())
+        assert torch.equal(weight, reference.dequantize_weight(codes, scale, torch.bfloat16))
     assert len(expected) == 14
     assert {path.name for path in tmp_path.iterdir()} == {"store", "hub", "base3", "latent", "bf16"}
 

@@ -173,8 +173,15 @@ def calibrated(store: str | Path) -> dict[str, Callable[[], Quantized]]:
 def latent_weight(codes: Tensor, scale: Tensor) -> Tensor:
     """Float weights that absmean rounding takes to these codes and, but for the last bits, this scale.
 
-    codes: ternary [N, K]; scale: float32 [1] or [N]; returns float32 [N, K]
+    codes: ternary [N, K]; scale: float32 [1] or [N], or float16 [N, G] of groups, which comes back bit for bit (but for
+    groups of zeros alone, whose scale means nothing); returns float32 [N, K]
     """
+    if scale.ndim == 2:
+        parts = reference.grouped(codes, reference.size_of_groups(codes.shape[1], scale.shape[1]))
+        sizes = reference.group_sizes(codes.shape[1], parts.shape[-1], codes.device)
+        share = parts.count_nonzero(-1) / sizes
+        factor = (scale.double() / share.clamp(min=1 / codes.numel()))[..., None]
+        return (parts * factor).flatten(1)[:, : codes.shape[1]].float()
     share = codes.abs().mean(dim=None if len(scale) == 1 else 1, dtype=torch.float32)
     return codes * (scale / share.clamp(min=1 / codes.numel()))[:, None]
 
@@ -189,8 +196,6 @@ def _check(source: Source, samples: int, length: int) -> None:
         raise ValueError(f"calibrate: {kind} is not a decoder-only language model; convert it without calibration")
     if any(isinstance(layer, PackedBitLinear) for layer in layers.values()) or getattr(source, "settings", None):
         raise ValueError(f"calibrate: {source.path} is low-bit already; start from a float checkpoint")
-    if any(layer.spec.group_size is not None for layer in layers.values()):
-        raise ValueError("calibrate: scales of groups are not calibrated yet; leave out group_size, or the calibration")
     if any(layer.spec.rms_norm for layer in layers.values()):
         raise ValueError(
             "calibrate: rms_norm=True adds norms, which change the model until it is trained; leave it out"
@@ -294,7 +299,9 @@ def _round_block(
             raise ValueError(f"calibrate: {model.names[leader]}: its inputs are NaN or too large to square in float32")
         for layer in group:
             try:
-                layer.rounded[CALIBRATED] = Quantized(*ternarize(layer.weight, h, c, layer.spec.per_row))
+                layer.rounded[CALIBRATED] = Quantized(
+                    *ternarize(layer.weight, h, c, layer.spec.per_row, layer.spec.group_size)
+                )
             except ValueError as error:
                 raise ValueError(f"calibrate: {model.names[layer]}: {error}") from None
         advance(1 / (len(groups) + 1))

@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import reference
-from bitnet.kernels.reference import dequantize_weight
 
 DAMPING = 0.1  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
 SWEEPS = 8
 BLOCK = 128  # columns whose errors are moved on together
 
 
-def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+def ternarize(
+    weight: Tensor, h: Tensor, c: Tensor, per_row: bool, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scale of a matrix, given its inputs before and after the rounding of earlier layers.
 
     weight:  float32 [N, K]
     h, c:    float32 [K, K]: Y^T Y and Y^T X
-    per_row: one scale a row instead of one for all
-    returns: codes int8 [N, K] and scale float32 [N] or [1]
+    per_row: one scale a row instead of one for all; group_size: one for each row and so many features
+    returns: codes int8 [N, K] and scale float32 [N] or [1], or float16 [N, G] of groups
 
-    The sum above is at most that of plain rounding (of each row, if per_row), which takes over where it is smaller.
-    Raises ValueError where float32 does not hold the sums.
+    The sum above is at most that of plain rounding (of each row, but for a scale for all), which takes over where it is
+    smaller. Raises ValueError where float32 does not hold the sums.
     """
     order = h.diagonal().argsort(descending=True, stable=True)
     mean = h.diagonal().mean()
@@ -47,22 +48,41 @@ def ternarize(weight: Tensor, h: Tensor, c: Tensor, per_row: bool) -> tuple[Tens
     target += damping * w.T
     target = (u.T @ (u @ target)).T.contiguous()
 
-    scale = first_scale(target, h.diagonal(), per_row)
-    codes = gptq(target, u, scale)
+    group_of = None if group_size is None else order // group_size
+    if group_size is None:
+        scale = first_scale(target, h.diagonal(), per_row)
+    else:
+        back = order.argsort()
+        parts = [
+            reference.grouped(t, group_size) for t in (target[:, back], h.diagonal()[back][None].expand_as(target))
+        ]
+        scale = first_scale(*(part.flatten(0, 1) for part in parts), per_row=True).view(parts[0].shape[:2])
+    codes = gptq(target, u, columns(scale, group_of))
     for _ in range(SWEEPS):
-        scale = refit(target, h, codes, scale)
-        before, codes = codes, sweep(target, h, codes, scale)
+        scale = refit(target, h, codes, scale) if group_of is None else refit_groups(target, h, codes, scale, group_of)
+        before, codes = codes, sweep(target, h, codes, columns(scale, group_of))
         if torch.equal(codes, before):
             break
-    scale = 1 / (1 / refit(target, h, codes, scale))  # as 1 / inv, like trained scales: Hub files store inv
+    if group_of is None:
+        scale = 1 / (1 / refit(target, h, codes, scale))  # as 1 / inv, like trained scales: Hub files store inv
+    else:  # codes have the last word, because scales are stored as float16
+        scale = refit_groups(target, h, codes, scale, group_of).clamp(min=reference.EPS).half()
+        codes = sweep(target, h, codes, columns(scale, group_of))
 
-    plain, plain_scale = reference.quantize_weight(w, per_row=per_row)
-    worse = errors(target, h, codes, scale) - errors(target, h, plain.float(), plain_scale)
+    plain, plain_scale = reference.quantize_weight(weight, per_row=per_row, group_size=group_size)
+    plain = plain[:, order]
+    worse = errors(target, h, codes, columns(scale, group_of))
+    worse -= errors(target, h, plain.float(), columns(plain_scale, group_of))
     if not bool(worse.isfinite().all()):
         raise ValueError(f"its outputs overflow float32 (weights are up to {weight.abs().max().item():.3g})")
-    worse = worse >= 0 if per_row else worse.sum(0, keepdim=True) >= 0
+    worse = worse >= 0 if per_row or group_of is not None else worse.sum(0, keepdim=True) >= 0
     codes = torch.where(worse[:, None], plain, codes.to(torch.int8))
-    return codes[:, order.argsort()], torch.where(worse, plain_scale, scale)
+    return codes[:, order.argsort()], torch.where(worse if scale.ndim == 1 else worse[:, None], plain_scale, scale)
+
+
+def columns(scale: Tensor, group_of: Tensor | None) -> Tensor:
+    """What each code is multiplied by, float32 [N, K], or [N, 1] or [1, 1] where that is the same in a row."""
+    return scale[:, None] if group_of is None else scale.float()[:, group_of]
 
 
 def inverse_factor(h: Tensor) -> Tensor:
@@ -74,7 +94,7 @@ def inverse_factor(h: Tensor) -> Tensor:
 
 
 def first_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
-    """A scale that is the best for its own codes, in the sum of d (w - scale * code)^2: [N], or [1]."""
+    """A scale that is the best for its own codes, in the sum of d (w - scale * code)^2: [N], or [1]; d: [K] or [N, K]."""
     size, dims = w.abs(), 1 if per_row else (0, 1)
     scale = reference.EPS + size.mean(dims, keepdim=True)
     for _ in range(20):  # codes for the scale (1 above half of it), scale for the codes
@@ -85,15 +105,19 @@ def first_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
 
 
 def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
-    """Codes (as float32) of w [N, K], column by column, with errors moved to later columns; u from inverse_factor."""
-    w, codes = w.clone(), torch.empty_like(w)
+    """Codes (as float32) of w [N, K], column by column, with errors moved to later columns; u from inverse_factor.
+
+    scale: from columns()
+    """
+    w, codes, scale = w.clone(), torch.empty_like(w), scale.expand_as(w)
     for start in range(0, w.shape[1], BLOCK):
         end = min(start + BLOCK, w.shape[1])
         part, corner = w[:, start:end], u[start:end, start:end]
         moved = torch.empty_like(part)
         for j in range(end - start):
-            code = (part[:, j] / scale).round_().clamp_(-1, 1)
-            error = (part[:, j] - code * scale) / corner[j, j]
+            own = scale[:, start + j]
+            code = (part[:, j] / own).round_().clamp_(-1, 1)
+            error = (part[:, j] - code * own) / corner[j, j]
             part[:, j:] -= error[:, None] * corner[j, j:]
             codes[:, start + j], moved[:, j] = code, error
         w[:, end:] -= moved @ u[start:end, end:]
@@ -101,17 +125,17 @@ def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
 
 
 def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """New codes: each column's in turn the best ones, given those of all others."""
-    codes = codes.clone()
-    slope = (w - dequantize_weight(codes, scale)) @ h  # of the error along each column, negative and halved
+    """New codes: each column's in turn the best ones, given those of all others; scale: from columns()."""
+    codes, scale = codes.clone(), scale.expand_as(w)
+    slope = (w - codes * scale) @ h  # of the error along each column, negative and halved
     for start in range(0, w.shape[1], BLOCK):
         end = min(start + BLOCK, w.shape[1])
         part, corner = slope[:, start:end].clone(), h[start:end, start:end]
         change = torch.empty_like(part)
         for j in range(end - start):
-            old = codes[:, start + j]
-            new = (old + part[:, j] / (corner[j, j] * scale)).round_().clamp_(-1, 1)
-            change[:, j] = (new - old) * scale
+            old, own = codes[:, start + j], scale[:, start + j]
+            new = (old + part[:, j] / (corner[j, j] * own)).round_().clamp_(-1, 1)
+            change[:, j] = (new - old) * own
             part -= change[:, j, None] * corner[j]
             codes[:, start + j] = new
         slope -= change @ h[start:end]
@@ -127,7 +151,22 @@ def refit(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return torch.where((above > 0) & (below > 0), above / below, scale.double()).float()
 
 
+def refit_groups(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, group_of: Tensor) -> Tensor:
+    """Scales [N, G]: each group's in turn the best one, given those of all others, if it is positive."""
+    scale = scale.float().clone()
+    slope = (w - codes * columns(scale, group_of)) @ h
+    for group in range(scale.shape[1]):
+        own = (group_of == group).nonzero()[:, 0]
+        part = codes[:, own]
+        below = ((part @ h[own[:, None], own]) * part).sum(1, dtype=torch.float64)
+        step = (part * slope[:, own]).sum(1, dtype=torch.float64) / below
+        step = torch.where((below > 0) & (scale[:, group] + step > 0), step, 0.0).float()
+        scale[:, group] += step
+        slope -= (step[:, None] * part) @ h[own]
+    return scale
+
+
 def errors(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The sum that is minimised, by row."""
-    difference = w - dequantize_weight(codes, scale)
+    """The sum that is minimised, by row; scale: from columns()."""
+    difference = w - codes * scale
     return ((difference @ h) * difference).sum(1)
