@@ -83,13 +83,13 @@ def test_generate_streams_what_the_model_says(checkpoint: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "no/such/dir", "x"], "no/such/dir: no config.json there"),
+        (["generate", "no/such/dir", "x"], "no/such/dir: no such folder or file"),
         (["generate", "CHECKPOINT", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["generate", "CHECKPOINT", ""], "the prompt is empty"),
         (["generate", "CHECKPOINT", "x", "--backend", "abacus"], "unknown backend 'abacus'"),
-        (["serve", "no/such/dir"], "no/such/dir: no config.json there"),
+        (["serve", "no/such/dir"], "no/such/dir: no such folder or file"),
         (["quickstart", "--steps", "0"], "--steps must be at least 1"),
-        (["tune", "no/such/dir"], "no/such/dir: no config.json there"),
+        (["tune", "no/such/dir"], "no/such/dir: no such folder or file"),
         (["tune", "8x0"], "8x0: an empty shape"),
         (["tune", "8x8", "--tokens", "1", "0"], "--tokens must be at least 1, got 0"),
         pytest.param(
@@ -174,3 +174,12 @@ def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     assert report["models"]["full"]["bits_per_byte"] <= 1.85
     assert report["gap_percent"] <= 6
     assert report["times_smaller_than_bf16"] >= 7.9
+
+
+def test_options_of_layers_reach_a_conversion(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    llama(hidden_size=32, intermediate_size=64).save_pretrained(tmp_path / "float")
+    options = ["--to", "hub", "--no-tokenizer", "--weights", "binary", "--activation-bits", "none", "--group-size", "32"]
+    assert cli.main(["convert", str(tmp_path / "float"), str(tmp_path / "out"), *options]) == 0
+    spec = bitnet.load(tmp_path / "out").model.layers[0].mlp.up_proj.spec
+    assert (spec.weights, spec.activation_bits, spec.group_size) == ("binary", None, 32)

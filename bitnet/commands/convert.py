@@ -51,10 +51,16 @@ def add(commands: Any) -> None:
     swap = parser.add_argument_group("of a float model, which layers become low-bit, and how")
     swap.add_argument("--skip", action="append", metavar="REGEX", help="layers to leave alone besides head and routers")
     swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")
+    swap.add_argument("--weights", choices=["ternary", "binary"], help="-1, 0 and 1, or -1 and 1 (default: ternary)")
+    swap.add_argument(
+        "--activation-bits",
+        choices=["16", "8", "4", "none"],
+        help="of the layers' inputs; none keeps them float (default: 8)",
+    )
     swap.add_argument(
         "--per-row",
         action=argparse.BooleanOptionalAction,
-        help="one scale per output row (default with --calibrate; loads with this package only), or one per matrix",
+        help="one scale per output row (default with --calibrate but for groups; loads with this package only), or one per matrix",
     )
     swap.add_argument(
         "--group-size",
@@ -91,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
 
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     if args.per_row is None:
-        options["per_row"] = args.calibrate is not None
+        options["per_row"] = args.calibrate is not None and args.group_size is None
+    if options.pop("weights") is not None:
+        options["weights"] = args.weights
+    if (bits := options.pop("activation_bits")) is not None:
+        options["activation_bits"] = None if bits == "none" else int(bits)
     convert_checkpoint(**options)
     return 0

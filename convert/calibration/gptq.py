@@ -52,11 +52,9 @@ def ternarize(
     if group_size is None:
         scale = first_scale(target, h.diagonal(), per_row)
     else:
-        back = order.argsort()
-        parts = [
-            reference.grouped(t, group_size) for t in (target[:, back], h.diagonal()[back][None].expand_as(target))
-        ]
-        scale = first_scale(*(part.flatten(0, 1) for part in parts), per_row=True).view(parts[0].shape[:2])
+        back, d = order.argsort(), h.diagonal().expand_as(target)
+        sizes, masses = (reference.grouped(t[:, back], group_size) for t in (target, d))
+        scale = first_scale(sizes.flatten(0, 1), masses.flatten(0, 1), per_row=True).view(sizes.shape[:2])
     codes = gptq(target, u, columns(scale, group_of))
     for _ in range(SWEEPS):
         scale = refit(target, h, codes, scale) if group_of is None else refit_groups(target, h, codes, scale, group_of)
@@ -94,7 +92,8 @@ def inverse_factor(h: Tensor) -> Tensor:
 
 
 def first_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
-    """A scale that is the best for its own codes, in the sum of d (w - scale * code)^2: [N], or [1]; d: [K] or [N, K]."""
+    """A scale that is the best for its own codes, in the sum of d (w - scale * code)^2: [N], or [1]; d: [K] or [N,
+    K]."""
     size, dims = w.abs(), 1 if per_row else (0, 1)
     scale = reference.EPS + size.mean(dims, keepdim=True)
     for _ in range(20):  # codes for the scale (1 above half of it), scale for the codes
