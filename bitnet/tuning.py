@@ -73,7 +73,7 @@ def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
     config = read_json(Path(target) / CONFIG)
     if "model_type" in config:  # a file of packed bytes does not tell N
         modules = [m for m in open_source(target).model.modules() if isinstance(m, PackedBitLinear | PackedStack)]
-    if not modules or '"bits": 1.6' in json.dumps(config):
+    if not modules or '"bits": 1' in json.dumps(config):
         raise ValueError(
             f"{target}: not a Hugging Face model with layers packed with 2 bits; give the shapes instead, "
             "out_features x in_features: bitnet tune 14336x4096"

@@ -41,13 +41,17 @@ def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **k
     load(directory, model). Whatever happens, a full disk, an interrupt or a kill, the directory holds the earlier
     save, if there was one, or this one, whole; other files in it stay. Two saves to one directory take turns.
 
-    weight_bits: of a packed weight in the files: 2, or 1.6 for files a fifth smaller that load only with this package
+    weight_bits: of a packed weight in the files: 2; 1.6 for files a fifth smaller; 1 of binary layers (others keep 2).
+                 What is not 2 loads only with this package
     kwargs:      passed to save_pretrained, for instance max_shard_size="2GB"
     """
-    if weight_bits not in (2, 1.6):
-        raise ValueError(f"save: weight_bits must be 2 or 1.6, got {weight_bits!r}")
-    if weight_bits == 1.6 and not any(isinstance(module, PackedBitLinear | PackedStack) for module in model.modules()):
-        raise ValueError("save: weight_bits=1.6 is a form of packed weights; call bitnet.pack(model) first")
+    if weight_bits not in (2, 1.6, 1):
+        raise ValueError(f"save: weight_bits must be 2, 1.6 or 1, got {weight_bits!r}")
+    kinds = {module.spec.weights for module in model.modules() if isinstance(module, PackedBitLinear | PackedStack)}
+    if weight_bits != 2 and not kinds:
+        raise ValueError(f"save: weight_bits={weight_bits} is a form of packed weights; call bitnet.pack(model) first")
+    if weight_bits == 1 and "binary" not in kinds:
+        raise ValueError("save: weight_bits=1 is a form of binary weights, and this model has none; take 1.6 or 2")
     model = unwrapped(model)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():

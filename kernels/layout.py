@@ -16,6 +16,9 @@ Binary layout (for weights without zeros): 1 bit a weight, eight *features* to a
 lowest bit: 1 for the code +1, 0 for -1. Features beyond K count as -1.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -106,6 +109,28 @@ def unpack_binary(packed: Tensor, in_features: int) -> Tensor:
         raise ValueError(f"binary weight must be uint8 [N, ceil({in_features}/8)], got {_describe(packed)}")
     bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten(1)[:, :in_features].to(torch.int8) * 2 - 1
+
+
+class Dense(NamedTuple):
+    """A stored layout with fewer bits than the Hub's: codes [N, K] as uint8 [N, ceil(K / per_byte)]."""
+
+    per_byte: int
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int], Tensor]
+
+    def to_hub(self, packed: Tensor, in_features: int) -> Tensor:
+        """A stored weight [..., N, ceil(K / per_byte)] in the Hub layout [..., ceil(N/4), K]."""
+        if packed.ndim == 3:
+            return torch.stack([self.to_hub(matrix, in_features) for matrix in packed])
+        return pack_ternary(self.unpack(packed, in_features))
+
+
+_DENSE = {1.6: Dense(5, pack_base3, unpack_base3), 1: Dense(8, pack_binary, unpack_binary)}
+
+
+def dense(weight_bits: float, kind: str) -> Dense | None:
+    """How files of so many bits a weight store weights of a kind; None: as others do. 1 bit is for binary ones only."""
+    return None if kind == "int8" or (weight_bits == 1 and kind != "binary") else _DENSE.get(weight_bits)
 
 
 def check_packed(packed: Tensor, out_features: int | None = None) -> int:

@@ -109,6 +109,41 @@ def test_a_base3_save_gives_the_same_model_from_a_fifth_fewer_bytes(options: dic
     assert config_now(model) == json.loads((tmp_path / "two_bits" / checkpoint.CONFIG).read_text())
 
 
+@pytest.mark.parametrize("options", [{}, {"per_row": True}, {"group_size": 32}], ids=["tensor", "row", "groups"])
+def test_one_bit_holds_binary_layers_and_others_keep_two(options: dict[str, Any], tmp_path: Path) -> None:
+    model = llama(hidden_size=160, intermediate_size=330)
+    bitnet.replace_linear(model, skip="down_proj", weights="binary", **options)
+    bitnet.replace_linear(model, include="down_proj", **options)
+    model = packed(model)
+    bitnet.save(model, tmp_path / "two_bits")
+    bitnet.save(model, tmp_path / "one_bit", weight_bits=1)
+    stored = load_file(tmp_path / "one_bit" / checkpoint.WEIGHTS)
+    assert stored["model.layers.0.mlp.up_proj.weight"].shape == (330, 20)
+    assert stored["model.layers.0.mlp.down_proj.weight"].shape == (40, 330)
+    bitnet.convert_checkpoint(tmp_path / "two_bits", tmp_path / "converted", "binary", tokenizer=False)
+    bitnet.convert_checkpoint(tmp_path / "one_bit", tmp_path / "back", "hub", tokenizer=False)
+    for name in ("one_bit", "converted", "back"):
+        loaded = bitnet.load(tmp_path / name)
+        assert torch.equal(logits(loaded), logits(model)), name
+        bitnet.save(loaded, tmp_path / "again", weight_bits=2 if name == "back" else 1)
+        again = load_file(tmp_path / "again" / checkpoint.WEIGHTS)
+        first = load_file(tmp_path / ("two_bits" if name == "back" else "one_bit") / checkpoint.WEIGHTS)
+        assert all(torch.equal(again[key], first[key]) for key in first)
+    assert not bitnet.diff_checkpoints(tmp_path / "one_bit", tmp_path / "two_bits").differences
+    with pytest.raises(ValueError, match="this model has none"):
+        bitnet.save(packed(llama()), tmp_path / "none", weight_bits=1)
+    bitnet.save(packed(llama()), tmp_path / "ternary")
+    with pytest.raises(ValueError, match="has no binary layers"):
+        bitnet.convert_checkpoint(tmp_path / "ternary", tmp_path / "none", "binary", tokenizer=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_experts_of_one_bit_come_back(tmp_path: Path) -> None:
+    model = packed(mixtral(), weights="binary")
+    bitnet.save(model, tmp_path, weight_bits=1)
+    assert torch.equal(logits(bitnet.load(tmp_path)), logits(model))
+
+
 def config_now(model: PreTrainedModel) -> Any:
     """What save_pretrained would write as config.json now."""
     return json.loads(model.config.to_json_string())
@@ -167,7 +202,7 @@ def test_base3_is_refused_for_latent_weights_and_other_bits_altogether(tmp_path:
     bitnet.replace_linear(model)
     with pytest.raises(ValueError, match=r"weight_bits=1\.6 is a form of packed weights; call bitnet\.pack"):
         bitnet.save(model, tmp_path / "out", weight_bits=1.6)
-    with pytest.raises(ValueError, match=r"weight_bits must be 2 or 1\.6, got 1\.58"):
+    with pytest.raises(ValueError, match=r"weight_bits must be 2, 1\.6 or 1, got 1\.58"):
         bitnet.save(model, tmp_path / "out", weight_bits=1.58)
     assert not (tmp_path / "out").exists()
 

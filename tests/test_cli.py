@@ -179,7 +179,17 @@ def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
 def test_options_of_layers_reach_a_conversion(tmp_path: Path) -> None:
     torch.manual_seed(0)
     llama(hidden_size=32, intermediate_size=64).save_pretrained(tmp_path / "float")
-    options = ["--to", "hub", "--no-tokenizer", "--weights", "binary", "--activation-bits", "none", "--group-size", "32"]
+    options = [
+        "--to",
+        "hub",
+        "--no-tokenizer",
+        "--weights",
+        "binary",
+        "--activation-bits",
+        "none",
+        "--group-size",
+        "32",
+    ]
     assert cli.main(["convert", str(tmp_path / "float"), str(tmp_path / "out"), *options]) == 0
     spec = bitnet.load(tmp_path / "out").model.layers[0].mlp.up_proj.spec
     assert (spec.weights, spec.activation_bits, spec.group_size) == ("binary", None, 32)

@@ -7,6 +7,7 @@ from typing import Any
 FORMS = {
     "hub": "packed, 2 bits a weight, in the Hub's `bitnet` format, which stock transformers loads, too",
     "base3": "packed, 1.6 bits a weight; loads with this package only",
+    "binary": "packed, binary layers in 1 bit a weight, others in 2; loads with this package only",
     "latent": "float weights, marked for training in 1.58 bit",
     "bf16": "codes x scale in bfloat16, for any runtime; activations are no longer quantized",
     "mlx": "a folder for MLX, 2 bits a weight and its scales; activations are no longer quantized",
@@ -60,7 +61,8 @@ def add(commands: Any) -> None:
     swap.add_argument(
         "--per-row",
         action=argparse.BooleanOptionalAction,
-        help="one scale per output row (default with --calibrate but for groups; loads with this package only), or one per matrix",
+        help="one scale per output row (default with --calibrate but for groups; loads with this package only), or "
+        "one per matrix",
     )
     swap.add_argument(
         "--group-size",

@@ -57,6 +57,7 @@ def convert_checkpoint(
     target:         a folder that does not exist yet, or is empty (a mount point, say); or a GGUF file, a new one
     to:             "hub":    packed, 2 bits a weight, in the Hub's `bitnet` format
                     "base3":  packed, 1.6 bits a weight; loads with this package only
+                    "binary": packed, binary layers in 1 bit a weight, others in 2; loads with this package only
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
                     "mlx":    a folder for MLX, 2 bits a weight; activations are no longer quantized

@@ -28,7 +28,8 @@ from ..llama_cpp import writer
 from ..rounding import exact, rotated
 from ..source import Source, Weight
 
-TARGETS = ("hub", "base3", "latent", "bf16", "mlx", *writer.KINDS)
+TARGETS = ("hub", "base3", "binary", "latent", "bf16", "mlx", *writer.KINDS)
+BITS = {"base3": 1.6, "binary": 1}  # of a weight in the files, where it is not 2
 
 
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U32": 4}  # MLX's words
@@ -72,6 +73,12 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
     calibrated: float weights will be rounded to codes that are not known yet (source.round_to)
     """
     weights = source.weights()
+    if to == "binary" and not any(weight.spec.weights == "binary" for weight in weights.values()):
+        raise ValueError(
+            f"convert: {source.path} has no binary layers, which 1 bit a weight is for; choose hub or base3 (of a "
+            f"float "
+            "model, weights='binary' makes them)"
+        )
     embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
     if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
         raise ValueError(
@@ -123,7 +130,7 @@ def _config(source: Source, to: str) -> dict[str, Any]:
             if hasattr(module, "weight_scale"):  # its codes are stored as floats
                 del module.weight_scale
             to_packed(module)
-    settings = config_of(model, 1.6 if to == "base3" else 2)
+    settings = config_of(model, BITS.get(to, 2))
     assert settings is not None
     if to == "hub" and source.multiplies:
         settings.linear_class, settings.quantization_mode = "autobitlinear", "offline"
@@ -177,11 +184,11 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         output = Output(source.file_key(weight.float_key), "BF16", (*stack, *shape))
         return Job(weight.name, [output], reads, memory, lambda: [_floats(source, weight)])
     key = source.file_key(f"{weight.name}.weight")
-    base3 = to == "base3" and spec.weights != "int8"
+    dense = layout.dense(BITS.get(to, 2), spec.weights)
     if spec.weights == "int8":
         dtype, shape = "I8", (n, k)
     else:
-        dtype, shape = "U8", (n, -(-k // 5)) if base3 else (layout.packed_rows(n), k)
+        dtype, shape = "U8", (n, -(-k // dense.per_byte)) if dense else (layout.packed_rows(n), k)
     scale: tuple[int, ...] = (*stack, n) if spec.per_row else stack or (1,)
     if spec.group_size is not None:
         scale = (*stack, n, -(-k // spec.group_size))
@@ -194,9 +201,9 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         scales: list[Tensor] = []  # known once the codes have been made, which are written first
 
         def codes() -> Iterator[Tensor]:
-            for matrix, scale in source.matrices(weight) if base3 else source.packed(weight):
+            for matrix, scale in source.matrices(weight) if dense else source.packed(weight):
                 scales.append(stored_scale(scale))
-                yield from map(layout.pack_base3, _blocks(matrix)) if base3 else [matrix]
+                yield from map(dense.pack, _blocks(matrix)) if dense else [matrix]
 
         return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]
 

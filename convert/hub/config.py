@@ -54,7 +54,7 @@ class BitNetConfig(BitNetQuantConfig):
     """transformers' BitNetQuantConfig, and our options where linear_class is EXTENDED.
 
     bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys},
-                     "bits": 2 or 1.6, of packed weights in the files; 2 where it is missing,
+                     "bits": 2, 1.6 or 1, of packed weights in the files; 2 where it is missing,
                      "embedding": name of the int8 embedding tied to the head, or null}
     """
 
@@ -94,7 +94,7 @@ BitNetConfig.__name__ = BitNetQuantConfig.__name__
 def config_of(model: nn.Module, weight_bits: float = 2) -> BitNetConfig | None:
     """The config that rebuilds a model's low-bit layers, in a stock form if there is one; None if it has none.
 
-    weight_bits: what a packed weight takes in the files: 2, or 1.6, which only this package reads
+    weight_bits: what a packed weight takes in the files: 2; 1.6, or of binary layers 1, which only this package reads
     """
     layers: dict[str, tuple[bool, QuantSpec]] = {}
     ours_only = False  # is there a layer that stock transformers would leave float, or has no room for?

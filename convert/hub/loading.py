@@ -23,7 +23,7 @@ from .compare import compare_layer, compare_merged
 from .config import EXTENDED, BitNetConfig, candidates, with_fp32
 from .match import misfits
 from .names import merged, model_names
-from .values import float_codes, hub_from_base3
+from .values import float_codes
 
 
 def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, TensorHeader] | None = None) -> None:
@@ -59,10 +59,10 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
             layer.register_buffer("weight_scale", torch.ones(1, device=layer.get_parameter("weight").device))
         elif packed:
             to_packed(layer)
-            if config.weight_bits == 1.6 and spec.weights != "int8":  # until finish_loading
+            if (dense := layout.dense(config.weight_bits, spec.weights)) is not None:  # until finish_loading
                 for part in module.modules():
                     if isinstance(part, PackedBitLinear | PackedStack):
-                        shape = *part.weight.shape[:-2], part.out_features, -(-part.in_features // 5)
+                        shape = *part.weight.shape[:-2], part.out_features, -(-part.in_features // dense.per_byte)
                         part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
@@ -97,8 +97,8 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             continue
         where = name
         try:
-            if config.weight_bits == 1.6 and module.weight.dtype == torch.uint8:
-                module.weight = hub_from_base3(module.weight, module.in_features)
+            if (dense := layout.dense(config.weight_bits, module.spec.weights)) is not None:
+                module.weight = dense.to_hub(module.weight, module.in_features)
             for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
                 where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
                 layer.check()

@@ -73,7 +73,7 @@ def check_section(section: Any) -> None:
         except ValueError as error:
             raise _section_error(f"{name}: {error}") from None
     weight_bits, embedding = section.get("bits", 2), section.get("embedding")
-    if type(weight_bits) is bool or weight_bits not in (2, 1.6):
+    if type(weight_bits) is bool or weight_bits not in (2, 1.6, 1):
         raise _section_error(f"bits is {weight_bits!r:.80}")
     if not isinstance(embedding, str | None):
         raise _section_error(f"embedding is {embedding!r:.80}, not a name")

@@ -145,7 +145,7 @@ class FolderSource(Source):
                     yield self._rounded(matrix, spec)
                 else:
                     assert self.settings is not None
-                    shape = weight.in_features, weight.out_features
+                    shape = weight.in_features, weight.out_features, spec.weights
                     found = Quantized(*stored_codes(matrix, scale, *shape, self.settings))
                     if spec.weights != "int8":
                         self._note(where, found)

@@ -1,4 +1,4 @@
-"""What the files hold for a packed layer, and what we hold: the direction of scales, base 3, codes as floats."""
+"""What the files hold for a packed layer, and what we hold: the direction of scales, dense layouts, codes as floats."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from .config import BitNetConfig
 
 
 def stored_codes(
-    weight: Tensor, scale: Tensor, in_features: int, out_features: int, config: BitNetConfig
+    weight: Tensor, scale: Tensor, in_features: int, out_features: int, kind: str, config: BitNetConfig
 ) -> tuple[Tensor, Tensor]:
-    """What the files hold for a packed layer, as int8 codes [N, K] and the float32 scale that multiplies.
+    """What the files hold for a packed layer of a kind ("ternary", ...), as int8 codes [N, K] and the float32 scale
+    that multiplies.
 
     Raises ValueError for a scale that is not positive and finite, and for bytes or floats that encode no code.
     """
@@ -24,8 +25,8 @@ def stored_codes(
         raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
     if weight.is_floating_point():
         return float_codes(weight), scale
-    if config.weight_bits == 1.6 and weight.dtype == torch.uint8:
-        return layout.unpack_base3(weight, in_features), scale
+    if (dense := layout.dense(config.weight_bits, kind)) is not None:
+        return dense.unpack(weight, in_features), scale
     if weight.dtype == torch.uint8:
         layout.validate_packed(weight)
     return layout.codes_of(weight, out_features), scale
@@ -38,9 +39,10 @@ def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
         if isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
-            if weight_bits == 1.6 and module.weight.dtype == torch.uint8 and not isinstance(module, PackedEmbedding):
+            kind = "int8" if isinstance(module, PackedEmbedding) else module.spec.weights
+            if (dense := layout.dense(weight_bits, kind)) is not None and not isinstance(module, PackedEmbedding):
                 codes = module.codes()
-                state[f"{prefix}weight"] = layout.pack_base3(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
+                state[f"{prefix}weight"] = dense.pack(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
     return state
 
 
@@ -57,10 +59,3 @@ def float_codes(weight: Tensor) -> Tensor:
     if not bool(((weight == 0) | (weight.abs() == 1)).all()):
         raise ValueError("quantization_mode is offline, but its weight holds values other than -1, 0, 1")
     return weight.to(torch.int8)
-
-
-def hub_from_base3(packed: Tensor, in_features: int) -> Tensor:
-    """A stored base-3 weight [..., N, ceil(K/5)] in the Hub layout [..., ceil(N/4), K]."""
-    if packed.ndim == 3:
-        return torch.stack([hub_from_base3(matrix, in_features) for matrix in packed])
-    return layout.pack_ternary(layout.unpack_base3(packed, in_features))
