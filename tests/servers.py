@@ -52,16 +52,33 @@ def serving(
     directory: Path, api_key: str | None = None, limits: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[str]:
     """The address of a server in a thread of this process; options: of bitnet.serving.run.Options."""
-    import socket
-
-    import uvicorn
-
-    from bitnet.serving.app import Limits, Server, create_app
+    from bitnet.serving.app import Limits, Server
     from bitnet.serving.run import Options, load_text_model
 
     model = load_text_model(str(directory), Options(device="cpu", **options))
     model.name = "tiny"
-    server = Server("tiny", model, None, Limits(**limits or {}))
+    with running(Server("tiny", model, None, Limits(**limits or {})), api_key) as address:
+        yield address
+
+
+@contextmanager
+def serving_encoder(directory: Path) -> Iterator[str]:
+    """The same of a sentence encoder."""
+    from bitnet.serving.app import Limits, Server
+    from bitnet.serving.embed import Encoder
+
+    with running(Server("tiny", None, Encoder(directory, device="cpu"), Limits())) as address:
+        yield address
+
+
+@contextmanager
+def running(server: Any, api_key: str | None = None) -> Iterator[str]:
+    import socket
+
+    import uvicorn
+
+    from bitnet.serving.app import create_app
+
     running = uvicorn.Server(uvicorn.Config(create_app(server, api_key), log_level="error", lifespan="on"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

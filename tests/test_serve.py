@@ -406,6 +406,59 @@ def test_a_failing_step_fails_its_requests_and_not_the_server(folder: Path, monk
         assert post(address, "/v1/completions", {"prompt": "abc", "max_tokens": 3}).status_code == 200
 
 
+def test_a_sentence_encoder_is_served(tmp_path: Path) -> None:
+    import base64
+
+    import numpy
+    import torch
+    from servers import serving_encoder
+    from transformers import BertConfig, BertModel
+
+    import bitnet
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, vocab_size=259, max_position_embeddings=64)).eval()
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {"path": "" if i == 0 else f"{i}_{k}", "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps([m | {"idx": i, "name": str(i)} for i, m in enumerate(modules)]))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(
+        '{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}'
+    )
+    with serving_encoder(tmp_path) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            found = client.embeddings.create(model="tiny", input=["one", "another text"])
+        vectors = [numpy.array(item.embedding) for item in found.data]
+        wanted = bitnet.embed(tmp_path, ["one", "another text"]).numpy()
+        assert numpy.allclose(vectors, wanted, atol=1e-6)
+        assert found.usage.prompt_tokens == len("one") + len("another text")
+        plain = post(address, "/v1/embeddings", {"input": "one"}).json()["data"][0]["embedding"]
+        assert numpy.allclose(plain, wanted[0], atol=1e-6)
+        coded = post(address, "/v1/embeddings", {"input": "one", "encoding_format": "base64"}).json()["data"][0][
+            "embedding"
+        ]
+        assert numpy.allclose(numpy.frombuffer(base64.b64decode(coded), "<f4"), wanted[0], atol=1e-6)
+        short = post(address, "/v1/embeddings", {"input": "one", "dimensions": 8}).json()["data"][0]["embedding"]
+        assert numpy.isclose(numpy.linalg.norm(short), 1)
+        assert len(short) == 8
+        for bad in (
+            {"input": ""},
+            {"input": []},
+            {"input": 5},
+            {"input": "a", "dimensions": 99},
+            {"input": "a", "x": 1},
+        ):
+            assert post(address, "/v1/embeddings", bad).status_code == 400
+        assert post(address, "/v1/chat/completions", {"messages": HI}).status_code == 400
+
+
 def command(folder: Path, *options: str) -> "subprocess.Popen[str]":
     line = [sys.executable, "-m", "bitnet", "serve", str(folder), "--port", "0", "--device", "cpu", *options]
     return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)

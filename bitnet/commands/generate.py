@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from .serve import MODEL
+from .serve import MODEL, add_model_options, model_options
 
 
 def add(commands: Any) -> None:
@@ -21,10 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the probability")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt as a user's turn in the chat template")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
-    parser.add_argument(
-        "--backend", default="auto", help="of the packed layers; see `bitnet info` (default: %(default)s)"
-    )
+    add_model_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -32,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
     from ..serving.generate import generate
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "prompt")}
-    generate(prompt=prompt, **options)
+    names = ("checkpoint", "max_new_tokens", "temperature", "top_p", "seed", "chat")
+    generate(prompt=prompt, options=model_options(args), **{name: getattr(args, name) for name in names})
     return 0

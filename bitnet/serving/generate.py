@@ -4,6 +4,11 @@ import sys
 import time
 from typing import Any
 
+import torch
+from transformers import TextStreamer
+
+from .run import Options, load_both
+
 
 def generate(
     checkpoint: str,
@@ -14,29 +19,18 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     chat: bool = False,
-    device: str | None = None,
-    backend: str = "auto",
+    options: Options | None = None,
 ) -> str:
     """Continue `prompt` with the model in `checkpoint`, printing the text as it comes; returns the continuation.
 
     temperature 0 takes the likeliest token each time; above it, tokens are sampled. chat wraps the prompt as a
     user's turn with the checkpoint's chat template. The speed goes to standard error at the end.
     """
-    import torch
-    from transformers import TextStreamer
-
-    from ..convert.checkpoint import load, weight_files
-    from ..convert.folders import find_folder
-    from ..convert.hub.tokenizers import load_tokenizer
-
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {temperature}")
-    folder = find_folder(checkpoint)
-    weight_files(folder)  # a clear error before anything slow
-    tokenizer = load_tokenizer(folder)
-    model = load(folder, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), backend=backend)
+    model, tokenizer = load_both(checkpoint, options or Options())
     if chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{checkpoint} has no chat template; leave out --chat to continue plain text")

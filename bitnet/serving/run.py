@@ -29,10 +29,8 @@ class Options:
     max_queue: int = 64
 
 
-def load_text_model(checkpoint: str, options: Options) -> Any:
-    """A bitnet.serving.model.TextModel."""
-    from .model import TextModel
-
+def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer."""
     folder = find_folder(checkpoint)
     weight_files(folder)  # a clear error before anything slow
     tokenizer = load_tokenizer(folder)
@@ -46,9 +44,15 @@ def load_text_model(checkpoint: str, options: Options) -> Any:
         raise ValueError(f"{checkpoint} is a {type(model).__name__}, which does not generate text")
     if options.head is not None:
         pack(model, head=options.head)
-    return TextModel(
-        model.eval(), tokenizer, checkpoint, slots=options.max_batch, queue=options.max_queue, context=options.context
-    )
+    return model.eval(), tokenizer
+
+
+def load_text_model(checkpoint: str, options: Options) -> Any:
+    """A bitnet.serving.model.TextModel."""
+    from .model import TextModel
+
+    sizes = {"slots": options.max_batch, "queue": options.max_queue, "context": options.context}
+    return TextModel(*load_both(checkpoint, options), checkpoint, **sizes)
 
 
 def default_device() -> str:
