@@ -423,15 +423,12 @@ def test_a_sentence_encoder_is_served(tmp_path: Path) -> None:
     bitnet.pack(model)
     bitnet.save(model, tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    kinds = ["Transformer", "Pooling", "Normalize"]
-    modules = [
-        {"path": "" if i == 0 else f"{i}_{k}", "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)
-    ]
-    (tmp_path / "modules.json").write_text(json.dumps([m | {"idx": i, "name": str(i)} for i, m in enumerate(modules)]))
+    folders = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    kinds = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in folders.items()]
+    (tmp_path / "modules.json").write_text(json.dumps([k | {"idx": i, "name": str(i)} for i, k in enumerate(kinds)]))
     (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(
-        '{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}'
-    )
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with serving_encoder(tmp_path) as address:
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
             found = client.embeddings.create(model="tiny", input=["one", "another text"])
@@ -439,23 +436,18 @@ def test_a_sentence_encoder_is_served(tmp_path: Path) -> None:
         wanted = bitnet.embed(tmp_path, ["one", "another text"]).numpy()
         assert numpy.allclose(vectors, wanted, atol=1e-6)
         assert found.usage.prompt_tokens == len("one") + len("another text")
-        plain = post(address, "/v1/embeddings", {"input": "one"}).json()["data"][0]["embedding"]
-        assert numpy.allclose(plain, wanted[0], atol=1e-6)
-        coded = post(address, "/v1/embeddings", {"input": "one", "encoding_format": "base64"}).json()["data"][0][
-            "embedding"
-        ]
+
+        def ask(**options: Any) -> Any:
+            return post(address, "/v1/embeddings", {"input": "one", **options}).json()["data"][0]["embedding"]
+
+        assert numpy.allclose(ask(), wanted[0], atol=1e-6)
+        coded = ask(encoding_format="base64")
         assert numpy.allclose(numpy.frombuffer(base64.b64decode(coded), "<f4"), wanted[0], atol=1e-6)
-        short = post(address, "/v1/embeddings", {"input": "one", "dimensions": 8}).json()["data"][0]["embedding"]
+        short = ask(dimensions=8)
         assert numpy.isclose(numpy.linalg.norm(short), 1)
         assert len(short) == 8
-        for bad in (
-            {"input": ""},
-            {"input": []},
-            {"input": 5},
-            {"input": "a", "dimensions": 99},
-            {"input": "a", "x": 1},
-        ):
-            assert post(address, "/v1/embeddings", bad).status_code == 400
+        for bad in ({"input": ""}, {"input": []}, {"input": 5}, {"dimensions": 99}, {"x": 1}):
+            assert post(address, "/v1/embeddings", {"input": "a"} | bad).status_code == 400
         assert post(address, "/v1/chat/completions", {"messages": HI}).status_code == 400
 
 

@@ -51,8 +51,9 @@ def load_text_model(checkpoint: str, options: Options) -> Any:
     """A bitnet.serving.model.TextModel."""
     from .model import TextModel
 
-    sizes = {"slots": options.max_batch, "queue": options.max_queue, "context": options.context}
-    return TextModel(*load_both(checkpoint, options), checkpoint, **sizes)
+    model, tokenizer = load_both(checkpoint, options)
+    slots, queue, context = options.max_batch, options.max_queue, options.context
+    return TextModel(model, tokenizer, checkpoint, slots=slots, queue=queue, context=context)
 
 
 def default_device() -> str:
