@@ -4,8 +4,8 @@
            + hidden * (mean square of differences of hidden states) + cosine * (1 - their cosine)
 
 The first three are BitDistill's (arXiv 2510.13998, eq. 8 to 13), the last two for encoders, which have no logits. Every
-term is a mean over tokens; how each is reduced is part of its definition here, because weights that are published for one
-reduction mean nothing for another: the paper's weight of the relations is for another one than ours.
+term is a mean over tokens; how each is reduced is part of its definition here, because a weight that is published for
+one reduction means nothing for another. The paper's weight of the relations is for another one than ours.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,8 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}; they need one vocabulary"
+            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}; "
+            "they need one vocabulary"
         )
     logs = [(logits.float() / temperature).log_softmax(-1) for logits in (student, teacher.to(student.device))]
     return F.kl_div(*logs, log_target=True, reduction="sum") / len(student)
@@ -189,8 +190,8 @@ def _projections(model: nn.Module, layer: int) -> list[nn.Module]:
             except IndexError:
                 raise ValueError(f"the model has {len(found[0])} layers of attention, so no layer {layer}") from None
     raise ValueError(
-        f"relation: {type(model).__name__} has no projections that are known ({'; '.join(map(', '.join, PROJECTIONS))}); "
-        "use kl, or hidden"
+        f"relation: {type(model).__name__} has no projections that are known "
+        f"({'; '.join(map(', '.join, PROJECTIONS))}); use kl, or hidden"
     )
 
 

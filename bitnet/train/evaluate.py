@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def windows(ids: Tensor, context: int, stride: int) -> tuple[Tensor, Tensor]:
     begins = [*range(0, length - size, stride), length - size]
     rows = ids[torch.tensor(begins)[:, None] + torch.arange(size + 1)].long()
     inputs, labels = rows[:, :-1], rows[:, 1:].clone()
-    for row, (before, begin) in enumerate(zip(begins, begins[1:], strict=False), 1):
+    for row, (before, begin) in enumerate(pairwise(begins), 1):
         labels[row, : before + size - begin] = IGNORED
     return inputs, labels
 
@@ -77,7 +78,7 @@ def windows(ids: Tensor, context: int, stride: int) -> tuple[Tensor, Tensor]:
 class Scores:
     """What `score` found. The nats are summed over all scored tokens.
 
-    tokens:     scored: all tokens of the texts, but for the first of each where the tokenizer has no token to begin with
+    tokens:     scored: all of the texts, but for the first of each where the tokenizer has no token to begin with
     text_bytes: UTF-8 bytes of the texts
     nats:       -ln p of them, by model
     kl:         mean over tokens of KL(second model || first), in nats; None with one model

@@ -1,6 +1,6 @@
 """The training loop that commands and examples share. A run is its steps: whatever a step uses is a function of its
-number (data, learning rate, strength) or part of the state (weights, optimizers, random numbers), so that a run that goes
-on from its state repeats, to the last bit, what it would have done.
+number (data, learning rate, strength) or part of the state (weights, optimizers, random numbers), so that a run that
+goes on from its state repeats, to the last bit, what it would have done.
 """
 
 import math
@@ -162,8 +162,8 @@ class Loop:
         for step, loss in enumerate(self.losses[start:], start + 1):
             if not math.isfinite(loss):
                 raise RuntimeError(
-                    f"the loss of step {step} is {loss}: training diverged; use a lower learning rate, a longer warm-up, "
-                    "or clip the gradient"
+                    f"the loss of step {step} is {loss}: training diverged; use a lower learning rate, a longer "
+                    "warm-up, or clip the gradient"
                 )
 
     def autocasting(self) -> Any:

@@ -1,4 +1,4 @@
-"""What becomes of a model's codes while it trains: their shares, how many change, scales, dead rows, rounding errors."""
+"""What becomes of a model's codes in training: their shares, how many change, scales, dead rows, rounding errors."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -10,8 +10,8 @@ from .muon import Muon
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The matrices inside a model's blocks (and stacks of them, of experts), which are Muon's; and all other parameters:
-    embeddings, the output head, norms, biases, convolutions. Frozen ones are in neither.
+    """The matrices inside a model's blocks (and stacks of them, of experts), which are Muon's; and all others:
+    embeddings, the output head, norms, biases, convolutions. Frozen parameters are in neither.
     """
     ends = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -163,17 +163,16 @@ def tokenize(
     starts: list[int] = []
     length = size = 0
     file.parent.mkdir(parents=True, exist_ok=True)
-    with Progress("tokenizing", total or 0, "bytes", console or Console(quiet=True), transient=True) as progress:
-        with file.open("wb") as out:
-            for batch in _batches(texts):
-                rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                for row in rows:
-                    starts.append(length)
-                    ids = np.array([*before, *row, *after], dtype=np.int32)
-                    ids.tofile(out)
-                    length += len(ids)
-                size += sum(len(text.encode()) for text in batch)
-                progress.update(min(size, total or 0))
+    quiet = console or Console(quiet=True)
+    with Progress("tokenizing", total or 0, "bytes", quiet, transient=True) as progress, file.open("wb") as out:
+        for batch in _batches(texts):
+            for row in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                starts.append(length)
+                ids = np.array([*before, *row, *after], dtype=np.int32)
+                ids.tofile(out)
+                length += len(ids)
+            size += sum(len(text.encode()) for text in batch)
+            progress.update(min(size, total or 0))
     facts = {"starts": starts, "tokens": length, "text_bytes": size}
     scratch = file.with_name(f"{file.name}.json.part")
     scratch.write_text(json.dumps(facts))

@@ -35,7 +35,7 @@ class StrengthCallback(TrainerCallback):
 
 
 class MonitorCallback(TrainerCallback):
-    """What becomes of the codes, to whatever the Trainer logs to: trainer.add_callback(bitnet.MonitorCallback(trainer)).
+    """What becomes of the codes, in the Trainer's log: trainer.add_callback(bitnet.MonitorCallback(trainer)).
 
     every: steps between two looks. The log gets the means over layers ("bitnet/flips", "bitnet/zeros", ...),
            `monitor.history` each layer's figures; see bitnet.train.monitors.
