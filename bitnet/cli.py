@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import convert, generate, info, inspect, quickstart, serve, tune
+from .commands import convert, eval, generate, info, inspect, quickstart, serve, train, tune
 
 EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
+  bitnet train --architecture ... --data *.txt --out run    a model of your own; see bitnet train --help
   bitnet generate quickstart/ternary "def "  continue a prompt with it
   bitnet serve quickstart/ternary           the same model behind an OpenAI-compatible API
   bitnet inspect quickstart/ternary         its layers and codes, and whether anything is wrong with them
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for command in (info, quickstart, generate, convert, inspect, serve, tune):
+    for command in (info, quickstart, train, eval, generate, convert, inspect, serve, tune):
         command.add(commands)
     args = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):

@@ -9,8 +9,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from ..convert.swap.replace import replace_linear
 from ..info import hardware, versions
 from ..linear import BitLinear
 from ..packed import PackedBitLinear
+from ..progress import without_bars
 from ..train.data import END, VOCABULARY, Windows, build_tokenizer, corpus
 from ..train.evaluate import spread_loss
 from ..train.loop import Loop
@@ -166,7 +165,7 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
     weights = {name: module.weight.numel() for name, module in ternary.named_modules() if isinstance(module, BitLinear)}
     tokenizer = build_tokenizer()
     pack(ternary)
-    with _no_progress_bars():  # of transformers: the files take milliseconds
+    with without_bars():
         for name, model in (("full", full), ("ternary", ternary)):
             save(model, out / name)
             tokenizer.save_pretrained(out / name)
@@ -208,19 +207,6 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
     plot(report, served["ternary"], out / "report.png")
     show(report, out, console)
     return report
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _sample(model: Any, tokenizer: Any) -> str:

@@ -70,30 +70,32 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         numbers = range(index * self.batch, (index + 1) * self.batch)
-        rows = [self._row(int(self._epoch(number // self.rows)[number % self.rows])) for number in numbers]
+        rows = [row_at(self.ids, self.starts, self._first(number), self.context) for number in numbers]
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
         # rows that are one document each need no positions, and their attention no mask
         if not self.separate or bool((batch["position_ids"][:, -1] == self.context - 1).all()):
             del batch["position_ids"]
         return batch
 
-    def _row(self, row: int) -> dict[str, Tensor]:
-        first = row * self.context
-        tokens = self.ids[first : first + self.context + 1].long()
-        near, far = torch.searchsorted(self.starts, torch.tensor([first, first + self.context]), right=False).tolist()
-        new = self.starts[near : far + 1] - first  # documents that start in the row, or with the token after it
-        new = new[new <= self.context]
-        labels = tokens[1:].clone()
-        labels[new[new > 0] - 1] = IGNORED
-        positions = torch.arange(self.context)
-        begun = torch.zeros(self.context, dtype=torch.long)
-        inside = new[new < self.context]
-        begun[inside] = inside
-        positions -= begun.cummax(0).values
-        return {"input_ids": tokens[:-1], "labels": labels, "position_ids": positions}
+    def _first(self, number: int) -> int:
+        return int(self._epoch(number // self.rows)[number % self.rows]) * self.context
 
     def _epoch(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             draw = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
             self._order = epoch, torch.randperm(self.rows, generator=draw)
         return self._order[1]
+
+
+def row_at(ids: Tensor, starts: Tensor, first: int, context: int) -> dict[str, Tensor]:
+    """The row [context] of a run of documents that begins at token `first`, with its labels and positions."""
+    tokens = ids[first : first + context + 1].long()
+    near, far = torch.searchsorted(starts, torch.tensor([first, first + context])).tolist()
+    new = starts[near : far + 1] - first  # documents that start in the row, or with the token after it
+    new = new[new <= context]
+    labels = tokens[1:].clone()
+    labels[new[new > 0] - 1] = IGNORED
+    begun = torch.zeros(context, dtype=torch.long)  # where each token's document, or the row, begins
+    inside = new[new < context]
+    begun[inside] = inside
+    return {"input_ids": tokens[:-1], "labels": labels, "position_ids": torch.arange(context) - begun.cummax(0).values}

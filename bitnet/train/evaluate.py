@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import IGNORED
+from .data import IGNORED, row_at
 
-ROWS = 32  # that go through a model together
-POSITIONS = 256  # whose logits, float32 and as large as the vocabulary, exist together beside the model's own
+ROWS = 32  # that go through a model together, fewer if they have more logits than
+LOGITS = 1 << 28
+POSITIONS = 256  # whose logits exist in float32, beside the model's own
 
 
 @contextmanager
@@ -34,24 +35,35 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             model.train(training)
 
 
-def spread_loss(model: Any, tokens: Tensor, context: int, scored: int = 64 * 1024) -> float:
+def spread_loss(
+    model: Any, tokens: Tensor, context: int, scored: int = 64 * 1024, starts: Tensor | None = None
+) -> float:
     """Mean -ln p(next token), in nats, over stretches spread evenly through a stream: a quick look.
 
     tokens: integers [T], T > context
     scored: about how many tokens count
+    starts: where documents start, if attention is not to see across; see train.data.PackedRows
     Each stretch is half a context long and follows half a context that is not scored, so that every scored token
-    is predicted from that much text at least.
+    is predicted from that much text at least, where its document has.
     """
     half = context // 2
     stretches = max(1, min((len(tokens) - 1) // context, scored // half))
-    starts = torch.linspace(0, len(tokens) - 1 - context, stretches).long()[:, None]
-    total, device = 0.0, next(model.parameters()).device
+    firsts = torch.linspace(0, len(tokens) - 1 - context, stretches).long()
+    total, count, device = 0.0, 0, next(model.parameters()).device
     with evaluating(model):
-        for rows in (starts + torch.arange(context + 1)).split(ROWS):
-            batch = tokens[rows].long().to(device)
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits[:, half:].float()
-            total += F.cross_entropy(logits.flatten(0, 1), batch[:, half + 1 :].flatten(), reduction="sum").item()
-    return total / (stretches * (context - half))
+        for some in firsts.split(_rows(model, context)):
+            if starts is None:
+                rows = tokens[some[:, None] + torch.arange(context + 1)].long()
+                batch = {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+            else:
+                found = [row_at(tokens, starts, first, context) for first in some.tolist()]
+                batch = {key: torch.stack([row[key] for row in found]) for key in found[0]}
+            labels = batch.pop("labels")[:, half:].flatten().to(device)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            logits = model(**batch, use_cache=False).logits[:, half:].float()
+            total += F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum").item()
+            count += int((labels != IGNORED).sum())
+    return total / count
 
 
 def windows(ids: Tensor, context: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +131,8 @@ def score(
         for ids, size in texts:
             text_bytes += size
             inputs, labels = windows(ids, context, stride)
-            for rows, targets in zip(inputs.split(ROWS), labels.split(ROWS), strict=True):
+            together = min(_rows(model, context) for model in models)
+            for rows, targets in zip(inputs.split(together), labels.split(together), strict=True):
                 at = targets != IGNORED
                 outputs = [
                     model(input_ids=rows.to(device), use_cache=False).logits[at.to(device)]
@@ -142,3 +155,8 @@ def score(
         raise ValueError("there is no text to score")
     pair = len(models) == 2
     return Scores(tokens, text_bytes, nats, kl / tokens if pair else None, same / tokens if pair else None)
+
+
+def _rows(model: Any, context: int) -> int:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    return max(1, min(ROWS, LOGITS // (context * vocabulary)))
