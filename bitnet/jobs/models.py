@@ -49,8 +49,9 @@ def new_model(architecture: str | Mapping[str, Any], tokenizer: Any, context: in
         options.setdefault(name, getattr(tokenizer, name))
     if options["vocab_size"] < len(tokenizer):
         raise ValueError(f"{where}: vocab_size {options['vocab_size']} is less than the tokenizer's {len(tokenizer)}")
-    if hasattr(known, "max_position_embeddings"):
-        options.setdefault("max_position_embeddings", max(context, known.max_position_embeddings))
+    positions = known.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if hasattr(known, positions) and "max_position_embeddings" not in options:
+        options.setdefault(positions, max(context, getattr(known, positions)))
     try:
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options), dtype=torch.float32)
     except Exception as error:  # transformers' checks of what does not fit together are of every kind

@@ -175,6 +175,7 @@ def tokenized(options: TrainOptions, tokenizer: Any, folder: Path, console: Cons
     paths = [Path(path) for path in options.data]
     size = sum(path.stat().st_size for path in paths if path.is_file())
     read = texts.documents(paths, options.column)
+    training: Iterator[str]
     if options.eval_data:
         training = (text for text, _ in read)
         held_out = [text for text, _ in texts.documents(options.eval_data, options.column)]
@@ -368,20 +369,20 @@ def _stops(loop: Loop) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         loop.stop = True
-        for name in before:
-            signal.signal(name, before[name])
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
     before: dict[int, Any] = {}
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
     except ValueError:  # not the main thread
         before.clear()
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _peak(device: torch.device) -> int:

@@ -32,8 +32,8 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
             f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}; "
             "they need one vocabulary"
         )
-    logs = [(logits.float() / temperature).log_softmax(-1) for logits in (student, teacher.to(student.device))]
-    return F.kl_div(*logs, log_target=True, reduction="sum") / len(student)
+    own, theirs = [(y.float() / temperature).log_softmax(-1) for y in (student, teacher.to(student.device))]
+    return F.kl_div(own, theirs, log_target=True, reduction="sum") / len(student)
 
 
 def attention_relation(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -53,7 +53,8 @@ def attention_relation(student: Tensor, teacher: Tensor, heads: int, mask: Tenso
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
         relations.append(scores.log_softmax(-1))
-    kl = F.kl_div(*relations, log_target=True, reduction="none").sum(-1).mean(1)
+    own, theirs = relations
+    kl = F.kl_div(own, theirs, log_target=True, reduction="none").sum(-1).mean(1)
     return kl.mean() if mask is None else kl[mask].mean()
 
 
@@ -209,7 +210,7 @@ def _watched(model: nn.Module, layer: int, wanted: bool) -> Iterator[list[Tensor
         found[index] = output
 
     hooks = [
-        module.register_forward_hook(lambda m, args, output, index=index: watch(index, output))  # type: ignore[misc]
+        module.register_forward_hook(lambda m, args, output, index=index: watch(index, output))
         for index, module in enumerate(modules)
     ]
     try:

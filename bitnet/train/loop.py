@@ -89,6 +89,8 @@ class Loop:
     def one_step(self) -> None:
         """The next step, whatever has to be done around it."""
         step = self.step
+        if not self.model.training:
+            self.model.train()
         if self.low_bit:
             set_strength(self.model, self.schedule.strength(step))
         lr, decay = self.schedule.lr(step), self.schedule.weight_decay(step)
@@ -137,7 +139,6 @@ class Loop:
         after: called after every step, in order; the time they take is not training's
         Raises RuntimeError if the loss is not a number any more.
         """
-        self.model.train()
         after, began, at_start = list(after), self.seconds, self.tokens
         quiet = console or Console(quiet=True)
         with Progress(label, self.schedule.steps, "steps", quiet, done=self.step) as progress:
@@ -150,7 +151,6 @@ class Loop:
                 progress.update(self.step, recent, f"{speed:,.0f} tokens/s")
                 for call in after:
                     call(self)
-                    self.model.train()
             self.fetch()
         return self.losses
 

@@ -24,7 +24,7 @@ class LayerState:
     """
 
     name: str
-    shares: tuple[float, float, float]
+    shares: list[float]
     scale: float
     dead_rows: float
     error: float
@@ -85,7 +85,7 @@ def state_of(name: str, found: list[tuple[Tensor, Tensor, Tensor]], before: list
     if before is not None:
         flips = sum(int((new[0] != old).sum()) for new, old in zip(found, before, strict=True)) / total
     scale = sum(scale.float().mean().item() for _, scale, _ in found) / len(found)
-    shares = counts[0] / total, counts[1] / total, counts[2] / total
+    shares = [count / total for count in counts]
     return LayerState(name, shares, scale, dead / rows, (moved / max(size, 1e-300)) ** 0.5, flips)
 
 

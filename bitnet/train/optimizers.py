@@ -14,7 +14,8 @@ def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     embeddings, the output head, norms, biases, convolutions. Frozen parameters are in neither.
     """
     ends = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
     if isinstance(head, nn.Module):
         ends |= {id(p) for p in head.parameters()}
     convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
