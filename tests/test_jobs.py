@@ -258,6 +258,8 @@ def test_yaml_and_flags_are_two_ways_into_one_set_of_options(tmp_path: Path, tex
             "architecture: {model_type: llama, hidden_size: 7, num_attention_heads: 2}\ndata: TEXT\nout: z",
             "cannot build",
         ),
+        (f"architecture: {json.dumps(LLAMA)}\ndata: [TEXT, gone.txt]\nout: z", "gone.txt: no such file"),
+        (f"architecture: {json.dumps(LLAMA)}\ndata: TEXT\ncontext: 9000\nout: z/y", "fewer than one row"),
         ("architecture: no.json\ndata: TEXT\nout: z", "no.json: no such file"),
         ("architecture: {model_type: gpt2, n_embd: 24, n_positions: 16}\ndata: TEXT\nout: z", "16 positions"),
     ],

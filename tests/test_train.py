@@ -190,7 +190,7 @@ def test_what_is_held_out_is_not_trained_on() -> None:
     assert held_out == []
 
 
-def test_tokens_on_disk_are_those_of_the_documents(tmp_path: Path) -> None:
+def test_tokens_on_disk_are_those_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["one", "", "zwölf", "x" * 50]
     found = texts.tokenize(words, build_tokenizer(), tmp_path / "t.bin")
     expected = [[256, *word.encode(), 256] for word in words if word]
@@ -198,6 +198,11 @@ def test_tokens_on_disk_are_those_of_the_documents(tmp_path: Path) -> None:
     assert found.starts.tolist() == [0, 5, 13]
     assert found.text_bytes == 59
     assert texts.mapped(tmp_path / "t.bin").ids.equal(found.ids)
+    monkeypatch.setattr(texts, "BATCH", 7)  # longer documents in pieces
+    assert texts.tokenize([*words, "ab\n" * 9], build_tokenizer(), tmp_path / "p.bin").ids.tolist() == [
+        *flat(expected),
+        *[256, *b"ab\n" * 9, 256],
+    ]
     (tmp_path / "t.bin").write_bytes(b"1234")
     with pytest.raises(ValueError, match="has 4 bytes"):
         texts.mapped(tmp_path / "t.bin")

@@ -6,13 +6,14 @@ report.png, which is written last of what a finished run has.
 
 import json
 import math
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def train(options: TrainOptions, console: Console | None = None) -> dict[str, An
         raise ValueError(f"{out} is there already; {remedy} another folder")
     tokenizer = tokenizer_for(options)
     model = build(options, tokenizer, console)
-    made = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         training, held_out = tokenized(options, tokenizer, out / "data", console)
@@ -301,7 +302,7 @@ def _finish(run: Run, out: Path, console: Console, can_evaluate: bool) -> dict[s
     options, loop = run.options, run.loop
     facts = sizes(run)
     probe = (run.held_out if can_evaluate else run.training).ids[None, : options.context].long().to(loop.device)
-    with evaluating(loop.model):
+    with evaluating(loop.model), torch.compiler.set_stance("force_eager"):
         trained = loop.model(input_ids=probe, use_cache=False).logits
     if options.weights != "float":
         packing = pack(loop.model, head=options.head)
@@ -396,8 +397,9 @@ def _peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _remove(out: Path, made: bool) -> None:
-    for path in (*(out / "data").glob("*"), out / "data"):
-        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-    if made and out.exists():
-        out.rmdir()
+def _remove(out: Path, made: list[Path]) -> None:
+    """The tokens in `out`, and the folders that were made for it."""
+    shutil.rmtree(out / "data", ignore_errors=True)
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()

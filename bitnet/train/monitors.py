@@ -34,8 +34,8 @@ class LayerState:
 class Monitor:
     """Looks at the low-bit layers of a model in training, every so many steps.
 
-    every: steps from one look to the next. A look quantizes every weight once more, and the step before it keeps the
-           codes, a byte a weight, until then. At 50 this costs about as much as a few hundredths of a step each
+    every: steps from one look to the next. A look quantizes every weight twice more, and keeps the codes, a byte a
+           weight, during the step; on a CPU core it took 6 % of a step of 1024 tokens, a tenth of a percent at 50
     `history` has what was found: {"step": number, "layers": [LayerState as a dict]}.
     """
 

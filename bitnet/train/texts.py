@@ -5,7 +5,7 @@ another.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,11 +152,12 @@ def prefix(tokenizer: Any) -> list[int]:
 def tokenize(
     texts: Iterable[str], tokenizer: Any, file: Path, *, console: Console | None = None, total: int | None = None
 ) -> Tokens:
-    """Write the tokens of documents to a file, int32 in the machine's order, in bounded memory, and map it.
+    """Write the tokens of documents to a file, int32 in the machine's order, and map it.
 
     total: bytes of text to come, as far as it is known, for the progress shown on `console`
-    Empty documents are left out. Beside FILE comes FILE.json, which says where documents start, and which is written
-    last: `mapped` reads the two.
+    A document at a time is in memory, and about a megabyte of tokens: longer documents are tokenized in pieces
+    that end with a line. Empty documents are left out. Beside FILE comes FILE.json, which says where documents start,
+    and which is written last: `mapped` reads the two.
     """
     before = prefix(tokenizer)
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -166,12 +167,15 @@ def tokenize(
     quiet = console or Console(quiet=True)
     with Progress("tokenizing", total or 0, "bytes", quiet, transient=True) as progress, file.open("wb") as out:
         for batch in _batches(texts):
-            for row in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                starts.append(length)
-                ids = np.array([*before, *row, *after], dtype=np.int32)
+            pieces = [piece for piece, _, _ in batch]
+            rows = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+            for row, (_, first, last) in zip(rows, batch, strict=True):
+                if first:
+                    starts.append(length)
+                ids = np.array([*before * first, *row, *after * last], dtype=np.int32)
                 ids.tofile(out)
                 length += len(ids)
-            size += sum(len(text.encode()) for text in batch)
+            size += sum(len(piece.encode()) for piece in pieces)
             progress.update(min(size, total or 0))
     facts = {"starts": starts, "tokens": length, "text_bytes": size}
     scratch = file.with_name(f"{file.name}.json.part")
@@ -192,16 +196,21 @@ def mapped(file: Path) -> Tokens:
     return Tokens(ids, torch.tensor(facts["starts"], dtype=torch.int64), facts["text_bytes"])
 
 
-def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
-    batch: list[str] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool, bool]]]:
+    """Pieces of documents, about BATCH characters at a time, and whether each begins and ends its document."""
+    batch: list[tuple[str, bool, bool]] = []
     size = 0
     for text in texts:
-        if not text:
-            continue
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
+        at = 0
+        while at < len(text):
+            end = len(text)
+            if end - at > BATCH:
+                end = text.rfind("\n", at, at + BATCH) + 1 or at + BATCH
+            batch.append((text[at:end], at == 0, end == len(text)))
+            size += end - at
+            at = end
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
