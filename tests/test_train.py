@@ -461,6 +461,19 @@ def test_terms_add_up_and_reach_the_student_only() -> None:
     assert loss.parts["kl"].item() == pytest.approx(logit_kl(y, t, 5.0).item(), rel=1e-4)
 
 
+def test_relations_train_through_gradient_checkpointing() -> None:
+    teacher, gradients = llama(), []
+    student = llama().train()
+    batch = batch_of(torch.randint(0, 64, (2, 9)))
+    for checkpointing in (False, True):
+        if checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.zero_grad()
+        Distillation(teacher, ce=0, kl=0, relation=1, layer=1)(student, batch).backward()
+        gradients.append([p.grad for p in student.model.layers[0].parameters()])
+    assert all(a.abs().sum() > 0 and torch.allclose(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[union-attr]
+
+
 def test_encoders_learn_hidden_states() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "vocab_size": 64}
     sizes |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}

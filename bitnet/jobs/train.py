@@ -225,7 +225,7 @@ def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens,
         rows,
         optimizers,
         schedule,
-        loss=next_token_loss if options.teacher is None else _distillation(options, tokenizer, device),
+        loss=next_token_loss if options.teacher is None else _distillation(options, tokenizer, device, bf16),
         accumulation=options.accumulation,
         clip=options.clip,
         autocast=torch.bfloat16 if bf16 else None,
@@ -344,10 +344,10 @@ def _finish(run: Run, out: Path, console: Console, can_evaluate: bool) -> dict[s
     return report
 
 
-def _distillation(options: TrainOptions, tokenizer: Any, device: torch.device) -> Distillation:
+def _distillation(options: TrainOptions, tokenizer: Any, device: torch.device, bf16: bool) -> Distillation:
     assert options.teacher is not None
     with without_bars():
-        teacher = load(options.teacher, device=device)
+        teacher = load(options.teacher, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     try:
         other = tokenizer_of(options.teacher)
     except ValueError:
