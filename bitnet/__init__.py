@@ -33,15 +33,19 @@ if TYPE_CHECKING:
     from .packed import PackedBitLinear
     from .quantize import QuantSpec
     from .serving.embed import Encoder, embed
+    from .train.distill import Distillation
     from .train.muon import Muon
     from .train.strength import set_strength, strength_at
-    from .train.trainer import StrengthCallback
+    from .train.trainer import DistillTrainer, MonitorCallback, StrengthCallback
 
 _HOME = {
     "BitConv1D": "bitnet.linear",
     "BitExperts": "bitnet.experts",
     "BitLinear": "bitnet.linear",
+    "DistillTrainer": "bitnet.train.trainer",
+    "Distillation": "bitnet.train.distill",
     "Encoder": "bitnet.serving.embed",
+    "MonitorCallback": "bitnet.train.trainer",
     "Muon": "bitnet.train.muon",
     "PackedBitLinear": "bitnet.packed",
     "PackedExperts": "bitnet.experts",
@@ -67,7 +71,10 @@ __all__ = [
     "BitConv1D",
     "BitExperts",
     "BitLinear",
+    "DistillTrainer",
+    "Distillation",
     "Encoder",
+    "MonitorCallback",
     "Muon",
     "PackedBitLinear",
     "PackedExperts",

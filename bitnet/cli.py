@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import chat, convert, generate, info, inspect, quickstart, serve, tune
+from .commands import chat, convert, eval, generate, info, inspect, quickstart, serve, train, tune
 
 EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
+  bitnet train --architecture ... --data *.txt --out run    a model of your own; see bitnet train --help
   bitnet generate quickstart/ternary "def "  continue a prompt with it
   bitnet chat my-model-1.58                 talk to a model that has a chat template
   bitnet serve quickstart/ternary           a model behind an OpenAI-compatible API, with a page to chat with it
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for command in (info, quickstart, generate, chat, convert, inspect, serve, tune):
+    for command in (info, quickstart, train, eval, generate, chat, convert, inspect, serve, tune):
         command.add(commands)
     args = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):

@@ -1,6 +1,7 @@
 """How far a long job has got: a bar on a terminal; elsewhere, in a log file or a pipe, a plain line now and then."""
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
@@ -103,6 +104,20 @@ def track(items: Collection[T], what: str, unit: str, console: Console) -> Itera
         for item in items:
             yield item
             progress.advance()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows no bars of its own: for files that take milliseconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _Status(bars.ProgressColumn):

@@ -138,10 +138,8 @@ def test_quickstart_leaves_models_report_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bitnet.quickstart import run
-    from bitnet.train import loop
 
-    monkeypatch.setattr(loop, "EVALUATION_BYTES", 1024)
-    tiny = loop.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2)
+    tiny = run.Settings(hidden=32, intermediate=48, layers=1, heads=2, context=32, batch=2, evaluation_bytes=1024)
     monkeypatch.setattr(run, "Settings", lambda **changes: quickstart_settings(tiny, changes))
     report = run.run(tmp_path, seed=1, steps=4)
     assert report == json.loads((tmp_path / "report.json").read_text())

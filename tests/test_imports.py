@@ -15,7 +15,15 @@ FLOORS = (
     ("bitnet.kernels", "bitnet.version", "bitnet.deprecated"),
     ("bitnet",),  # whatever no other floor names: the layers, train, info, progress
     ("bitnet.convert",),
-    ("bitnet.serving", "bitnet.quickstart", "bitnet.tuning", "bitnet.commands", "bitnet.cli", "bitnet.__main__"),
+    (
+        "bitnet.serving",
+        "bitnet.jobs",
+        "bitnet.quickstart",
+        "bitnet.tuning",
+        "bitnet.commands",
+        "bitnet.cli",
+        "bitnet.__main__",
+    ),
 )
 
 

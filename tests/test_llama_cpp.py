@@ -32,8 +32,8 @@ from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.writer import write_gguf
 from bitnet.experts import PackedStack
 from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.quickstart.run import Settings, train
 from bitnet.train.data import build_tokenizer, corpus
-from bitnet.train.loop import Settings, train
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python", exc_type=ImportError)
 pytestmark = pytest.mark.slow

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..jobs.report import plot_shares
 from ..packed import PackedBitLinear
 
 
@@ -63,16 +64,8 @@ def plot(report: dict[str, Any], model: nn.Module, file: Path) -> None:
     left.set_ylim(top=min(5.0, max(report["losses"]["full"])))
     left.legend()
 
-    layers = [(name, module.codes()) for name, module in model.named_modules() if isinstance(module, PackedBitLinear)]
-    names = [name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "") for name, _ in layers]
-    bottom = [0.0] * len(layers)
-    for code, color in ((-1, "tab:red"), (0, "lightgrey"), (1, "tab:green")):
-        shares = [float((codes == code).float().mean()) for _, codes in layers]
-        right.bar(names, shares, bottom=bottom, color=color, label=f"{code:+d}" if code else "0", width=0.9)
-        bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
-    right.set(title="ternary weights per layer", ylabel="share", ylim=(0, 1))
-    right.tick_params(axis="x", rotation=90, labelsize=7)
-    right.margins(x=0.01)
-    right.legend(loc="upper right")
+    layers = {name: module.codes() for name, module in model.named_modules() if isinstance(module, PackedBitLinear)}
+    shares = [[float((codes == code).float().mean()) for code in (-1, 0, 1)] for codes in layers.values()]
+    plot_shares(right, list(layers), shares)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -9,15 +9,13 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from ..convert.checkpoint import load, read_headers, save
 from ..convert.swap.pack import pack
@@ -25,11 +23,40 @@ from ..convert.swap.replace import replace_linear
 from ..info import hardware, versions
 from ..linear import BitLinear
 from ..packed import PackedBitLinear
-from ..train.data import END, VOCABULARY, build_tokenizer, corpus
-from ..train.loop import Settings, bits_per_byte, train
+from ..progress import without_bars
+from ..train.data import END, VOCABULARY, Windows, build_tokenizer, corpus
+from ..train.evaluate import spread_loss
+from ..train.loop import Loop
+from ..train.muon import Muon
+from ..train.optimizers import split_parameters
+from ..train.schedule import Schedule
 from .report import plot, show
 
 PROMPT = "import os\n\n\ndef "
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result besides the machine; all of it goes to report.json."""
+
+    seed: int = 0
+    hidden: int = 128
+    intermediate: int = 384
+    layers: int = 4
+    heads: int = 2
+    context: int = 256
+    batch: int = 4
+    steps: int = 1250
+    embedding_std: float = 0.2
+    muon_lr: float = 1e-2
+    muon_momentum: float = 0.9
+    adamw_lr: float = 1.2e-2
+    weight_decay: float = 0.1
+    warmup: float = 0.04  # share of the steps
+    final_lr: float = 0.05  # share of the peak, reached linearly
+    strength_start: float = 0.2  # of the 1.58-bit run; shares of the steps
+    strength_end: float = 0.7
+    evaluation_bytes: int = 64 * 1024
 
 
 def build_model(settings: Settings) -> Any:
@@ -52,6 +79,30 @@ def build_model(settings: Settings) -> Any:
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight, std=settings.embedding_std)
     return model
+
+
+def train(model: Any, data: Tensor, settings: Settings, console: Console, label: str) -> dict[str, Any]:
+    """Train in place; returns the loss of every step in bits per byte, and the seconds taken. The seed decides on the
+    batches: models that are trained with one see the same."""
+    matrices, others = split_parameters(model)
+    decay = settings.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=settings.muon_lr, momentum=settings.muon_momentum, weight_decay=decay),
+        torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
+    ]
+    schedule = Schedule(
+        settings.steps,
+        warmup=settings.warmup,
+        final_lr=settings.final_lr,
+        strength_start=settings.strength_start,
+        strength_end=settings.strength_end,
+    )
+    loop = Loop(model, Windows(data, settings.batch, settings.context, settings.seed), optimizers, schedule)
+    try:
+        loop.run(label, console, show=lambda loss: f"{loss / math.log(2):.3f} bits/byte")
+    except RuntimeError as error:
+        raise RuntimeError(f"{label}: {error}") from None
+    return {"losses": [loss / math.log(2) for loss in loop.losses], "seconds": loop.seconds}
 
 
 def decode_speed(models: list[Any], tokens: int = 64, rounds: int = 5) -> list[float]:
@@ -103,15 +154,18 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
         model.generation_config.pad_token_id = END
 
     console.print("evaluating, packing, reloading ...")
-    scores = {"full": bits_per_byte(full, held_out, settings.context)}
-    scores["ternary"] = bits_per_byte(ternary, held_out, settings.context)
+    trained = {"full": full.eval(), "ternary": ternary.eval()}
+    scores = {
+        name: spread_loss(model, held_out, settings.context, settings.evaluation_bytes) / math.log(2)
+        for name, model in trained.items()
+    }
     probe = held_out[None, : settings.context].long()
     with torch.no_grad():
         trained_logits = ternary(input_ids=probe).logits
     weights = {name: module.weight.numel() for name, module in ternary.named_modules() if isinstance(module, BitLinear)}
     tokenizer = build_tokenizer()
     pack(ternary)
-    with _no_progress_bars():  # of transformers: the files take milliseconds
+    with without_bars():
         for name, model in (("full", full), ("ternary", ternary)):
             save(model, out / name)
             tokenizer.save_pretrained(out / name)
@@ -153,19 +207,6 @@ def run(out: str | Path = "quickstart", *, seed: int = 0, steps: int | None = No
     plot(report, served["ternary"], out / "report.png")
     show(report, out, console)
     return report
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _sample(model: Any, tokenizer: Any) -> str:

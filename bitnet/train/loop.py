@@ -1,112 +1,205 @@
-"""A training loop, in full precision or with the strength of the quantization ramping up, and its evaluation."""
+"""The training loop that commands and examples share. A run is its steps: whatever a step uses is a function of its
+number (data, learning rate, strength) or part of the state (weights, optimizers, random numbers), so that a run that
+goes on from its state repeats, to the last bit, what it would have done.
+"""
 
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..linear import BitLinear
+from ..linear import BitLayer
 from ..progress import Progress
-from .muon import Muon
-from .strength import set_strength, strength_at
+from .data import IGNORED, Batches
+from .monitors import Monitor
+from .optimizers import optimizer_state, restore_optimizers
+from .schedule import Schedule
+from .strength import set_strength
 
-EVALUATION_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result besides the machine; all of it goes to report.json."""
-
-    seed: int = 0
-    hidden: int = 128
-    intermediate: int = 384
-    layers: int = 4
-    heads: int = 2
-    context: int = 256
-    batch: int = 4
-    steps: int = 1250
-    embedding_std: float = 0.2
-    muon_lr: float = 1e-2
-    muon_momentum: float = 0.9
-    adamw_lr: float = 1.2e-2
-    weight_decay: float = 0.1
-    warmup: float = 0.04  # share of the steps
-    final_lr: float = 0.05  # share of the peak, reached linearly
-    strength_start: float = 0.2  # of the 1.58-bit run; shares of the steps
-    strength_end: float = 0.7
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+RECENT = 20  # steps whose mean loss is shown
+FETCH = 10  # steps after which losses are fetched from a GPU, which waits for it
 
 
-def train(model: Any, data: Tensor, settings: Settings, console: Console, label: str) -> dict[str, Any]:
-    """Train in place; returns the loss of every step in bits per byte, and the seconds taken.
+def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross entropy, in nats, of a batch as train.data makes them, its labels shifted already."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
 
-    Muon updates the matrices of the blocks, AdamW the embedding, the head and the norms; both learning rates
-    rise and fall linearly. A model with BitLinear layers follows the strength schedule as well.
+
+class Loop:
+    """Trains a model in place: Loop(model, batches, optimizers, Schedule(steps)).run().
+
+    model:        any whose forward the loss can call; layers of ours follow the schedule's strength
+    batches:      see train.data.Batches; number i is the i-th micro-batch of the run
+    optimizers:   their learning rates and weight decays are the peaks, which the schedule multiplies
+    loss:         (model, batch) -> the mean over the batch's labels; bitnet.Distillation is one
+    accumulation: micro-batches a step; each counts by its labels, so that the step is that of one large batch
+    clip:         the greatest norm of the gradient
+    autocast:     a dtype, torch.bfloat16, in which products run where torch.autocast says so
+    monitor:      looks at the codes, every so many steps
+
+    Evaluation and checkpoints are functions of the loop, called after each step that they say is theirs: see run.
+    `step` counts finished steps, `losses` has each one's loss in nats, `seconds` the time that they took.
     """
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    decay = settings.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=settings.muon_lr, momentum=settings.muon_momentum, weight_decay=decay),
-        torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
-    ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, settings)) for o in optimizers]
-    low_bit = any(isinstance(module, BitLinear) for module in model.modules())
-    generator = torch.Generator().manual_seed(settings.seed)  # both runs draw the same batches
-    window = torch.arange(settings.context + 1)
-    losses = []
-    model.train()
-    start = time.perf_counter()
-    with Progress(label, settings.steps, "steps", console) as progress:
-        for step in range(settings.steps):
-            if low_bit:
-                set_strength(model, strength_at(step, settings.steps, settings.strength_start, settings.strength_end))
-            at = torch.randint(len(data) - settings.context, (settings.batch, 1), generator=generator)
-            batch = data[at + window].long()
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        optimizers: list[torch.optim.Optimizer],
+        schedule: Schedule,
+        *,
+        loss: Loss = next_token_loss,
+        accumulation: int = 1,
+        clip: float | None = None,
+        autocast: torch.dtype | None = None,
+        monitor: Monitor | None = None,
+    ) -> None:
+        if accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1, got {accumulation}")
+        self.model, self.batches, self.optimizers, self.schedule = model, batches, optimizers, schedule
+        self.loss, self.accumulation, self.clip, self.autocast, self.monitor = (
+            loss,
+            accumulation,
+            clip,
+            autocast,
+            monitor,
+        )
+        self.device = next(model.parameters()).device
+        self.low_bit = any(isinstance(module, BitLayer) for module in model.modules())
+        self.peaks = [
+            [(group, group["lr"], group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
+            for optimizer in optimizers
+        ]
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.losses: list[float] = []
+        self.metrics: list[dict[str, Any]] = []  # what monitor and evaluation found, each with its "step"
+        self.stop = False  # set it, from a signal say, and run returns after the present step
+        self._unread: list[Tensor] = []
+
+    def one_step(self) -> None:
+        """The next step, whatever has to be done around it."""
+        step = self.step
+        if not self.model.training:
+            self.model.train()
+        if self.low_bit:
+            set_strength(self.model, self.schedule.strength(step))
+        lr, decay = self.schedule.lr(step), self.schedule.weight_decay(step)
+        for groups in self.peaks:
+            for group, peak, most in groups:
+                group["lr"] = peak * lr
+                group["weight_decay"] = most * decay
+        if self.monitor is not None:
+            self.monitor.before_step(step + 1)
+        first = step * self.accumulation
+        micro = [self._moved(self.batches[first + i]) for i in range(self.accumulation)]
+        labels = [(batch["labels"] != IGNORED).sum() for batch in micro] if len(micro) > 1 else []
+        total: Any = 0
+        for i, batch in enumerate(micro):
+            with self.autocasting():
+                loss = self.loss(self.model, batch)
+            if labels:
+                loss = loss * (labels[i] / torch.stack(labels).sum())
             loss.backward()
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-            losses.append(loss.item() / math.log(2))
-            recent = statistics.fmean(losses[-20:])
-            speed = (step + 1) * settings.batch * settings.context / (time.perf_counter() - start)
-            progress.advance(1, f"{recent:.3f} bits/byte", f"{speed:,.0f} tokens/s")
-    if not math.isfinite(losses[-1]):
-        raise RuntimeError(f"{label}: the loss is {losses[-1]}; training diverged")
-    return {"losses": losses, "seconds": time.perf_counter() - start}
+            total = total + loss.detach()
+        if self.clip is not None:
+            parameters = [p for groups in self.peaks for group, _, _ in groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.tokens += sum(batch["labels"].numel() for batch in micro)
+        self._unread.append(total)
+        if self.device.type == "cpu" or len(self._unread) >= FETCH:
+            self.fetch()
+        if self.monitor is not None and (found := self.monitor.after_step(self.step)):
+            self.metrics.append({"step": self.step, **found})
 
+    def run(
+        self,
+        label: str = "training",
+        console: Console | None = None,
+        *,
+        show: Callable[[float], str] = lambda loss: f"loss {loss:.3f}",
+        after: Iterable[Callable[["Loop"], None]] = (),
+    ) -> list[float]:
+        """All steps that are left; returns the losses of all steps.
 
-def _lr_factor(step: int, settings: Settings) -> float:
-    warmup = max(1, round(settings.warmup * settings.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
-    return 1 + (settings.final_lr - 1) * done
+        show:  how progress shows a loss
+        after: called after every step, in order; the time they take is not training's
+        Raises RuntimeError if the loss is not a number any more.
+        """
+        after, began, at_start = list(after), self.seconds, self.tokens
+        quiet = console or Console(quiet=True)
+        with Progress(label, self.schedule.steps, "steps", quiet, done=self.step) as progress:
+            while self.step < self.schedule.steps and not self.stop:
+                start = time.perf_counter()
+                self.one_step()
+                self.seconds += time.perf_counter() - start
+                speed = (self.tokens - at_start) / max(self.seconds - began, 1e-9)
+                recent = show(statistics.fmean(self.losses[-RECENT:])) if self.losses else "loss -"
+                progress.update(self.step, recent, f"{speed:,.0f} tokens/s")
+                for call in after:
+                    call(self)
+            self.fetch()
+        return self.losses
 
+    def fetch(self) -> None:
+        """Have all losses in `losses`; raises RuntimeError if one is not a number."""
+        start = len(self.losses)
+        self.losses += torch.stack(self._unread).tolist() if self._unread else []
+        self._unread = []
+        for step, loss in enumerate(self.losses[start:], start + 1):
+            if not math.isfinite(loss):
+                raise RuntimeError(
+                    f"the loss of step {step} is {loss}: training diverged; use a lower learning rate, a longer "
+                    "warm-up, or clip the gradient"
+                )
 
-@torch.no_grad()
-def bits_per_byte(model: Any, data: Tensor, context: int) -> float:
-    """Mean -log2 p(next token) over stretches spread evenly through the held-out files.
+    def autocasting(self) -> Any:
+        """The context in which the model runs, in evaluation, too."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
 
-    Each stretch is half a context long and follows half a context that is not scored, so that every scored token
-    is predicted from that much text at least.
-    """
-    half = context // 2
-    stretches = min((len(data) - 1) // context, EVALUATION_BYTES // half)
-    starts = torch.linspace(0, len(data) - 1 - context, stretches).long()[:, None]
-    model.eval()
-    total = 0.0
-    for rows in (starts + torch.arange(context + 1)).split(32):
-        batch = data[rows].long()
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits[:, half:]
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, half + 1 :].flatten(), reduction="sum").item()
-    return total / (stretches * (context - half)) / math.log(2)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a run needs to go on besides the weights: tensors, and what JSON can hold."""
+        self.fetch()
+        tensors, numbers = optimizer_state(self.model, self.optimizers)
+        tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors, {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "metrics": self.metrics,
+            "layers": self.monitor.history if self.monitor is not None else [],
+            "optimizer": numbers,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from a state; the weights are the caller's."""
+        prefix = "optimizer/"
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        restore_optimizers(self.model, self.optimizers, own, facts["optimizer"])
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
+        self.losses, self.metrics = list(facts["losses"]), list(facts["metrics"])
+        if self.monitor is not None:
+            self.monitor.history = list(facts["layers"])
+
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
