@@ -390,6 +390,7 @@ def test_a_checkpoint_without_a_template_continues_plain_text(tmp_path: Path) ->
 
 
 def test_a_failing_step_fails_its_requests_and_not_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitnet.decode.eager import EagerSequences
     from bitnet.decode.native import NativeSequences
 
     with serving(folder) as address:
@@ -398,7 +399,8 @@ def test_a_failing_step_fails_its_requests_and_not_the_server(folder: Path, monk
             def broken(*args: object) -> None:
                 raise RuntimeError("out of luck")
 
-            patch.setattr(NativeSequences, "extend", broken)
+            for sequences in (NativeSequences, EagerSequences):
+                patch.setattr(sequences, "extend", broken)
             answer = post(address, "/v1/completions", {"prompt": "abc"})
             assert (answer.status_code, "out of luck" in answer.text) == (500, True)
             found = events(address, "/v1/completions", {"prompt": "abc"})

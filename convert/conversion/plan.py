@@ -75,9 +75,8 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
     weights = source.weights()
     if to == "binary" and not any(weight.spec.weights == "binary" for weight in weights.values()):
         raise ValueError(
-            f"convert: {source.path} has no binary layers, which 1 bit a weight is for; choose hub or base3 (of a "
-            f"float "
-            "model, weights='binary' makes them)"
+            f"convert: {source.path} has no binary layers, which 1 bit a weight is for; choose hub or base3 (weights="
+            "'binary' makes such layers of a float model)"
         )
     embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
     if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
