@@ -10,7 +10,8 @@ from .commands import chat, convert, eval, generate, info, inspect, quickstart, 
 
 EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
-  bitnet train --architecture ... --data *.txt --out run    a model of your own; see bitnet train --help
+  bitnet train run.yaml                     a model of your own, or an existing one to 1.58 bit; see its --help
+  bitnet eval MODEL --text held-out.txt     perplexity and bits per byte, alone or beside another model
   bitnet generate quickstart/ternary "def "  continue a prompt with it
   bitnet chat my-model-1.58                 talk to a model that has a chat template
   bitnet serve quickstart/ternary           a model behind an OpenAI-compatible API, with a page to chat with it

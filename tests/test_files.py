@@ -198,6 +198,24 @@ def test_links_into_the_hubs_cache_and_to_the_folder_itself_are_followed(forms: 
         assert len(FolderSource(path).stored()) == len(load_file(forms / "float" / "model.safetensors"))
 
 
+def test_a_folder_may_be_named_from_anywhere_but_its_index_names_nothing_outside(
+    forms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(forms / "packed", tmp_path / "model")
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "beside")
+    for read in (bitnet.load, AutoModelForCausalLM.from_pretrained):
+        assert read("../model").config.model_type == "llama"
+    weights = tmp_path / "model" / "model.safetensors"
+    names = dict.fromkeys(load_file(weights), "../beside/model.safetensors")
+    weights.rename(tmp_path / "beside" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names, "metadata": {}}))
+    for read in (bitnet.load, AutoModelForCausalLM.from_pretrained):
+        for path in ("../model", str(tmp_path / "model")):
+            with pytest.raises(Damaged):
+                read(path)
+
+
 # Configurations
 
 

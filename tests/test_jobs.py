@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import llama
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import bitnet
 from bitnet import cli
@@ -205,6 +207,49 @@ def test_options_reach_what_they_name(changes: dict, text: str, tmp_path: Path) 
     assert ("model.layers.0.self_attn.k_proj" in layers) == ("skip" not in changes)
     if changes.get("accumulation"):
         assert report["tokens_per_step"] == 2 * 2 * 32
+
+
+FAMILIES = [
+    {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    {"model_type": "mixtral", "num_local_experts": 4, **{k: v for k, v in LLAMA.items() if k != "model_type"}},
+    {"model_type": "gemma3_text", "head_dim": 8, **{k: v for k, v in LLAMA.items() if k != "model_type"}},
+]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES, ids=lambda a: a["model_type"])
+def test_models_of_other_families_train(architecture: dict, text: str, tmp_path: Path) -> None:
+    report = job.train(options(text, tmp_path / "run", architecture=architecture, steps=3), QUIET)
+    assert report["logits_difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(BertForMaskedLM, "sees the tokens that it would"), (BertModel, "does not predict tokens")]
+)
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind, message: str, text: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    kind(BertConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "encoder")
+    build_tokenizer().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=message):
+        job.train(options(text, tmp_path / "run", architecture=None, model=str(tmp_path / "encoder")), QUIET)
+
+
+def test_a_run_goes_on_from_another_folder_without_what_it_was_made_from(
+    text: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    llama(vocab_size=257).save_pretrained("start")
+    build_tokenizer().save_pretrained("start")
+    Path("mine.txt").write_text(Path(text).read_text())
+    with monkeypatch.context() as patch:
+        kill_at(patch, Loop, "one_step", 6)
+        with pytest.raises(Killed):
+            job.train(options("mine.txt", Path("run"), architecture=None, model="start", checkpoint_every=4), QUIET)
+    assert from_yaml("run/options.yaml").model == str(tmp_path / "start")
+    shutil.rmtree("start")
+    Path("mine.txt").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(job.resume("../run", QUIET)["losses"]) == 12
 
 
 def test_a_rehearsal_measures_and_writes_nothing(text: str, tmp_path: Path) -> None:

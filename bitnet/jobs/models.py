@@ -17,6 +17,7 @@ from ..convert.opening import open_source
 from ..experts import PackedExperts
 from ..packed import PackedBitLinear
 from ..progress import without_bars
+from ..train.evaluate import evaluating
 from ..train.options import nearest
 from ..train.stdlib import build_tokenizer
 
@@ -121,3 +122,21 @@ def runnable(path: str | Path, **options: Any) -> tuple[Any, Any]:
             return runnable(target, **options)
     with without_bars():
         return load(path, **options), load_tokenizer(path)
+
+
+def check_causal(model: Any) -> None:
+    """Raise ValueError for a model that sees the tokens it is to predict: an encoder, or one with an encoder."""
+    kind = type(model).__name__
+    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    other = ids.clone()
+    other[0, 4:] = 0
+    causal = not model.config.is_encoder_decoder
+    if causal:
+        with evaluating(model):
+            found = [getattr(model(input_ids=x), "logits", None) for x in (ids, other)]
+        one, two = found
+        if one is None or two is None or one.ndim != 3:
+            raise ValueError(f"{kind} does not predict tokens; bitnet train is for language models")
+        causal = torch.allclose(one[0, :4], two[0, :4], rtol=1e-3, atol=1e-5)
+    if not causal:
+        raise ValueError(f"{kind} sees the tokens that it would have to predict; bitnet train is for causal models")

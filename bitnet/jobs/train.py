@@ -4,6 +4,7 @@ A run's folder has options.yaml, data/ (the tokens), checkpoints/, and at the en
 report.png, which is written last of what a finished run has.
 """
 
+import inspect
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from ..train.options import TrainOptions, from_yaml
 from ..train.schedule import Schedule
 from ..train.texts import Tokens
 from . import checkpoints
-from .models import new_model, tokenizer_of, trainable
+from .models import check_causal, new_model, tokenizer_of, trainable
 from .report import plot
 
 HELD_OUT = 4_000_000  # characters that are held out at most
@@ -80,7 +81,7 @@ def train(options: TrainOptions, console: Console | None = None) -> dict[str, An
     try:
         training, held_out = tokenized(options, tokenizer, out / "data", console)
         run = prepare(options, model, tokenizer, training, held_out)
-        write_whole(out / OPTIONS, options.to_yaml().encode())
+        write_whole(out / OPTIONS, _from_anywhere(options).to_yaml().encode())
     except BaseException:
         _remove(out, made)  # nothing there is worth a second look
         raise
@@ -96,9 +97,9 @@ def resume(out: str | Path, console: Console | None = None) -> dict[str, Any]:
     if (out / REPORT).exists():
         raise ValueError(f"{out}: this run is finished; see {out / 'model'} and {out / REPORT}")
     options = from_yaml(out / OPTIONS)
-    tokenizer = tokenizer_for(options)
     training, held_out = (texts.mapped(out / "data" / name) for name in ("training.bin", "held-out.bin"))
     found = checkpoints.found(out / "checkpoints")
+    tokenizer = tokenizer_of(found[-1]) if found else tokenizer_for(options)
     if not found:
         console.print("there is no checkpoint yet; starting from the beginning", highlight=False)
         model = build(options, tokenizer, console)
@@ -158,6 +159,7 @@ def build(options: TrainOptions, tokenizer: Any, console: Console) -> Any:
     else:
         assert options.architecture is not None
         model = new_model(options.architecture, tokenizer, options.context, options.embedding_std)
+    check_causal(model)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and options.context > limit:
         raise ValueError(f"--context {options.context} is more than the {limit} positions of the model")
@@ -194,7 +196,7 @@ def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens,
         options.batch,
         options.context,
         options.seed,
-        separate=options.documents == "separate",
+        separate=_separates(options, model),
     )
     steps = options.steps or math.ceil(options.epochs * rows.rows / (options.batch * options.accumulation))
     schedule = Schedule(
@@ -234,6 +236,11 @@ def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens,
     return Run(options, loop, tokenizer, rows, training, held_out)
 
 
+def _separates(options: TrainOptions, model: Any) -> bool:
+    """Whether a row's documents are told apart; a model without attention cannot be told of their positions."""
+    return options.documents == "separate" and "position_ids" in inspect.signature(model.forward).parameters
+
+
 def sizes(run: Run) -> dict[str, Any]:
     """How large a run is."""
     layers = [module for module in run.loop.model.modules() if isinstance(module, BitLayer)]
@@ -255,7 +262,7 @@ def sizes(run: Run) -> dict[str, Any]:
 def evaluate(run: Run) -> dict[str, Any]:
     """Held-out loss (nats a token), perplexity and bits per byte of the model, fully quantized."""
     with run.loop.autocasting():
-        starts = run.held_out.starts if run.options.documents == "separate" else None
+        starts = run.held_out.starts if run.rows.separate else None
         loss = spread_loss(run.loop.model, run.held_out.ids, run.options.context, run.options.eval_tokens, starts)
     bits = loss / math.log(2) * run.held_out.per_byte
     return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
@@ -395,6 +402,18 @@ def _peak(device: torch.device) -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _from_anywhere(options: TrainOptions) -> TrainOptions:
+    """The same options wherever the run is resumed."""
+    changes: dict[str, Any] = {}
+    for name in ("model", "tokenizer", "teacher", "architecture"):
+        path = getattr(options, name)
+        if isinstance(path, str) and not path.lstrip().startswith("{"):
+            changes[name] = str(Path(path).resolve())
+    for name in ("data", "eval_data"):
+        changes[name] = [str(Path(path).resolve()) for path in getattr(options, name)]
+    return replace(options, **changes)
 
 
 def _remove(out: Path, made: list[Path]) -> None:

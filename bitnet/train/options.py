@@ -62,7 +62,10 @@ class TrainOptions:
     column: str = _option(DATA, "text", "where rows of .jsonl, .parquet and datasets have their text", metavar="NAME")
     context: int = _option(DATA, 512, "tokens in a row")
     documents: str = _option(
-        DATA, "separate", "whether attention sees the other documents of a row", ("separate", "joined")
+        DATA,
+        "separate",
+        "whether attention sees a row's other documents; models without attention do",
+        ("separate", "joined"),
     )
     seed: int = _option(DATA, 0, "of a new model's weights, and of the order of rows")
 

@@ -103,8 +103,10 @@ class BitNetQuantizer(BitNetHfQuantizer):
             known = model._keys_to_ignore_on_load_missing or []
             model._keys_to_ignore_on_load_missing = [*known, *map(re.escape, self.ties)]
         files = [Path(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        folder = Path(model.config._name_or_path)  # as the user named it, "../model" say
         for file in files:
-            if file.parent != files[0].parent or ".." in file.parts or not inside(file.parent, file):
+            name = file.relative_to(folder) if file.is_relative_to(folder) else file
+            if file.parent != files[0].parent or ".." in name.parts or not inside(file.parent, file):
                 raise Damaged(file, "is no file of the checkpoint's folder, though the index names it")
         headers = read_headers(files)
         self.inner_norms = inner_norms(headers)
