@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
+from bitnet.convert.conversion import heads
 from bitnet.convert.swap import pack as swap_pack
 from bitnet.kernels import backends, ops
 from bitnet.packed import PackedEmbedding
@@ -143,6 +144,35 @@ def test_a_saved_int8_head_comes_back(name: str, shards: dict[str, Any], bits: f
             assert all(torch.equal(first[key], again[key]) for key in first)
     linear_class = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["linear_class"]
     assert "pip install bitnet-toolkit" in linear_class, "stock transformers would take it for its own"
+
+
+@pytest.mark.parametrize("to", ["hub", "base3"])
+@pytest.mark.parametrize("source", ["float", "packed"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_conversion_writes_the_head_that_packing_makes(
+    tied: bool, source: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "ROWS", 100)  # several blocks
+    model = llama(tie_word_embeddings=tied)
+    if source == "float":
+        model.save_pretrained(tmp_path / "source")
+    else:
+        bitnet.replace_linear(model)
+        bitnet.pack(model)
+        bitnet.save(model, tmp_path / "source")
+    bitnet.convert_checkpoint(tmp_path / "source", tmp_path / "out", to, head="int8", tokenizer=False)
+    with_head(model) if source == "float" else bitnet.pack(model, head="int8")
+    bitnet.save(model, tmp_path / "expected", weight_bits=2 if to == "hub" else 1.6)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert torch.equal(logits(bitnet.load(tmp_path / "out")), logits(model))
+    with pytest.raises(ValueError, match="find_head|float output head|still float"):
+        bitnet.convert_checkpoint(tmp_path / "out", tmp_path / "again", "hub", head="int8", tokenizer=False)
+    for form in ("bf16", "latent", "mlx", "gguf-tq2_0"):
+        with pytest.raises(ValueError, match="head"):
+            bitnet.convert_checkpoint(tmp_path / "source", tmp_path / "no", form, head="int8", tokenizer=False)
+    assert not (tmp_path / "no").exists()
 
 
 def test_generation_and_dtype_changes_work_with_a_tied_int8_head() -> None:

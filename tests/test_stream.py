@@ -28,7 +28,7 @@ from bitnet import cli
 from bitnet.commands import convert as command
 from bitnet.convert.checkpoint import read_headers
 from bitnet.convert.conversion import convert as conversion
-from bitnet.convert.conversion import journal, plan
+from bitnet.convert.conversion import jobs, journal, plan
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.train.data import build_tokenizer
 
@@ -156,7 +156,7 @@ def test_every_tensor_is_aligned_for_readers_that_map_the_file(tmp_path: Path) -
     convert(tmp_path / "source", tmp_path / "out", "base3")
     headers = read_headers([tmp_path / "out" / "model.safetensors"])
     assert any(header.dtype == "U8" and header.shape[0] * header.shape[1] % 4 for header in headers.values())
-    assert all(header.offset % plan.WIDTHS[header.dtype] == 0 for header in headers.values())
+    assert all(header.offset % jobs.WIDTHS[header.dtype] == 0 for header in headers.values())
 
 
 def test_the_number_of_workers_changes_no_byte(forms: Path, tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ from ..mlx import writer as mlx_writer
 from ..opening import open_source
 from ..source import Source
 from ..writing import dissolve, sync, work_folder
+from .jobs import Job
 from .journal import Work, check_target
-from .plan import TARGETS, Job, Plan, plan
+from .plan import TARGETS, Plan, plan
 from .shards import place
 
 
@@ -41,6 +42,7 @@ def convert_checkpoint(
     max_shard_size: str | int = "5GB",
     resume: bool = False,
     tokenizer: bool = True,
+    head: str | None = None,
     calibrate: str | Path | None = None,
     samples: int = 128,
     length: int = 512,
@@ -66,6 +68,7 @@ def convert_checkpoint(
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted
+    head:           "int8" stores the output head, and the embedding if the two are tied, as pack(head="int8") does
     calibrate:      a text file: round a float model's weights so that the layers' outputs on it change least, instead
                     of each weight to the nearest; samples, length, seed and device are options of calibrate.calibrate.
                     With "latent", the float weights become ones that round to the result: a start for training
@@ -92,13 +95,15 @@ def convert_checkpoint(
     _check_options(opened, calibrate, swap)
     calibration = {"text": calibrate, "samples": samples, "length": length, "seed": seed, "device": device}
     options = {name: str(value) for name, value in sorted((swap | calibration if calibrate else swap).items())}
-    form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options}
+    form = {"to": to, "max_shard_size": shard_bytes, "tokenizer": tokenizer, "options": options, "head": head}
     fingerprint = {"version": __version__, "source": opened.fingerprint(), **form}
+    if head and (to == "mlx" or to in writer.KINDS):
+        raise ValueError(f"convert: head={head!r} is for our own forms; {to} keeps the output head as it is")
     # both plans refuse what cannot be done
     gguf_plan = writer.plan(opened, to, tokenizer) if to in writer.KINDS else None
     folder_plan = None
     if not gguf_plan:
-        folder_plan = mlx_writer.plan(opened) if to == "mlx" else plan(opened, to, calibrated=bool(calibrate))
+        folder_plan = mlx_writer.plan(opened) if to == "mlx" else plan(opened, to, bool(calibrate), head)
     if folder_plan:
         opened.check_other_files(tokenizer)
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)

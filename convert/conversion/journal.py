@@ -16,7 +16,7 @@ from ..files.safetensors import DTYPES
 from ..llama_cpp import writer
 from ..source import Source
 from ..writing import clear, dissolve, settle, where, write_whole
-from .plan import Job, Output
+from .jobs import Job, Output
 from .shards import header
 
 MOVED = "moved.json"

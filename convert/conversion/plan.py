@@ -4,13 +4,10 @@ All of it is known from headers alone, before a tensor is read.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitnet.experts import BitExperts, PackedExperts
@@ -27,51 +24,24 @@ from ..hub.values import stored_scale
 from ..llama_cpp import writer
 from ..rounding import exact, rotated
 from ..source import Source, Weight
+from .heads import head_job, pack_head
+from .jobs import Job, Output
 
 TARGETS = ("hub", "base3", "binary", "latent", "bf16", "mlx", *writer.KINDS)
 BITS = {"base3": 1.6, "binary": 1}  # of a weight in the files, where it is not 2
 
 
-WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"U32": 4}  # MLX's words
-
-
-@dataclass
-class Output:
-    """One tensor of the output: name, dtype as safetensors spells it, shape; and, once planned, its file and place."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path | None = None
-    offset: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return WIDTHS[self.dtype] * torch.Size(self.shape).numel()
-
-
-@dataclass
-class Job:
-    """What is read and computed as one.
-
-    run() returns the values of each of `outputs`: consecutive pieces of the flat tensor, made as they are written.
-    """
-
-    name: str
-    outputs: list[Output]
-    reads: int  # bytes
-    memory: int  # bytes it holds while it runs, but for a few MB
-    run: Callable[[], list[Iterable[Tensor]]]
-
-
 Plan = tuple[dict[str, Any], list[Job]]  # the config.json of the result, and the jobs that make its tensors
 
 
-def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
+def plan(source: Source, to: str, calibrated: bool = False, head: str | None = None) -> Plan:
     """What is to be written, in the order in which the source has it.
 
-    calibrated: float weights will be rounded to codes that are not known yet (source.round_to)
+    calibrated: float weights will be rounded to codes that are not known yet (source.round_to); head: "int8" or None
     """
+    if head not in (None, "int8") or (head and to not in ("hub", *BITS)):
+        raise ValueError(f"convert: head must be None, or 'int8' in packed forms ({', '.join(('hub', *BITS))})")
+    heads = dict([head_job(source)]) if head else {}
     weights = source.weights()
     if to == "binary" and not any(weight.spec.weights == "binary" for weight in weights.values()):
         raise ValueError(
@@ -105,6 +75,8 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
         rotates = source.plain and weight is not None and weight.spec.hadamard is not None
         if to == "latent" and weight and whole and (calibrated or rotates or weight.name in source.ternary):
             jobs.append(_latent(source, weight))
+        elif key in heads:
+            jobs.append(heads.pop(key))
         elif key not in consumed or to == "latent":
             floats = to == "bf16" and DTYPES[dtype].is_floating_point
             jobs.append(copy_tensor(source, key, "BF16" if floats else dtype, shape, names.get(key)))
@@ -112,10 +84,10 @@ def plan(source: Source, to: str, calibrated: bool = False) -> Plan:
             jobs.append(_weight(source, weight, to))
         elif key != name and name in embeddings:
             jobs.extend(_embedding(source, name, to))
-    return _config(source, to), jobs
+    return _config(source, to, head), jobs
 
 
-def _config(source: Source, to: str) -> dict[str, Any]:
+def _config(source: Source, to: str, head: str | None = None) -> dict[str, Any]:
     config = dict(source.config)
     config.pop("quantization_config", None)
     config.pop("transformers_weights", None)  # where the source has its weights
@@ -129,6 +101,8 @@ def _config(source: Source, to: str) -> dict[str, Any]:
             if hasattr(module, "weight_scale"):  # its codes are stored as floats
                 del module.weight_scale
             to_packed(module)
+    if head:
+        pack_head(model)
     settings = config_of(model, BITS.get(to, 2))
     assert settings is not None
     if to == "hub" and source.multiplies:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.folder import WEIGHTS
-from .plan import WIDTHS, Job, Output
+from .jobs import WIDTHS, Job, Output
 
 
 def place(jobs: list[Job], folder: Path, shard_bytes: int) -> dict[Path, list[Output]]:

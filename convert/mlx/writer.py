@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bitnet.packed import PackedEmbedding
 
-from ..conversion.plan import Job, Output, Plan, copy_tensor
+from ..conversion.jobs import Job, Output
+from ..conversion.plan import Plan, copy_tensor
 from ..files import mlx
 from ..source import Source, Weight
 

@@ -17,6 +17,8 @@ from ..hub import quantizer, wrappers
 from .report import Report, report_on
 from .safety import judge
 
+HEAD = QuantSpec("int8", per_row=True)  # of an output head in 8 bits
+
 
 def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
     """Turn every BitLinear and BitConv1D into PackedBitLinear and BitExperts into PackedExperts, in place.
@@ -33,7 +35,12 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     """
     if head not in (None, "int8"):
         raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
-    found = _head(model) if head else None
+    found = None
+    if head:
+        found = find_head(model)
+        weight = found[1].weight
+        if weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(weight)):
+            raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLayer)}
     if not layers and not head:
         raise ValueError(
@@ -57,7 +64,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     costs = {}
     if found:
         name, linear, embedding = found
-        layers[name] = bit_head = BitLinear.from_linear(linear, QuantSpec("int8", per_row=True))
+        layers[name] = bit_head = BitLinear.from_linear(linear, HEAD)
         codes, scale, change = _int8(bit_head.weight.detach())
         packed[name] = [(codes, scale)]
         costs[name] = f"its weights move by {100 * change:.2g} % (rms)"
@@ -89,7 +96,7 @@ def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split(max(1, (1 << 20) // matrix.shape[1]))
 
 
-def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
+def find_head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
     """The output head that can become int8, its name, and the input embedding tied to it."""
     inner = list(wrappers.outermost(model).values())
     head = inner[0].get_output_embeddings() if len(inner) == 1 else None
@@ -106,8 +113,6 @@ def _head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
         )
     if _other_holders(model, head, head.bias):
         raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
-    if head.weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(head.weight)):
-        raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
     names = {module: name for name, module in model.named_modules()}
     name = names[head]
     verdicts = judge(model, {module: [names[module]] for module in (head, *others)})
