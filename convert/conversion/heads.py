@@ -21,7 +21,7 @@ ROWS = 1 << 20  # values that are rounded at once, about
 
 def pack_head(model: nn.Module) -> None:
     """Give a model on the meta device the layers that pack(head="int8") makes. Raises ValueError where it would."""
-    name, linear, embedding = find_head(model)
+    _, linear, embedding = find_head(model)
     head = BitLinear.from_linear(linear, HEAD)
     if embedding is not None:
         PackedEmbedding.from_embedding(embedding)
@@ -30,7 +30,7 @@ def pack_head(model: nn.Module) -> None:
 
 def head_job(source: Source) -> tuple[str, Job]:
     """The key of the head's weight in the source, and the job that writes it in 8 bits, with its scales."""
-    name, linear, embedding = find_head(source.model)
+    name, _, embedding = find_head(source.model)
     homes = [name] if embedding is None else [module_name(source.model, embedding), name]
     stored = source.stored()
     key = next((f"{home}.weight" for home in homes if f"{home}.weight" in stored), None)

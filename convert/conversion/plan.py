@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitnet.experts import BitExperts, PackedExperts
