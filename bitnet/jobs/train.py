@@ -105,7 +105,7 @@ def resume(out: str | Path, console: Console | None = None) -> dict[str, Any]:
         model = build(options, tokenizer, console)
         return _go(prepare(options, model, tokenizer, training, held_out), out, console)
     tensors, facts = checkpoints.read(found[-1])
-    run = prepare(options, trainable(found[-1]), tokenizer, training, held_out)
+    run = prepare(options, trainable(found[-1]).to(_device(options)), tokenizer, training, held_out)
     run.loop.restore(tensors, facts)
     console.print(f"going on after step {run.loop.step:,} of {run.loop.schedule.steps:,}", highlight=False)
     return _go(run, out, console)
@@ -170,7 +170,7 @@ def build(options: TrainOptions, tokenizer: Any, console: Console) -> Any:
         console.print(str(report), highlight=False, markup=False, soft_wrap=True)
         if not report.low_bit_weights:
             raise ValueError("no layer can be low-bit; the reasons are above. --weights float trains it as it is")
-    return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.to(_device(options))
 
 
 def tokenized(options: TrainOptions, tokenizer: Any, folder: Path, console: Console) -> tuple[Tokens, Tokens]:
@@ -234,6 +234,10 @@ def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens,
         monitor=Monitor(model, options.monitor_every or max(10, steps // 50)) if options.weights != "float" else None,
     )
     return Run(options, loop, tokenizer, rows, training, held_out)
+
+
+def _device(options: TrainOptions) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _separates(options: TrainOptions, model: Any) -> bool:
