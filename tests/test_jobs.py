@@ -126,6 +126,31 @@ def test_a_killed_run_goes_on_to_the_very_same_end(
         job.resume(out, QUIET)
 
 
+OTHERS = [
+    {"per_row": True, "rms_norm": True, "activation_bits": 4, "accumulation": 2, "documents": "joined"},
+    {"group_size": 32, "activation_bits": None, "precision": "bf16", "optimizer": "adamw"},
+    {"weights": "binary", "hadamard": 8, "schedule": "two-stage"},
+    {"weights": "float", "gradient_checkpointing": True},
+    {"architecture": {"model_type": "mixtral", **{k: v for k, v in LLAMA.items() if k != "model_type"}}},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=lambda c: "-".join(c))
+def test_whatever_the_options_a_killed_run_goes_on_to_the_same_end(
+    changes: dict, text: str, tmp_path: Path, monkeypatch
+) -> None:
+    expected = job.train(options(text, tmp_path / "whole", **changes), QUIET)
+    with monkeypatch.context() as patch:
+        kill_at(patch, Loop, "one_step", 9)
+        with pytest.raises(Killed):
+            job.train(options(text, tmp_path / "run", checkpoint_every=4, **changes), QUIET)
+    report = job.resume(tmp_path / "run", QUIET)
+    assert report["losses"] == expected["losses"]
+    assert report["layers"] == expected["layers"]
+    names = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "run")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_process_that_is_killed_goes_on_to_the_very_same_end(by: signal.Signals, text: str, tmp_path: Path) -> None:
