@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_threads_of_a_program_decode_on_one_model_at_once() -> None:
+    model = packed("qwen2", head="int8")
+    native_decoding(model)
+    prompts = [IDS[None, : 10 + 7 * i] for i in range(6)]
+
+    def text(ids: Tensor) -> list[int]:
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+        return model.generate(ids, **options)[0].tolist()
+
+    alone = [text(ids) for ids in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(text, prompts * 2)) == alone * 2
 
 
 def test_slots_are_cut_copied_and_freed() -> None:

@@ -228,7 +228,8 @@ class Plan:
                 raise Unplanned("rotary positions that do not pair features i and i + half")
             tables += [cosine[:, :half].contiguous(), sine[:, :half].contiguous()]
             self.native.ropes[index][0], self.native.ropes[index][1] = (table.data_ptr() for table in tables[-2:])
-        self.native.half, self.native.positions, self._reached = half, positions, tables
+        self.native.half, self.native.positions = half, positions
+        self._kept.append(tables)  # and the ones before, which another thread may be reading
 
 
 def _kind(layer: Any) -> str:
