@@ -12,7 +12,7 @@ struct Avx512 {
   using Int = __m512i;
   static constexpr int kBytes = 64, kPlaneVecs = 2, kTileVecs = 4;
   static constexpr int kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
-  static constexpr int kStoredPanels = 1 << 20, kFewVecs = 2, kFewTokens = 10;
+  static constexpr int kStoredPanels = kAnyPanels, kFewVecs = 2, kFewTokens = 10;
   static constexpr int64_t kSumSteps = kMaxFeatures;
 
   static INLINE Vec load(const void* p) { return _mm512_loadu_si512(p); }

@@ -217,22 +217,32 @@ INLINE void unpack_fields(const uint8_t* w, typename I::Packed packed, uint8_t* 
   if constexpr (J + 1 < I::kFields) unpack_fields<I, V, J + 1>(w, packed, u);
 }
 
+// Whether weights are ever unpacked to memory.
+template <class I>
+constexpr bool kUnpacks = I::kStoredPanels < kAnyPanels;
+
 // One chunk of a slice times all tokens. take(token): where those of a panel that begins there go.
 template <class I, int L, int V, class Take>
 INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps, const Panels& panels, int64_t done,
                            int64_t all_steps, uint8_t* unpacked, const Take& take) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields;
-  const bool stored = panels.count <= I::kStoredPanels;
-  if (!stored) for (int64_t step = 0; step < steps; ++step)
-    for (int v = 0; v < V; ++v) {
-      const uint8_t* from = w + v / kBlockVecs * block_bytes + step * kStepBytes + v % kBlockVecs * I::kBytes;
-      unpack_fields<I, V, 0>(from, I::unpack(from), unpacked + step * Unpacked<I, V>::kStride + v * I::kBytes);
-    }
+  const bool stored = !kUnpacks<I> || panels.count <= I::kStoredPanels;
+  if constexpr (kUnpacks<I>)
+    for (int64_t step = 0; !stored && step < steps; ++step)
+      for (int v = 0; v < V; ++v) {
+        const uint8_t* from = w + v / kBlockVecs * block_bytes + step * kStepBytes + v % kBlockVecs * I::kBytes;
+        unpack_fields<I, V, 0>(from, I::unpack(from), unpacked + step * Unpacked<I, V>::kStride + v * I::kBytes);
+      }
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t token = panels.first(p), limbs = (panels.first(p + 1) - token) * L;
     const int8_t* q = panels.codes + (token * L * all_steps + done * limbs) * kStep;
-    if (stored) multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(token));
-    else multiply_panel<I, Unpacked<I, V>, V, I::kMaxTokens / L * L>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs), take(token));
+    if (stored) {
+      multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(token));
+      continue;
+    }
+    if constexpr (kUnpacks<I>)
+      multiply_panel<I, Unpacked<I, V>, V, I::kMaxTokens / L * L>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs),
+                                                                  take(token));
   }
 }
 
@@ -246,7 +256,7 @@ constexpr int64_t chunk_steps() {  // so many that a group fits
 template <class I, int L, int V>
 void slice_rows(const PreparedWeight& layer, int64_t block, const Panels& panels, int32_t* acc, void* y, int32_t y_type) {
   constexpr int kRows = V * I::kBytes / 4, kStep = 4 * I::kFields;
-  alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
+  alignas(64) uint8_t unpacked[kUnpacks<I> ? chunk_steps<I>() * Unpacked<I, V>::kStride : 1];
   const int64_t steps = (layer.k + kStep - 1) / kStep, n0 = block * kBlockRows;
   memset(acc, 0, panels.tokens * L * kRows * sizeof(*acc));
   const int64_t chunk = panels.count <= I::kStoredPanels ? I::kSumSteps : chunk_steps<I>();  // nothing to unpack: all at once
@@ -263,7 +273,7 @@ void slice_rows(const PreparedWeight& layer, int64_t block, const Panels& panels
 template <class I, int L, int V>
 void slice_groups(const PreparedWeight& layer, int64_t block, const Panels& panels, float* part, void* y, int32_t y_type) {
   constexpr int kRows = V * I::kBytes / 4, kStep = 4 * I::kFields;
-  alignas(64) uint8_t unpacked[chunk_steps<I>() * Unpacked<I, V>::kStride];
+  alignas(64) uint8_t unpacked[kUnpacks<I> ? chunk_steps<I>() * Unpacked<I, V>::kStride : 1];
   alignas(64) float scale[kRows];
   const Groups groups(layer, kStep);
   const int64_t steps = (layer.k + kStep - 1) / kStep, all_steps = groups.all_steps(), n0 = block * kBlockRows;

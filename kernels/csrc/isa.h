@@ -11,6 +11,7 @@ constexpr int64_t kSpan = 1024;       // features whose groups are summed before
 constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
 constexpr int64_t kMaxHadamard = 8192;  // features of the largest block of a Walsh-Hadamard transform
 constexpr int kRun = 16;  // positions of a cache that a vector holds
+constexpr int kAnyPanels = 1 << 20;  // that take weights as stored: all
 constexpr int kTileQueries = 4;  // that attend to the same head's keys at once
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
 
