@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import chat, convert, eval, generate, info, inspect, quickstart, serve, train, tune
+from .commands import chat, convert, eval, generate, info, inspect, quickstart, serve, train, tune, write
 
 EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
   bitnet train run.yaml                     a model of your own, or an existing one to 1.58 bit; see its --help
+  bitnet write MODEL own-text.jsonl         have a model write the text that its low-bit copy is to learn from
   bitnet eval MODEL --text held-out.txt     perplexity and bits per byte, alone or beside another model
   bitnet generate quickstart/ternary "def "  continue a prompt with it
   bitnet chat my-model-1.58                 talk to a model that has a chat template
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for command in (info, quickstart, train, eval, generate, chat, convert, inspect, serve, tune):
+    for command in (info, quickstart, train, eval, generate, chat, convert, inspect, serve, tune, write):
         command.add(commands)
     args = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):

@@ -1,19 +1,16 @@
 """Models and tokenizers that commands work on: new ones, checkpoints to train, and checkpoints to run."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from ..convert.checkpoint import load
-from ..convert.conversion.convert import convert_checkpoint
+from ..convert.folders import dtype_to_run, find_folder
 from ..convert.hub.tokenizers import load_tokenizer
-from ..convert.opening import open_source
 from ..experts import PackedExperts
 from ..packed import PackedBitLinear
 from ..progress import without_bars
@@ -92,36 +89,27 @@ def _read_architecture(architecture: str | Mapping[str, Any]) -> tuple[dict[str,
 
 def tokenizer_of(directory: str | Path | None, remedy: str = "") -> Any:
     """The tokenizer in a folder; None stands for bytes."""
-    return build_tokenizer() if directory is None else load_tokenizer(directory, remedy)
+    return build_tokenizer() if directory is None else load_tokenizer(find_folder(directory), remedy)
 
 
-def trainable(directory: str | Path) -> Any:
-    """A checkpoint as a model to train, in float32: a float one, or one in training."""
-    path = Path(directory)
-    if path.is_file():
-        raise ValueError(f"{path}: a file; convert it to a folder first: bitnet convert {path} FOLDER --to bf16")
+def trainable(name: str | Path) -> Any:
+    """A checkpoint as a model to train, in float32: a float one, or one in training; `name` as of bitnet.load."""
+    path = find_folder(name)
     with without_bars():
         model = load(path, dtype=torch.float32)
     if any(isinstance(module, PackedBitLinear | PackedExperts) for module in model.modules()):
         raise ValueError(
-            f"{path}: its layers are packed, which cannot be trained; start from the checkpoint it was packed from, or "
-            f"from what it encodes: bitnet convert {path} FOLDER --to latent"
+            f"{name}: its layers are packed, which cannot be trained; start from the checkpoint it was packed from, or "
+            f"from what it encodes: bitnet convert {name} FOLDER --to latent"
         )
     return model
 
 
-def runnable(path: str | Path, **options: Any) -> tuple[Any, Any]:
-    """A checkpoint, packed or float, a folder or a GGUF file, as a model to run, and its tokenizer."""
-    path = Path(path)
-    if path.is_file():
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            layers = open_source(path).layers().values()
-            packed = any(isinstance(layer, PackedBitLinear) for layer in layers)  # else "hub" would round
-            target = Path(folder) / "model"
-            convert_checkpoint(path, target, to="hub" if packed else "bf16", console=Console(quiet=True))
-            return runnable(target, **options)
+def runnable(name: str | Path, *, device: str | torch.device, **options: Any) -> tuple[Any, Any]:
+    """A checkpoint, packed or float, as a model to run, and its tokenizer; `name` and `options` as of bitnet.load."""
+    folder = find_folder(name)
     with without_bars():
-        return load(path, **options), load_tokenizer(path)
+        return load(folder, device=device, dtype=dtype_to_run(folder, device), **options), load_tokenizer(folder)
 
 
 def check_causal(model: Any) -> None:

@@ -3,14 +3,16 @@
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ..convert.checkpoint import load
+from ..convert.checkpoint import CONFIG, load
+from ..convert.files.json_object import read_json
+from ..convert.folders import find_folder
 from ..convert.swap.replace import replace_linear
 from ..linear import BitLayer
 from ..progress import without_bars
@@ -45,6 +47,24 @@ def tokenizer_for(options: TrainOptions) -> Any:
     """The tokenizer of a run."""
     remedy = "; or name one with --tokenizer"
     return tokenizer_of(options.tokenizer or options.model, remedy if options.tokenizer is None else "")
+
+
+def settled(options: TrainOptions) -> TrainOptions:
+    """Options whose strengths say when quantization sets in: at once, where the start is low-bit already."""
+    low_bit = bool(options.reconstruct)
+    if options.model is not None and options.weights != "float":
+        low_bit |= "quantization_config" in read_json(find_folder(options.model) / CONFIG)
+    first, last = options.strength_start, options.strength_end
+    first = (0.0 if low_bit else 0.2) if first is None else first
+    last = max(first, 0.0 if low_bit else 0.7) if last is None else last
+    return replace(options, strength_start=first, strength_end=last)
+
+
+def strengths(options: TrainOptions) -> tuple[float, float]:
+    """The two of settled options."""
+    assert options.strength_start is not None
+    assert options.strength_end is not None
+    return options.strength_start, options.strength_end
 
 
 def build(options: TrainOptions, tokenizer: Any, console: Console) -> Any:
@@ -95,14 +115,15 @@ def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens,
         separate=_separates(options, model),
     )
     steps = options.steps or math.ceil(options.epochs * rows.rows / (options.batch * options.accumulation))
+    first, last = strengths(options)
     schedule = Schedule(
         steps,
         options.schedule,  # type: ignore[arg-type]
         options.warmup,
         options.final_lr,
         options.decay,
-        options.strength_start,
-        options.strength_end,
+        first,
+        last,
     )
     optimizers = make_optimizers(
         model,

@@ -1,7 +1,7 @@
 """`bitnet train`: from options to a packed model, a report, and checkpoints to go on from.
 
-A run's folder has options.yaml, data/ (the tokens), checkpoints/, and at the end model/ (packed), report.json and
-report.png, which is written last of what a finished run has.
+A run's folder has options.yaml, data/ (the tokens), blocks/ (of a reconstruction), checkpoints/, and at the end model/
+(packed), report.json and report.png, which is written last of what a finished run has.
 """
 
 import json
@@ -32,10 +32,11 @@ from ..train.loop import Loop
 from ..train.options import TrainOptions, from_yaml
 from . import checkpoints
 from .models import tokenizer_of, trainable
+from .reconstruction import run_reconstruction
 from .report import plot
-from .setup import Run, build, device_of, evaluate, prepare, sizes, tokenized, tokenizer_for
+from .setup import Run, build, device_of, evaluate, prepare, settled, sizes, strengths, tokenized, tokenizer_for
 
-OPTIONS, REPORT = "options.yaml", "report.json"
+OPTIONS, REPORT, BLOCKS = "options.yaml", "report.json", "blocks"
 
 
 def train(options: TrainOptions, console: Console | None = None) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def train(options: TrainOptions, console: Console | None = None) -> dict[str, An
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         remedy = f"go on with it: bitnet train --resume {out}; or name" if (out / OPTIONS).exists() else "name"
         raise ValueError(f"{out} is there already; {remedy} another folder")
+    options = settled(options)
     tokenizer = tokenizer_for(options)
     model = build(options, tokenizer, console)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -93,13 +95,14 @@ def rehearse(options: TrainOptions, console: Console | None = None) -> dict[str,
     """What a run would be: sizes, tokens, steps; time and memory, measured on a few steps. Writes nothing to OUT."""
     console = console or Console()
     options.check()
+    options = settled(options)
     tokenizer = tokenizer_for(options)
     model = build(options, tokenizer, console)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         training, held_out = tokenized(options, tokenizer, Path(folder), console)
         run = prepare(options, model, tokenizer, training, held_out)
         loop, steps = run.loop, run.loop.schedule.steps
-        loop.step = min(steps - 1, round(steps * (options.strength_start + options.strength_end) / 2))  # half quantized
+        loop.step = min(steps - 1, round(steps * sum(strengths(options)) / 2))  # half quantized
         model.train()
         times = []
         for _ in range(min(4, steps - loop.step)):
@@ -128,30 +131,36 @@ def _go(run: Run, out: Path, console: Console) -> dict[str, Any]:
     options, loop = run.options, run.loop
     steps = loop.schedule.steps
     after: list[Any] = []
+
+    def look(loop: Loop, when: str = "") -> None:
+        found = evaluate(run)
+        loop.metrics.append({"step": loop.step, **found})
+        console.print(
+            f"{when or f'step {loop.step:,}'}: {found['bits_per_byte']:.4f} bits per held-out byte, perplexity "
+            f"{found['perplexity']:,.2f}, fully quantized",
+            highlight=False,
+        )
+
     if can_evaluate := len(run.held_out.ids) > options.context:
         every = options.eval_every or max(1, steps // 10)
-
-        def look(loop: Loop) -> None:
-            if loop.step % every == 0 or loop.step == steps:
-                found = evaluate(run)
-                loop.metrics.append({"step": loop.step, **found})
-                console.print(
-                    f"step {loop.step:,}: {found['bits_per_byte']:.4f} bits per held-out byte, perplexity "
-                    f"{found['perplexity']:,.2f}, fully quantized",
-                    highlight=False,
-                )
-
-        after.append(look)
+        after.append(lambda loop: look(loop) if loop.step % every == 0 or loop.step == steps else None)
     else:
         console.print(
             "too little text is held out to evaluate on; give --eval-data, or more --held-out", highlight=False
         )
+    if loop.step == 0 and options.model is not None and can_evaluate:
+        look(loop, "at the start")
+    if loop.step == 0 and options.reconstruct:
+        blocks = run_reconstruction(run, out / BLOCKS, console)
+        loop.metrics.append({"step": 0, "blocks": blocks})
+        if can_evaluate:
+            look(loop, "reconstructed")
     after.append(
         checkpoints.Checkpoints(
             out / "checkpoints", run.tokenizer, options.checkpoint_every, options.checkpoint_minutes, options.keep
         )
     )
-    with _stops(loop):
+    with _stops(loop):  # while blocks are reconstructed, an interrupt ends it at once: those that are done are kept
         loop.run("training", console, after=after)
     if loop.step < steps:
         console.print(f"stopped after step {loop.step:,}; go on: bitnet train --resume {out}", highlight=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..convert.checkpoint import load, weight_files
-from ..convert.folders import find_folder
+from ..convert.folders import dtype_to_run, find_folder
 from ..convert.hub.tokenizers import load_tokenizer
 from ..convert.swap.pack import pack
 
@@ -34,9 +34,11 @@ def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
     folder = find_folder(checkpoint)
     weight_files(folder)  # a clear error before anything slow
     tokenizer = load_tokenizer(folder)
+    device = options.device or default_device()
     model = load(
         folder,
-        device=options.device or default_device(),
+        device=device,
+        dtype=dtype_to_run(folder, device),
         backend=options.backend,
         activation_bits=options.activation_bits,
     )

@@ -77,6 +77,13 @@ class PackedRows:
             del batch["position_ids"]
         return batch
 
+    def stretches(self, count: int) -> Tensor:
+        """The ids [count, context] of the run's first rows, each as one text."""
+        if count > self.rows:
+            raise ValueError(f"the text has {self.rows:,} rows of context {self.context}, but {count:,} are asked for")
+        firsts = torch.tensor([[self._first(number)] for number in range(count)])
+        return self.ids[firsts + torch.arange(self.context)].long()
+
     def _first(self, number: int) -> int:
         return int(self._epoch(number // self.rows)[number % self.rows]) * self.context
 

@@ -100,11 +100,17 @@ class TrainOptions:
     warmup: float = _option(OPTIMIZATION, 0.04, "share of the steps in which it rises")
     final_lr: float = _option(OPTIMIZATION, 0.05, "the last learning rate as a share of the peak")
     decay: float = _option(OPTIMIZATION, 0.2, "of wsd: share of the steps in which it falls")
-    strength_start: float = _option(
-        OPTIMIZATION, 0.2, "share of the steps in full precision; then quantization sets in, more and more, until"
+    strength_start: float | None = _option(
+        OPTIMIZATION,
+        None,
+        "share of the steps in full precision; then quantization sets in, more and more, until (default: 0.2; 0 where "
+        "the start is low-bit already)",
     )
-    strength_end: float = _option(
-        OPTIMIZATION, 0.7, "this share of the steps, from where on layers are fully quantized (0 and 0: from the start)"
+    strength_end: float | None = _option(
+        OPTIMIZATION,
+        None,
+        "this share of the steps, from where on layers are fully quantized; 0 and 0: from the start (default: 0.7, or "
+        "0)",
     )
 
     teacher: str | None = _option(TEACHER, None, "checkpoint folder of a model with the same vocabulary")
@@ -113,6 +119,13 @@ class TrainOptions:
     temperature: float = _option(TEACHER, 1.0, "of both in it")
     relation: float = _option(TEACHER, 0.0, "weight of the difference of attention relations in one layer")
     relation_layer: int = _option(TEACHER, -1, "that layer; -1 is the last")
+    reconstruct: int = _option(
+        TEACHER,
+        0,
+        "before the run, train each block of layers by itself, so many steps, to give what the teacher's gives",
+    )
+    reconstruct_rows: int = _option(TEACHER, 128, "rows of the text for it")
+    reconstruct_lr: float = _option(TEACHER, 1e-3, "peak learning rate of it, AdamW's")
 
     device: str | None = _option(MACHINE, None, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     precision: str = _option(
@@ -147,7 +160,11 @@ class TrainOptions:
             )
         if not self.data:
             raise ValueError("give text to train on: --data FILE ...")
-        for name in ("context", "batch", "accumulation", "keep", "eval_tokens"):
+        if self.reconstruct < 0 or (self.reconstruct and (self.teacher is None or self.weights == "float")):
+            raise ValueError(
+                "--reconstruct N needs N of 0 or more, a --teacher whose blocks are followed, and low-bit layers"
+            )
+        for name in ("context", "batch", "accumulation", "keep", "eval_tokens", "reconstruct_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{flag(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("steps", "eval_every", "monitor_every", "checkpoint_every"):
