@@ -6,7 +6,8 @@
     bitnet.save(model, "out")                # a Hugging Face checkpoint
     model = bitnet.load("out")               # or AutoModelForCausalLM.from_pretrained("out")
 
-Importing this package also teaches transformers' from_pretrained to build these layers for `bitnet` checkpoints.
+Importing this package also teaches transformers' from_pretrained to build these layers for `bitnet` checkpoints, and
+PEFT to put LoRA beside packed layers.
 """
 
 import importlib
@@ -14,6 +15,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .convert.checkpoint import load, save
     from .convert.conversion.convert import convert_checkpoint
     from .convert.inspection import diff_checkpoints, inspect_checkpoint
+    from .convert.swap.merge import merge_adapter
     from .convert.swap.pack import pack
     from .convert.swap.replace import replace_linear
     from .convert.swap.report import Report
@@ -58,6 +61,7 @@ _HOME = {
     "embed": "bitnet.serving.embed",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
+    "merge_adapter": "bitnet.convert.swap.merge",
     "native_decoding": "bitnet.decode.attach",
     "pack": "bitnet.convert.swap.pack",
     "replace_linear": "bitnet.convert.swap.replace",
@@ -87,6 +91,7 @@ __all__ = [
     "embed",
     "inspect_checkpoint",
     "load",
+    "merge_adapter",
     "native_decoding",
     "pack",
     "replace_linear",
@@ -128,36 +133,43 @@ class _Ours:
         return getattr(importlib.import_module(self.__module__), self.name)
 
 
-class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Puts our quantizer into the module where transformers looks quantizers up, whenever that module has run.
+class _WheneverImported(importlib.abc.MetaPathFinder):
+    """Has `then` called with a module whenever that module has run.
 
-    transformers has no entry point for plug-ins. The finder stays: a spec may be asked for without being used
-    (importlib.util.find_spec), and a module may run again (importlib.reload).
+    transformers and PEFT have no entry points for plug-ins. The finder stays: a spec may be asked for without being
+    used (importlib.util.find_spec), and a module may run again (importlib.reload).
     """
 
-    trigger = "transformers.quantizers.auto"
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
+        sys.meta_path.insert(0, self)
+        if name in sys.modules:
+            then(importlib.import_module(name))  # waits if another thread is at it
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.trigger:
+        if name != self.name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def run_then_register(module: Any) -> None:
+            def run_then(module: Any) -> None:
                 run(module)
-                _register(module)
+                self.then(module)
 
-            spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
+            spec.loader.exec_module = run_then  # type: ignore[method-assign]
         return spec
 
 
-def _register(mappings: Any) -> None:
+def _register_quantizer(mappings: Any) -> None:
     mappings.AUTO_QUANTIZER_MAPPING["bitnet"] = _Ours("bitnet.convert.hub.quantizer", "BitNetQuantizer")
     mappings.AUTO_QUANTIZATION_CONFIG_MAPPING["bitnet"] = _Ours("bitnet.convert.hub.config", "BitNetConfig")
 
 
-sys.meta_path.insert(0, _RegisterWithTransformers())
-if _RegisterWithTransformers.trigger in sys.modules:
-    _register(importlib.import_module(_RegisterWithTransformers.trigger))  # waits if another thread is at it
+def _register_adapters(lora: Any) -> None:
+    importlib.import_module("bitnet.adapters").register(lora)
+
+
+_WheneverImported("transformers.quantizers.auto", _register_quantizer)
+_WheneverImported("peft.tuners.lora.model", _register_adapters)

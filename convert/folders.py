@@ -4,11 +4,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
-from .checkpoint import CONFIG
 from .conversion.convert import convert_checkpoint
-from .files.json_object import read_json
 from .finding import find
 from .llama_cpp.source import GgufSource
 
@@ -20,13 +16,6 @@ def find_folder(name: str | Path) -> Path:
     """
     path = find(name)
     return _unpacked(path, path.stat().st_mtime_ns) if path.is_file() else path
-
-
-def dtype_to_run(folder: Path, device: str | torch.device) -> str | torch.dtype:
-    """What bitnet.load is to be told for a model that is to run: float32 for a float checkpoint on a CPU which has no
-    products of bfloat16, where those of many tokens take several times as long; else "auto", the stored one."""
-    slow = torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if slow and "quantization_config" not in read_json(folder / CONFIG) else "auto"
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import rotation
-from bitnet.kernels.reference import GROUP_SIZES, grouped, size_of_groups
+from bitnet.kernels.reference import GROUP_SIZES, group_sizes, grouped, size_of_groups
 from bitnet.packing import quantize_matrix
 from bitnet.quantize import QuantSpec
 
@@ -42,6 +42,22 @@ def rounded(weight: Tensor, spec: QuantSpec) -> Quantized:
 def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
     """Floats [..., K] of a plain layer, its weight or its input, in the basis of these options: themselves, or x H."""
     return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard)
+
+
+def latent_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Float weights that absmean rounding takes to these codes and, but for the last bits, this scale.
+
+    codes: ternary [N, K]; scale: float32 [1] or [N], or float16 [N, G] of groups, which comes back bit for bit (but for
+    groups of zeros alone, whose scale means nothing); returns float32 [N, K]
+    """
+    if scale.ndim == 2:
+        parts = grouped(codes, size_of_groups(codes.shape[1], scale.shape[1]))
+        sizes = group_sizes(codes.shape[1], parts.shape[-1], codes.device)
+        share = parts.count_nonzero(-1) / sizes
+        factor = (scale.double() / share.clamp(min=1 / codes.numel()))[..., None]
+        return (parts * factor).flatten(1)[:, : codes.shape[1]].float()
+    share = codes.abs().mean(dim=None if len(scale) == 1 else 1, dtype=torch.float32)
+    return codes * (scale / share.clamp(min=1 / codes.numel()))[:, None]
 
 
 def exact(weight: Tensor, spec: QuantSpec) -> Quantized | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 EPS = 1e-5  # lower bound of mean|W| and max|x|: keeps scales finite (The Era of 1-bit LLMs: Training Tips, p. 5)
 GROUP_SIZES = (32, 64, 128, 256)  # features that may share a scale in a row
 SPAN = 1024  # features whose groups are summed before the sum goes to the total: see group_linear
+MOST_FLOATS = 1 << 24  # weights that a backward pass expands to float at a time
 MOST_16 = 65_536  # features whose products with 16-bit activations an int32 holds
 MAX_16 = 127 * 256 + 127  # of 16-bit activations: the largest integer that is two int8 limbs, 256 h + l
 
@@ -276,6 +277,13 @@ def grad_input(grad_y: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     grad_y: floating [M, N]; codes: int8 [N, K]; scale: float32 [1] or [N], or float16 [N, G]
     returns: grad_y.dtype [M, K]
     """
+    rows = max(1, MOST_FLOATS // codes.shape[1])
+    if codes.shape[0] > rows:  # the weight in pieces, since it may be a head of gigabytes
+        total = torch.zeros(grad_y.shape[0], codes.shape[1], dtype=torch.float32, device=grad_y.device)
+        pieces = [slice(first, first + rows) for first in range(0, codes.shape[0], rows)]
+        for piece in pieces:
+            total += grad_input(grad_y[:, piece], codes[piece], scale if scale.numel() == 1 else scale[piece])
+        return total.to(grad_y.dtype)
     if scale.dtype == torch.float16:
         return grad_y @ dequantize_weight(codes, scale, grad_y.dtype)
     return (grad_y * scale.to(grad_y.dtype)) @ codes.to(grad_y.dtype)

@@ -32,9 +32,10 @@ from transformers import (
 import bitnet
 from bitnet import BitLinear, PackedBitLinear, cli
 from bitnet.convert.calibration import gptq
-from bitnet.convert.calibration.calibrate import calibrate, calibrated, latent_weight, read_text
+from bitnet.convert.calibration.calibrate import calibrate, calibrated, read_text
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.source import FolderSource
+from bitnet.convert.rounding import latent_weight
 from bitnet.kernels import layout, reference
 from bitnet.train.data import build_tokenizer
 

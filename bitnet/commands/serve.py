@@ -48,6 +48,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=["int8"], help="pack the output head, too: faster, nearly the same (see README)"
     )
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter beside the layers, as PEFT saves it")
     parser.add_argument("--activation-bits", choices=["8", "16", "none"], help="of layers made for float activations")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     parser.add_argument(
@@ -60,7 +61,7 @@ def model_options(args: argparse.Namespace, **more: Any) -> Any:
     from ..serving.run import Options
 
     bits = {None: "auto", "none": None, "8": 8, "16": 16}[args.activation_bits]
-    return Options(args.head, args.backend, bits, args.device, **more)
+    return Options(args.head, args.adapter, args.backend, bits, args.device, **more)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert.checkpoint import load
-from ..convert.folders import dtype_to_run, find_folder
+from ..convert.checkpoint import dtype_to_run, load
+from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
 from ..experts import PackedExperts
 from ..packed import PackedBitLinear

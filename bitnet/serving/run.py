@@ -4,12 +4,13 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..convert.checkpoint import load, weight_files
-from ..convert.folders import dtype_to_run, find_folder
+from ..convert.checkpoint import dtype_to_run, load, weight_files
+from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
 from ..convert.swap.pack import pack
 
@@ -21,6 +22,7 @@ class Options:
     """How a model is loaded and shared."""
 
     head: str | None = None
+    adapter: str | None = None
     backend: str = "auto"
     activation_bits: int | str | None = "auto"
     device: str | None = None
@@ -46,7 +48,21 @@ def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
         raise ValueError(f"{checkpoint} is a {type(model).__name__}, which does not generate text")
     if options.head is not None:
         pack(model, head=options.head)
+    if options.adapter is not None:
+        add_adapter(model, options.adapter)
     return model.eval(), tokenizer
+
+
+def add_adapter(model: Any, folder: str) -> None:
+    """Put a LoRA adapter that PEFT saved beside the layers of a model."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no adapter there; it must have an adapter_config.json, as PEFT saves it")
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("--adapter needs PEFT: pip install 'bitnet-toolkit[lora]'") from None
+    assert peft
+    model.load_adapter(folder)
 
 
 def load_text_model(checkpoint: str, options: Options) -> Any:

@@ -170,22 +170,6 @@ def calibrated(store: str | Path) -> dict[str, Callable[[], Quantized]]:
     return {name: partial(_read_layer, file, name, size) for file in files for name, size in _facts(file)[0].items()}
 
 
-def latent_weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """Float weights that absmean rounding takes to these codes and, but for the last bits, this scale.
-
-    codes: ternary [N, K]; scale: float32 [1] or [N], or float16 [N, G] of groups, which comes back bit for bit (but for
-    groups of zeros alone, whose scale means nothing); returns float32 [N, K]
-    """
-    if scale.ndim == 2:
-        parts = reference.grouped(codes, reference.size_of_groups(codes.shape[1], scale.shape[1]))
-        sizes = reference.group_sizes(codes.shape[1], parts.shape[-1], codes.device)
-        share = parts.count_nonzero(-1) / sizes
-        factor = (scale.double() / share.clamp(min=1 / codes.numel()))[..., None]
-        return (parts * factor).flatten(1)[:, : codes.shape[1]].float()
-    share = codes.abs().mean(dim=None if len(scale) == 1 else 1, dtype=torch.float32)
-    return codes * (scale / share.clamp(min=1 / codes.numel()))[:, None]
-
-
 def _check(source: Source, samples: int, length: int) -> None:
     """Refuse what cannot be calibrated before anything is read."""
     kind = type(source.model).__name__

@@ -18,12 +18,11 @@ from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.packing import to_packed
 
-from ..calibration.calibrate import latent_weight
 from ..files.safetensors import DTYPES
 from ..hub.config import config_of
 from ..hub.values import stored_scale
 from ..llama_cpp import writer
-from ..rounding import exact, rotated
+from ..rounding import exact, latent_weight, rotated
 from ..source import Source, Weight
 from .heads import head_job, pack_head
 from .jobs import Job, Output
