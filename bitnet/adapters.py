@@ -8,6 +8,7 @@ load_adapter then know packed layers, by name and as "all-linear". This module n
 """
 
 import re
+import warnings
 from typing import Any
 
 from peft.tuners import tuners_utils
@@ -21,6 +22,11 @@ FRESH = (True, False, None, "gaussian", "orthogonal")  # values of init_lora_wei
 
 class PackedLoraLinear(Linear):
     """A packed layer and its adapters. PEFT tells adapters of linear layers by the end of their class's name."""
+
+    def __init__(self, base_layer: PackedBitLinear, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # whose features it then finds all the same
+            super().__init__(base_layer, *args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter; raises ValueError for kinds that need the float weight."""

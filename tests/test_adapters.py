@@ -17,8 +17,6 @@ from bitnet.kernels import reference
 from bitnet.packed import PackedBitLinear
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # about targets, bases and saving
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "tensor": {},
     "row": {"per_row": True},

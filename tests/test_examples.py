@@ -61,6 +61,14 @@ def test_finetune_takes_back_what_rounding_loses(monkeypatch, capsys) -> None:  
     assert scores["as served"] == scores["fine-tuned"]
 
 
+def test_lora_learns_beside_packed_weights(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("peft")
+    printed = run("lora.py", "--base-steps", "20", "--steps", "20", monkeypatch=monkeypatch, capsys=capsys)
+    scores = {name: float(value) for name, value in re.findall(r"(packed|with the adapter) ([\d.]+)", printed)}
+    assert scores["with the adapter"] < 0.8 * scores["packed"]
+    assert Path("lora/adapter/adapter_config.json").exists()
+
+
 def test_finetune_takes_a_model_and_text_of_ones_own(tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     from tiny import llama
 
