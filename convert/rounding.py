@@ -16,6 +16,8 @@ from bitnet.packing import quantize_matrix
 from bitnet.quantize import QuantSpec
 
 PIECE = 1 << 18  # elements that are looked at in one go
+# latent weights end at these multiples of the scale, at a distance from the threshold of 1/2, and differ by so much
+INNER, OUTER, FLAT = 0.45, 0.55, 0.05
 
 
 class Quantized(NamedTuple):
@@ -44,20 +46,33 @@ def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
     return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard)
 
 
-def latent_weight(codes: Tensor, scale: Tensor) -> Tensor:
+def latent_weight(codes: Tensor, scale: Tensor, like: Tensor | None = None) -> Tensor:
     """Float weights that absmean rounding takes to these codes and, but for the last bits, this scale.
 
     codes: ternary [N, K]; scale: float32 [1] or [N], or float16 [N, G] of groups, which comes back bit for bit (but for
     groups of zeros alone, whose scale means nothing); returns float32 [N, K]
+    like:  float [N, K]: where each weight is to lie within the bin of its code, as far as the mean of all sizes allows,
+           which is the scale: those that were close to a threshold change first in training. Without it, all zeros lie
+           at 0, and all others are of one size
     """
+    sign = codes.float()
+    like = torch.zeros_like(sign) if like is None else like.float()
     if scale.ndim == 2:
-        parts = grouped(codes, size_of_groups(codes.shape[1], scale.shape[1]))
-        sizes = group_sizes(codes.shape[1], parts.shape[-1], codes.device)
-        share = parts.count_nonzero(-1) / sizes
-        factor = (scale.double() / share.clamp(min=1 / codes.numel()))[..., None]
-        return (parts * factor).flatten(1)[:, : codes.shape[1]].float()
-    share = codes.abs().mean(dim=None if len(scale) == 1 else 1, dtype=torch.float32)
-    return codes * (scale / share.clamp(min=1 / codes.numel()))[:, None]
+        size = size_of_groups(codes.shape[1], scale.shape[1])
+        sign, like = grouped(sign, size), grouped(like, size)
+        count = group_sizes(codes.shape[1], size, codes.device)[:, None]
+    elif len(scale) == 1:
+        sign, like = sign.flatten()[None], like.flatten()[None]
+        count = torch.tensor(codes.numel(), device=codes.device)
+    else:
+        count = torch.tensor(codes.shape[1], device=codes.device)
+    s, used = scale.float()[..., None], sign.count_nonzero(-1)[..., None]
+    zeros = torch.where((sign == 0) & (used > 0), torch.minimum(torch.maximum(like, -INNER * s), INNER * s), 0.0)
+    above = sign.abs() * (torch.minimum(torch.maximum(sign * like - OUTER * s, FLAT * s), 2 * s))
+    left = count * s.double() - zeros.abs().sum(-1, True, dtype=torch.float64) - OUTER * s.double() * used
+    stretch = left / above.sum(-1, True, dtype=torch.float64).clamp(min=1e-30)
+    latent = zeros + sign * (OUTER * s + (stretch * above).float())
+    return latent.flatten(1)[:, : codes.shape[1]] if scale.ndim == 2 else latent.view(codes.shape)
 
 
 def exact(weight: Tensor, spec: QuantSpec) -> Quantized | None:

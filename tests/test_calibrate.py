@@ -389,14 +389,32 @@ def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_pat
 
 
 def test_latent_weights_made_from_codes_round_back_to_them() -> None:
+    for n, k in ((8, 32), (5, 200)):
+        w, x, y = layer(n, k)
+        w[0] = 0.001 * w[0]
+        w[1, 3] = 40.0
+        for options in SCALES.values():
+            codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, **options)
+            for like in (None, w):
+                latent = latent_weight(codes, scale, like)
+                again, scale_again = reference.quantize_weight(latent, **options)
+                assert torch.equal(again, codes)
+                exact = {"rtol": 0, "atol": 0} if scale.ndim > 1 else {}
+                torch.testing.assert_close(scale_again, scale, **exact)
+
+
+def test_latent_weights_keep_their_order_within_a_bin() -> None:
     w, x, y = layer(8, 32)
-    for options in SCALES.values():
-        codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, **options)
-        again, scale_again = reference.quantize_weight(latent_weight(codes, scale), **options)
-        assert torch.equal(again, codes)
-        torch.testing.assert_close(
-            scale_again, scale, rtol=0 if scale.ndim > 1 else None, atol=0 if scale.ndim > 1 else None
-        )
+    codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, True)
+    latent = latent_weight(codes, scale, w)
+    threshold = 0.5 * scale[:, None]
+    for row in range(8):
+        for code in (-1, 0, 1):
+            own = codes[row] == code
+            order = w[row, own].argsort()
+            assert bool((latent[row, own][order].diff() >= -1e-6).all())
+    inside = (codes == 0) & (w.abs() < 0.9 * threshold)
+    assert torch.equal(latent[inside], w[inside])
 
 
 def test_a_row_of_zeros_stays_one() -> None:

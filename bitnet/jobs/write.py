@@ -59,11 +59,15 @@ def write(
         )
     path = str(Path(model).resolve())
     settings = {"model": path, "length": length, "batch": batch, "chat": chat, "temperature": temperature, "seed": seed}
-    done = _begin(out, settings, resume)
+    beside = out.with_name(f"{out.name}.json")
+    done = _written(out, beside, settings, resume)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     writer, tokenizer = runnable(model, device=device, backend=backend)
     if chat and not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template; leave out --chat for plain text")
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(beside, (json.dumps(settings, indent=1) + "\n").encode())
     written = sum(_length(tokenizer, text) for text in done)
     quiet = console or Console(quiet=True)
     with (
@@ -85,12 +89,9 @@ def write(
     return written
 
 
-def _begin(out: Path, settings: dict[str, Any], resume: bool) -> list[str]:
-    """Make the files, or see that they may be continued and cut them after their last whole batch; what they hold."""
-    beside = out.with_name(f"{out.name}.json")
+def _written(out: Path, beside: Path, settings: dict[str, Any], resume: bool) -> list[str]:
+    """The documents of the file, cut after its last whole batch, if it may be continued; none if it is not there."""
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(beside, (json.dumps(settings, indent=1) + "\n").encode())
         return []
     if not resume:
         raise ValueError(f"{out} is there already; go on with it with --resume, or name another file")

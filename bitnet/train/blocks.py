@@ -48,7 +48,7 @@ def reconstruct(
     rows: Tensor,
     *,
     steps: int = 64,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     batch: int = 8,
     seed: int = 0,
     console: Console | None = None,
@@ -61,7 +61,8 @@ def reconstruct(
     teacher: the float model it was made of
     rows:    ids [R, L] of text, R a multiple of `batch`
     steps:   for each block, of `batch` rows, in an order drawn with `seed`
-    lr:      peak, AdamW's, of the latent weights and norms; it falls in half a cosine
+    lr:      peak, AdamW's, of the latent weights and norms; it falls in half a cosine. A block whose error it does not
+             lower stays as it was
     saved:   (index, block) -> the report of an earlier run that did this block, whose weights it then puts there
     save:    (index, block, report), called after each
 
@@ -93,6 +94,7 @@ def reconstruct(
                 if report is None:
                     call, title = calls[0][index], f"{name}.{index}"
                     before = _mean_error(block, given, wanted, call, device)
+                    start = {name: value.clone() for name, value in block.state_dict().items()}
                     block.train()
                     optimizers = make_optimizers(block, "adamw", lr=lr, weight_decay=0.0)
                     draw = torch.Generator().manual_seed(seed + index)
@@ -107,7 +109,11 @@ def reconstruct(
                             optimizer.step()
                             optimizer.zero_grad()
                         progress.advance(1 / (steps + 1))
-                    report = BlockReport(title, before, _mean_error(block, given, wanted, call, device))
+                    after = _mean_error(block, given, wanted, call, device)
+                    if not after < before:  # calibrated codes are good already, and a large lr only scatters them
+                        block.load_state_dict(start)
+                        after = before
+                    report = BlockReport(title, before, after)
                     if save is not None:
                         save(index, block, report)
                 reports.append(report)

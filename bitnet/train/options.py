@@ -125,7 +125,7 @@ class TrainOptions:
         "before the run, train each block of layers by itself, so many steps, to give what the teacher's gives",
     )
     reconstruct_rows: int = _option(TEACHER, 128, "rows of the text for it")
-    reconstruct_lr: float = _option(TEACHER, 1e-3, "peak learning rate of it, AdamW's")
+    reconstruct_lr: float = _option(TEACHER, 1e-4, "peak learning rate of it, AdamW's")
 
     device: str | None = _option(MACHINE, None, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     precision: str = _option(

@@ -133,18 +133,18 @@ def _latent(source: Source, weight: Weight) -> Job:
     dtype, shape = source.stored()[weight.key]
 
     def make() -> list[Iterable[Tensor]]:
-        if weight.name in source.calibrated:
-            return [(latent_weight(*matrix).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
         floats = source.tensor(weight.key)
         if source.plain and weight.spec.hadamard is not None:
             floats = (
                 rotated(floats.mT.contiguous(), weight.spec).mT if weight.transposed else rotated(floats, weight.spec)
             )
+        if weight.name in source.calibrated:
+            return [(latent_weight(*matrix, floats).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
         found = exact(floats, weight.spec) if weight.name in source.ternary else None
         return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
 
     output = Output(source.file_key(weight.key), dtype, shape)
-    return Job(weight.name, [output], source.nbytes(weight.key), 10 * prod(shape), make)
+    return Job(weight.name, [output], source.nbytes(weight.key), 30 * prod(shape), make)
 
 
 def _weight(source: Source, weight: Weight, to: str) -> Job:
