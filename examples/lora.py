@@ -1,4 +1,4 @@
-"""LoRA on a packed model: it learns new text while its 1.58-bit weights stay packed, and serves the adapter beside them.
+"""LoRA on a packed model: it learns new text while its 1.58-bit weights stay packed, and serves the two side by side.
 
 Run:  python examples/lora.py                  (about a minute on two idle CPU cores: it trains a model first)
       python examples/lora.py --model DIR --data text.txt ...          (a packed model and text of yours)

@@ -1,6 +1,7 @@
 """`bitnet train`: a model from text, new or from a checkpoint."""
 
 import argparse
+import os
 from typing import Any
 
 from ..train.options import TrainOptions, add_options, from_yaml, given
@@ -48,6 +49,11 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = given(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's
+        raise ValueError(
+            "bitnet train is one process, and was started in several, which would all train the same; for many GPUs "
+            "use transformers' Trainer or accelerate on a model with low-bit layers (README, Many processes)"
+        )
     if args.resume and (args.config or options or args.dry_run):
         raise ValueError("--resume OUT goes on with the options of the run; it takes no others")
     if not (args.resume or args.config or options):

@@ -53,7 +53,8 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
             values = layer.get_parameter(leaf)
             if type(values.data) is not torch.Tensor:
                 raise ValueError(
-                    f"pack: {name}.{leaf} is sharded ({type(values.data).__name__}); gather the model first"
+                    f"pack: {name}.{leaf} is sharded ({type(values.data).__name__}); bitnet.save(model, dir) in all "
+                    "processes, and then pack what one of them loads from there"
                 )
             if values.is_meta:
                 raise ValueError(f"pack: {name}.{leaf} is on the meta device and has no values; load the weights first")
