@@ -73,6 +73,8 @@ def packed_llama(
 ) -> None:
     changes = {key: options.pop(key) for key in ("num_key_value_heads", "attention_bias") if key in options}
     model = tiny.llama(**SIZES | {"tie_word_embeddings": tie} | changes)
+    for block in model.model.layers:  # half of down_proj's features are larger: processes must agree on the maximum
+        block.mlp.up_proj.weight.data[: SIZES["intermediate_size"] // 2] *= 4
     bitnet.replace_linear(model, **options)
     bitnet.pack(model, head=head)
     bitnet.save(model, folder, weight_bits=weight_bits)
@@ -137,7 +139,7 @@ REFUSED = {
     "incomplete": (without_a_tensor, r"model\.layers\.1\.self_attn\.qkv_proj: the checkpoint has no weight_scale"),
 }
 # two processes, one key and value head for both, and slices of scales, signs and the vocabulary
-PARALLEL = {"num_key_value_heads": 1, "head": "int8", "tie": True, "group_size": 64, "hadamard": 64}
+PARALLEL = {"num_key_value_heads": 1, "group_size": 64, "hadamard": 64, "hadamard_signs": True, "head": "int8"}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +199,10 @@ def test_what_vllm_cannot_serve_is_refused_with_the_remedy(name: str, answers: t
 @pytest.mark.skipif(sys.platform != "linux", reason="vLLM's CPU workers share memory as Linux does")
 def test_two_processes_generate_the_tokens_of_one(python: Path, tmp_path: Path) -> None:
     """Fails if a process quantizes tokens by its own features' maximum, or takes others' rows or columns."""
-    packed_llama(tmp_path / "model", hadamard_signs=True, **PARALLEL)
-    options = {"model": str(tmp_path / "model"), "enforce_eager": True, "dtype": "float32", "tensor_parallel_size": 2}
-    results = run(python, tmp_path, {"two": options}, VLLM_CPU_OMP_THREADS_BIND="nobind")
-    assert results["two"] == tokens(bitnet.load(tmp_path / "model"))
+    options = {"enforce_eager": True, "dtype": "float32", "tensor_parallel_size": 2}
+    jobs = {}
+    for name, tie in (("untied", False), ("tied", True)):
+        packed_llama(tmp_path / name, tie=tie, **PARALLEL)
+        jobs[name] = {"model": str(tmp_path / name)} | options
+    results = run(python, tmp_path, jobs, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    assert results == {name: tokens(bitnet.load(tmp_path / name)) for name in jobs}
