@@ -348,6 +348,12 @@ def zero_scale(in_features: int, out_features: int, spec: QuantSpec, device: Any
     return torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
+def embedding_rows(ids: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of an int8 embedding: codes * scale, as dtype [..., D], of weight int8 [V, D] and scale float32 [V]."""
+    codes, scales = F.embedding(ids, weight), F.embedding(ids, scale[:, None]).squeeze(-1)
+    return reference.dequantize_weight(codes, scales, dtype)
+
+
 class PackedEmbedding(Packed):
     """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
 
@@ -379,8 +385,7 @@ class PackedEmbedding(Packed):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        codes, scale = F.embedding(input, self.weight), F.embedding(input, self.weight_scale[:, None]).squeeze(-1)
-        rows = reference.dequantize_weight(codes, scale, self.dtype_of.dtype)
+        rows = embedding_rows(input, self.weight, self.weight_scale, self.dtype_of.dtype)
         if self.multiplier is None:
             return rows
         return rows * torch.full((), self.multiplier, dtype=rows.dtype, device=rows.device)

@@ -16,7 +16,7 @@ Binary layout (for weights without zeros): 1 bit a weight, eight *features* to a
 lowest bit: 1 for the code +1, 0 for -1. Features beyond K count as -1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,32 @@ def unpack_ternary(packed: Tensor, out_features: int | None = None) -> Tensor:
     n = check_packed(packed, out_features)
     fields = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
     return fields[:n].to(torch.int8) - 1
+
+
+def slice_packed(packed: Tensor, out_features: int, rows: slice, columns: slice = slice(None)) -> Tensor:
+    """Some rows and columns of a matrix in the Hub layout, in that layout: its bytes interleave quarters of N, so rows
+    are not consecutive ones of the packed tensor.
+
+    packed:  uint8 [ceil(N/4), K] of N = out_features rows
+    returns: what pack_ternary makes of unpack_ternary(packed, N)[rows, columns]
+    Raises ValueError for another dtype or shape, and for bytes that encode no codes.
+    """
+    check_packed(packed, out_features)
+    return pack_ternary(unpack_ternary(packed[:, columns], out_features)[rows])
+
+
+def concat_packed(parts: Sequence[Tensor], out_features: Sequence[int]) -> Tensor:
+    """Matrices in the Hub layout one below the other, as one. (Side by side they are what torch.cat makes of them.)
+
+    parts:        uint8 [ceil(N_i/4), K]
+    out_features: the N_i
+    returns:      uint8 [ceil(N/4), K] with N the sum of the N_i; slice_packed takes them out again
+    Raises ValueError for another dtype or shape, and for bytes that encode no codes.
+    """
+    codes = [unpack_ternary(part, n) for part, n in zip(parts, out_features, strict=True)]
+    if len({part.shape[1] for part in codes}) > 1:
+        raise ValueError(f"concat_packed: parts have different numbers of features: {[p.shape[1] for p in codes]}")
+    return pack_ternary(torch.cat(codes))
 
 
 def pack_base3(codes: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from bitnet.kernels.cpu import library as cpu_library
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--isa", help="hold the native kernels to an instruction set (avx2, ...), as on a lesser CPU")
+    parser.addoption("--vllm", help="a Python with vLLM and this package, for test_vllm.py, which else makes one")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,9 +8,11 @@ from transformers.integrations.bitnet import pack_weights
 
 from bitnet.kernels.layout import (
     check_packed,
+    concat_packed,
     pack_base3,
     pack_ternary,
     packed_rows,
+    slice_packed,
     unpack_base3,
     unpack_ternary,
     validate_packed,
@@ -155,3 +157,31 @@ def test_base3_bytes_that_encode_nothing_are_refused_and_all_others_read() -> No
 def test_base3_tensors_of_the_wrong_kind_are_refused(packed: Tensor, k: int) -> None:
     with pytest.raises(ValueError, match=rf"must be uint8 \[N, ceil\({k}/5\)\], got"):
         unpack_base3(packed, k)
+
+
+@each_matrix
+def test_a_slice_of_bytes_holds_the_slice_of_the_codes(n: int, k: int) -> None:
+    codes = ternary(n, k)
+    packed = pack_ternary(codes)
+    for rows in (slice(0, n), slice(0, n // 2), slice(n // 2, n), slice(n // 3, n // 3 + 1)):
+        for columns in (slice(None), slice(k // 3, k), slice(0, 1)):
+            part = slice_packed(packed, n, rows, columns)
+            assert torch.equal(part, pack_ternary(codes[rows, columns])), (rows, columns)
+
+
+@each_matrix
+def test_concatenated_bytes_hold_the_concatenated_codes(n: int, k: int) -> None:
+    """Fails if quarters of rows are stacked as they are, or a part's padding ends up between its rows and the next."""
+    parts = [ternary(rows, k) for rows in (n, 1, 2 * n + 3)]
+    joined = concat_packed([pack_ternary(part) for part in parts], [len(part) for part in parts])
+    assert torch.equal(joined, pack_ternary(torch.cat(parts)))
+    assert torch.equal(slice_packed(joined, 3 * n + 4, slice(n, n + 1)), pack_ternary(parts[1]))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"different numbers of features: \[3, 4\]"):
+        concat_packed([pack_ternary(ternary(4, 3)), pack_ternary(ternary(4, 4))], [4, 4])
+    with pytest.raises(ValueError, match="1 rows, but out_features=5 needs"):
+        slice_packed(pack_ternary(ternary(4, 3)), 5, slice(0, 1))
+    with pytest.raises(ValueError, match="codes must be -1, 0 or 1"):
+        slice_packed(torch.tensor([[255]], dtype=torch.uint8), 4, slice(0, 1))

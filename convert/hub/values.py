@@ -18,11 +18,7 @@ def stored_codes(
 
     Raises ValueError for a scale that is not positive and finite, and for bytes or floats that encode no code.
     """
-    if scale.dtype != torch.float16 or scale.ndim != 2:  # else it is one of groups
-        scale = scale.float().reshape(-1)
-        scale = scale if config.linear_class == "autobitlinear" else 1 / scale
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
+    scale = loaded_scale(scale, config)
     if weight.is_floating_point():
         return float_codes(weight), scale
     if (dense := layout.dense(config.weight_bits, kind)) is not None:
@@ -30,6 +26,39 @@ def stored_codes(
     if weight.dtype == torch.uint8:
         layout.validate_packed(weight)
     return layout.codes_of(weight, out_features), scale
+
+
+def loaded_weight(weight: Tensor, in_features: int, out_features: int, kind: str, config: BitNetConfig) -> Tensor:
+    """What the files hold for the weight of a packed layer, as the layer holds it: Hub bytes, or int8 [N, K].
+
+    Raises ValueError for another shape, and for bytes or floats that encode no code.
+    """
+    if weight.is_floating_point():
+        weight = layout.pack_ternary(float_codes(weight))
+    elif (dense := layout.dense(config.weight_bits, kind)) is not None:
+        weight = dense.to_hub(weight, in_features)
+    expected = torch.int8 if kind == "int8" else torch.uint8
+    if weight.dtype != expected or (layout.check_stored(weight, out_features) and weight.shape[1] != in_features):
+        raise ValueError(
+            f"the weight is {weight.dtype} {list(weight.shape)}, but should be {expected} of {out_features} rows and "
+            f"{in_features} features; config.json or the file is wrong"
+        )
+    if weight.dtype == torch.uint8:
+        layout.validate_packed(weight)
+    return weight
+
+
+def loaded_scale(scale: Tensor, config: BitNetConfig) -> Tensor:
+    """The scale that multiplies: float32 [1] or [N], or float16 [N, G] of groups.
+
+    Raises ValueError for one that is not positive and finite.
+    """
+    if scale.dtype != torch.float16 or scale.ndim != 2:  # else it is one of groups
+        scale = scale.float().reshape(-1)
+        scale = scale if config.linear_class == "autobitlinear" else 1 / scale
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
+    return scale
 
 
 def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
