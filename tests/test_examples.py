@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bitnet
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -59,6 +61,14 @@ def test_finetune_takes_back_what_rounding_loses(monkeypatch, capsys) -> None:  
     }
     assert scores["float"] < scores["fine-tuned"] < scores["rounded"]
     assert scores["as served"] == scores["fine-tuned"]
+
+
+def test_an_encoder_is_served_as_it_was_trained(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    printed = run("embedding.py", "--steps", "6", monkeypatch=monkeypatch, capsys=capsys)
+    scores = dict(re.findall(r"(rounded|trained|as served) ([\d.]+)", printed))
+    assert scores["as served"] == scores["trained"]
+    assert float(scores["trained"]) > 0.9
+    assert bitnet.embed("embedding-1.58", ["one", "two"], pooling="mean").shape == (2, 64)
 
 
 def test_lora_learns_beside_packed_weights(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,115 @@
+"""A sentence-embedding model in 1.58 bit: its layers are swapped in one call and learn the float model's hidden states.
+
+Run:  python examples/embedding.py             (seconds: a small encoder of random weights stands in for a real one)
+      python examples/embedding.py --model DIR --data text.txt ... --minutes 20      (an encoder and text of yours)
+
+No labels are needed: a sentence and what the float model makes of it is all there is to learn. The last lines say how
+alike the rankings of sentence pairs are, float against plainly rounded, and against trained: Spearman's correlation of
+their cosine similarities, on sentences that were held out. Then `bitnet serve OUT` answers /v1/embeddings.
+"""
+
+import argparse
+import copy
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+import bitnet
+from bitnet.train.data import IGNORED, build_tokenizer, corpus
+from bitnet.train.loop import Loop
+from bitnet.train.optimizers import make_optimizers
+from bitnet.train.schedule import Schedule
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", type=Path, help="a float encoder, a folder of sentence-transformers, say")
+parser.add_argument("--data", type=Path, nargs="+", help="text files, with --model")
+parser.add_argument("--minutes", type=float, help="how long to train, instead of --steps")
+parser.add_argument("--steps", type=int, default=60, help="of BATCH sentences (default: %(default)s)")
+parser.add_argument("--batch", type=int, default=32)
+parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+parser.add_argument("--out", type=Path, default=Path("embedding-1.58"), help="where the packed model goes")
+args = parser.parse_args()
+LENGTH, HELD_OUT = 64, 400
+
+# 1. The float encoder, and sentences: one in so many is held out.
+if args.model:
+    teacher = AutoModel.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in args.data)
+else:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    teacher, tokenizer = BertModel(BertConfig(vocab_size=257, **sizes)), build_tokenizer()
+    text = bytes(corpus()[0][:200_000].clamp(max=255).tolist()).decode("latin-1")
+found = [" ".join(s.split()) for s in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)]
+sentences = list(dict.fromkeys(s for s in found if 20 <= len(s) <= 300))
+unseen = sentences[:: max(2, len(sentences) // HELD_OUT)][:HELD_OUT]
+sentences = sorted(set(sentences) - set(unseen))
+print(f"{len(sentences):,} sentences to train on, {len(unseen)} held out")
+
+
+class Sentences:
+    """Batch number i: BATCH sentences drawn with i, padded."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(index)
+        chosen = [sentences[i] for i in torch.randint(len(sentences), (args.batch,), generator=draw)]
+        batch = dict(tokenizer(chosen, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"))
+        return batch | {"labels": batch["input_ids"].where(batch["attention_mask"].bool(), IGNORED)}  # what counts
+
+
+@torch.no_grad()
+def similarities(model: nn.Module) -> Tensor:
+    """The cosine similarity of all pairs of held-out sentences."""
+    pooled = []
+    for start in range(0, len(unseen), 50):
+        part = unseen[start : start + 50]
+        batch = tokenizer(part, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        mask = batch["attention_mask"][..., None]
+        pooled.append((model.eval()(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    vectors = nn.functional.normalize(torch.cat(pooled), dim=-1)
+    rows, columns = torch.triu_indices(len(unseen), len(unseen), 1)
+    return (vectors @ vectors.T)[rows, columns]
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+# 2. Its copy gets low-bit layers, and follows the float model's hidden states, every layer's of every token.
+student = copy.deepcopy(teacher)
+print(bitnet.replace_linear(student, per_row=True))
+wanted = similarities(teacher)
+scores = {"rounded": spearman(similarities(student), wanted)}
+loss = bitnet.Distillation(teacher, ce=0, kl=0, hidden=1.0, cosine=1.0)
+steps = args.steps
+if args.minutes:
+    trial = Loop(copy.deepcopy(student), Sentences(), [], Schedule(9, strength_start=0, strength_end=0.9), loss=loss)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        trial.one_step()
+        times.append(time.perf_counter() - start)
+    steps = max(10, int(60 * args.minutes / sorted(times)[4]))
+optimizers = make_optimizers(student, "adamw", lr=args.lr, weight_decay=0.01)
+schedule = Schedule(steps, strength_start=0.0, strength_end=0.3)
+Loop(student, Sentences(), optimizers, schedule, loss=loss, clip=1.0).run("to 1.58 bit", Console())
+scores["trained"] = spearman(similarities(student), wanted)
+
+# 3. Packed, saved beside what the folder says of pooling, and measured as it is served.
+bitnet.pack(student)
+if args.model:
+    shutil.copytree(args.model, args.out, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"), dirs_exist_ok=True)
+bitnet.save(student, args.out)
+tokenizer.save_pretrained(args.out)
+scores["as served"] = spearman(similarities(bitnet.load(args.out)), wanted)
+print(f"\nSpearman's correlation with the float model over {len(wanted):,} pairs of held-out sentences: ", end="")
+print(", ".join(f"{name} {score:.4f}" for name, score in scores.items()))
+assert scores["as served"] == scores["trained"], "what was trained is what is served"
