@@ -151,7 +151,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport
     for expert, (codes, scale) in enumerate(source.matrices(weight)):
         signed, used = int(codes.sum(dtype=torch.int64)), int(codes.count_nonzero())
         here = (used - signed) / 2, size - used, (used + signed) / 2
-        if weight.spec.weights != "int8":
+        if not weight.spec.wide:
             problems += uniform(weight.name if weight.experts is None else f"{weight.name}, expert {expert}", codes)
         counts = [a + b for a, b in zip(counts, here, strict=True)]
         scales.append(scale)
@@ -160,7 +160,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport
     stored = source.nbytes(weight.key) + (0 if weight.latent else scale.nbytes)
     kind, limits = "latent" if weight.latent else "packed", (float(scale.min()), float(scale.max()))
     minus, zero, plus = (count / total for count in counts)
-    shares = None if weight.spec.weights == "int8" else (minus, zero, plus)
+    shares = None if weight.spec.wide else (minus, zero, plus)
     return MatrixReport(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
 
 

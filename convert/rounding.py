@@ -21,7 +21,7 @@ PIECE = 1 << 18  # elements that are looked at in one go
 class Quantized(NamedTuple):
     """A low-bit matrix: weight ~ codes * scale."""
 
-    codes: Tensor  # int8 [N, K]: -1, 0, 1 (8-bit codes where the layer's spec says int8)
+    codes: Tensor  # int8 [N, K]: -1, 0, 1 (wider ones where the layer's spec says int8 or int4)
     scale: Tensor  # float32 [1] or [N], or float16 [N, G]; multiplies
 
 
@@ -46,7 +46,7 @@ def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def exact(weight: Tensor, spec: QuantSpec) -> Quantized | None:
     """Codes and scale of floats [N, K] that are codes * scale of these options exactly; else None."""
-    if spec.weights == "int8":
+    if spec.wide:
         return None
     if spec.group_size is None:
         found = _exact(weight, spec.per_row)

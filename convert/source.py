@@ -93,6 +93,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def embedding(self, name: str) -> Quantized:
+        """Codes and scale of the packed embedding `name`."""
+        raise NotImplementedError
+
     def check_other_files(self, tokenizer: bool = True) -> None:
         """Raise ValueError if copy_other_files could not do what it is to."""
 
@@ -109,9 +113,9 @@ class Source:
         yield self.quantized(weight.name)
 
     def packed(self, weight: Weight) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in the Hub layout, uint8 [ceil(N/4), K]; 8-bit codes as they are."""
+        """The same as they are stored: ternary codes in the Hub layout, uint8 [ceil(N/4), K]."""
         for codes, scale in self.matrices(weight):
-            yield codes if weight.spec.weights == "int8" else layout.pack_ternary(codes), scale
+            yield layout.pack_codes(codes, weight.spec.weights), scale
 
     def file_key(self, key: str) -> str:
         """The name that a tensor has in files of this model: some families keep older ones than state_dict's."""

@@ -56,7 +56,7 @@ def _difference(result: Tensor, expected: Tensor) -> str | None:
 
 
 def layers(
-    prepack: Callable[[Tensor, int], Tensor],
+    prepack: Callable[[Tensor, int, int], Tensor],
     bind: Callable[..., Callable[[Tensor], Tensor]],
     kinds: tuple[str, ...],
     grouped: bool,
@@ -72,7 +72,7 @@ def layers(
         for kind in kinds:
             codes, row, bias = example(kind)
             stored = codes if kind == "int8" else pack_ternary(codes)
-            weight = prepack(stored.to(device), N)
+            weight = prepack(stored.to(device), N, K)
             for i, (m, dtype) in enumerate(TOKENS):
                 scale = row if m % 2 else row[:1].clone()
                 cases = [(scale, bits) for bits in widths if bits != 16 or kind != "int8"]

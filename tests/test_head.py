@@ -1,4 +1,4 @@
-"""8-bit weights: the output head that pack(head="int8") makes, and the embedding tied to it."""
+"""8-bit and 4-bit weights: the output heads that pack(head=...) makes, and the embeddings tied to them."""
 
 import copy
 import json
@@ -22,11 +22,12 @@ import bitnet
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.convert.conversion import heads
 from bitnet.convert.swap import pack as swap_pack
-from bitnet.kernels import backends, ops
+from bitnet.kernels import backends, ops, reference
 from bitnet.packed import PackedEmbedding
 
 BACKENDS = [row.name for row in backends.backends("cpu") if row.ready and "binary" not in row.name]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_head = pytest.mark.parametrize("head", ["int8", "int4"])
 
 
 def int8_layer(codes: Tensor, scale: Tensor, bias: Tensor | None, backend: str, bits: int = 8) -> PackedBitLinear:
@@ -37,10 +38,19 @@ def int8_layer(codes: Tensor, scale: Tensor, bias: Tensor | None, backend: str, 
     return layer
 
 
-def with_head(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+def with_head(model: PreTrainedModel, head: str = "int8") -> PreTrainedModel:
     bitnet.replace_linear(model)
-    bitnet.pack(model, head="int8", **options)
+    bitnet.pack(model, head=head)
     return model
+
+
+def rounded(weight: Tensor, head: str) -> Tensor:
+    """codes * scale of a head."""
+    codes, scale = oracle.weight(weight, "int8", per_row=True) if head == "int8" else oracle.q4_0(weight)
+    if head == "int8":
+        return (torch.tensor(codes) * torch.tensor(scale)[:, None]).float()
+    spread = np.repeat(scale.astype(np.float32), 32, axis=1)[:, : codes.shape[1]]
+    return torch.from_numpy(codes.astype(np.float32) * spread)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -86,56 +96,58 @@ def test_accumulators_are_exact_at_the_extremes(backend: str, m: int, k: int) ->
         assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), np.ones(1, np.float32), None, 8))
 
 
+@each_head
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_head_and_tied_embedding_hold_the_same_bytes_and_little_is_lost(tied: bool) -> None:
+def test_head_and_tied_embedding_hold_the_same_bytes_and_little_is_lost(tied: bool, head: str) -> None:
     model = llama(tie_word_embeddings=tied)
     latent = model.lm_head.weight.detach().clone()
     bitnet.replace_linear(model)
     exact = copy.deepcopy(model)
     bitnet.pack(exact)
-    report = bitnet.pack(model, head="int8")
-    head, embedding = model.lm_head, model.model.embed_tokens
-    codes, scale = oracle.weight(latent, "int8", per_row=True)
-    assert head.weight.tolist() == codes.tolist()
-    assert head.weight_scale.tolist() == scale.tolist()
+    report = bitnet.pack(model, head=head)
+    expected, embedding = rounded(latent, head), model.model.embed_tokens
+    assert torch.equal(reference.dequantize_weight(model.lm_head.codes(), model.lm_head.weight_scale), expected)
     row = next(row for row in report.rows if row.name == "lm_head")
-    lost = ((torch.tensor(codes) * torch.tensor(scale)[:, None] - latent).norm() / latent.norm()).item()
-    assert (row.action, row.bytes, row.reason) == ("int8", 64 * 16, f"its weights move by {100 * lost:.2g} % (rms)")
+    lost = f"its weights move by {100 * ((expected - latent).norm() / latent.norm()).item():.2g} % (rms)"
+    assert (row.action, row.bytes, row.reason) == (head, 64 * 16, lost)  # of 4-bit codes a block is 32 features
     if tied:
-        assert embedding.weight is head.weight
-        assert torch.equal(embedding(IDS), (torch.tensor(codes) * torch.tensor(scale)[:, None]).float()[IDS])
+        assert embedding.weight is model.lm_head.weight
+        assert torch.equal(embedding(IDS), expected[IDS])
     else:
         assert type(embedding) is nn.Embedding
     change = (logits(model) - logits(exact)).norm() / logits(exact).norm()
-    assert 0 < change < 0.05
+    assert 0 < change < (0.05 if head == "int8" else 0.2)
 
 
-def test_the_head_of_a_model_that_is_packed_already_can_follow(tmp_path: Path) -> None:
+@each_head
+def test_the_head_of_a_model_that_is_packed_already_can_follow(head: str, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     bitnet.replace_linear(model)
     whole = copy.deepcopy(model)
     bitnet.pack(model)
     bitnet.save(model, tmp_path)
     model = bitnet.load(tmp_path)
-    bitnet.pack(model, head="int8")
-    bitnet.pack(whole, head="int8")
+    bitnet.pack(model, head=head)
+    bitnet.pack(whole, head=head)
     assert torch.equal(logits(model), logits(whole))
 
 
+@each_head
 @pytest.mark.parametrize("bits", [2, 1.6])
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": 3000}], ids=["one_file", "sharded"])
 @pytest.mark.parametrize("name", ["untied", "tied", "bias", "bf16"])
-def test_a_saved_int8_head_comes_back(name: str, shards: dict[str, Any], bits: float, tmp_path: Path) -> None:
+def test_a_saved_head_comes_back(name: str, shards: dict[str, Any], bits: float, head: str, tmp_path: Path) -> None:
     model = neox() if name == "bias" else llama(tie_word_embeddings=name != "untied")
-    with_head(model.to(torch.bfloat16) if name == "bf16" else model)
+    with_head(model.to(torch.bfloat16) if name == "bf16" else model, head)
     expected = logits(model)
     bitnet.save(model, tmp_path / "out", weight_bits=bits, **shards)
     for loaded in (bitnet.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
-        head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
-        assert head.weight.dtype == torch.int8
-        assert head.weight_scale.dtype == torch.float32
+        layer, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+        assert layer.spec.weights == head
+        assert layer.weight.dtype == (torch.int8 if head == "int8" else torch.uint8)
+        assert layer.weight_scale.dtype == (torch.float32 if head == "int8" else torch.float16)
         assert isinstance(embedding, PackedEmbedding) == (name in ("tied", "bf16"))
-        assert not isinstance(embedding, PackedEmbedding) or embedding.weight is head.weight
+        assert not isinstance(embedding, PackedEmbedding) or embedding.weight is layer.weight
         assert torch.equal(logits(loaded), expected)
         bitnet.save(loaded, tmp_path / "again", weight_bits=bits, **shards)
         for file in (tmp_path / "out").glob("*.safetensors"):
@@ -146,11 +158,12 @@ def test_a_saved_int8_head_comes_back(name: str, shards: dict[str, Any], bits: f
     assert "pip install bitnet-toolkit" in linear_class, "stock transformers would take it for its own"
 
 
+@each_head
 @pytest.mark.parametrize("to", ["hub", "base3"])
 @pytest.mark.parametrize("source", ["float", "packed"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_conversion_writes_the_head_that_packing_makes(
-    tied: bool, source: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool, source: str, to: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heads, "ROWS", 100)  # several blocks
     model = llama(tie_word_embeddings=tied)
@@ -160,40 +173,43 @@ def test_a_conversion_writes_the_head_that_packing_makes(
         bitnet.replace_linear(model)
         bitnet.pack(model)
         bitnet.save(model, tmp_path / "source")
-    bitnet.convert_checkpoint(tmp_path / "source", tmp_path / "out", to, head="int8", tokenizer=False)
-    with_head(model) if source == "float" else bitnet.pack(model, head="int8")
+    bitnet.convert_checkpoint(tmp_path / "source", tmp_path / "out", to, head=head, tokenizer=False)
+    with_head(model, head) if source == "float" else bitnet.pack(model, head=head)
     bitnet.save(model, tmp_path / "expected", weight_bits=2 if to == "hub" else 1.6)
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert torch.equal(logits(bitnet.load(tmp_path / "out")), logits(model))
     with pytest.raises(ValueError, match="that is still float"):
-        bitnet.convert_checkpoint(tmp_path / "out", tmp_path / "again", "hub", head="int8", tokenizer=False)
+        bitnet.convert_checkpoint(tmp_path / "out", tmp_path / "again", "hub", head=head, tokenizer=False)
     for form in ("bf16", "latent", "mlx", "gguf-tq2_0"):
         with pytest.raises(ValueError, match="head"):
-            bitnet.convert_checkpoint(tmp_path / "source", tmp_path / "no", form, head="int8", tokenizer=False)
+            bitnet.convert_checkpoint(tmp_path / "source", tmp_path / "no", form, head=head, tokenizer=False)
     assert not (tmp_path / "no").exists()
 
 
-def test_generation_and_dtype_changes_work_with_a_tied_int8_head() -> None:
-    model = with_head(llama(tie_word_embeddings=True))
+@each_head
+def test_generation_and_dtype_changes_work_with_a_tied_head(head: str) -> None:
+    model = with_head(llama(tie_word_embeddings=True), head)
+    scale = model.lm_head.weight_scale.dtype
     expected = model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(copy.deepcopy(model).generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
     model.to(torch.bfloat16)
     assert model.model.embed_tokens(IDS).dtype == logits(model).dtype == torch.bfloat16
-    assert model.model.embed_tokens.weight_scale.dtype == model.lm_head.weight_scale.dtype == torch.float32
+    assert model.model.embed_tokens.weight_scale.dtype == model.lm_head.weight_scale.dtype == scale
 
 
+@each_head
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scaled_embedding_loses_its_scale(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_scaled_embedding_loses_its_scale(dtype: torch.dtype, head: str, tmp_path: Path) -> None:
     """Gemma 3 multiplies the rows of its embedding, which is tied to the head, by sqrt(width)."""
     sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     options = {"head_dim": 4, "vocab_size": 64, "layer_types": ["full_attention"]}
     model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **options)).eval().to(dtype)
     scaled = type(model.model.embed_tokens)
-    with_head(model)
+    with_head(model, head)
     embedding = model.model.embed_tokens
-    rows = (embedding.weight.float() * embedding.weight_scale[:, None])[IDS].to(dtype)
+    rows = reference.dequantize_weight(embedding.codes(), embedding.weight_scale)[IDS].to(dtype)
     assert torch.equal(embedding(IDS), rows * torch.tensor(24**0.5).to(dtype))
     expected = logits(model)
     bitnet.save(model, tmp_path)
@@ -208,10 +224,12 @@ def test_a_scaled_embedding_loses_its_scale(dtype: torch.dtype, tmp_path: Path) 
         assert list(loaded.state_dict()) == list(Gemma3ForCausalLM(model.config).state_dict())
 
 
+@each_head
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_unpack_gives_back_a_float_head_of_codes_times_scale(tied: bool) -> None:
-    model = with_head(llama(tie_word_embeddings=tied))
-    weight = model.lm_head.codes() * model.lm_head.weight_scale[:, None]
+def test_unpack_gives_back_a_float_head_of_codes_times_scale(tied: bool, head: str) -> None:
+    model = llama(tie_word_embeddings=tied)
+    weight = rounded(model.lm_head.weight, head)
+    with_head(model, head)
     bitnet.unpack(model)
     assert type(model.lm_head) is nn.Linear
     assert torch.equal(model.lm_head.weight, weight)
@@ -225,8 +243,8 @@ class Reader(LlamaForCausalLM):
 
 
 def test_a_head_that_cannot_become_int8_is_refused_before_anything_changes() -> None:
-    with pytest.raises(ValueError, match="head must be None or 'int8', got 'int4'"):
-        bitnet.pack(llama(), head="int4")
+    with pytest.raises(ValueError, match="head must be None or one of 'int8', 'int4', got 'int3'"):
+        bitnet.pack(llama(), head="int3")
     model = llama()
     bitnet.replace_linear(model)
     model.lm_head.weight.data[3, 3] = float("nan")
@@ -249,10 +267,11 @@ def test_a_head_that_cannot_become_int8_is_refused_before_anything_changes() -> 
     assert type(plain.up) is type(model.model.layers[0].mlp.up_proj) is BitLinear
 
 
-def test_a_missing_or_wrong_int8_tensor_is_named(tmp_path: Path) -> None:
+@each_head
+def test_a_missing_or_wrong_tensor_is_named(head: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    bitnet.save(with_head(llama(tie_word_embeddings=True)), tmp_path)
+    bitnet.save(with_head(llama(tie_word_embeddings=True), head), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     key = "model.embed_tokens.weight"
     for wrong, message in (
@@ -266,35 +285,38 @@ def test_a_missing_or_wrong_int8_tensor_is_named(tmp_path: Path) -> None:
             bitnet.load(tmp_path)
 
 
-def test_any_linear_layer_can_be_trained_and_packed_in_8_bits() -> None:
+@pytest.mark.parametrize("options", [{"weights": "int8", "per_row": True}, {"weights": "int4", "group_size": 32}])
+def test_any_linear_layer_can_be_trained_and_packed(options: dict[str, Any]) -> None:
     model, x = Mlp(), torch.randn(3, 16)
-    bitnet.replace_linear(model, weights="int8", per_row=True)
+    bitnet.replace_linear(model, **options)
     model(x).sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
     expected = model.eval()(x)
     bitnet.pack(model)
-    assert model.up.weight.dtype == torch.int8
+    assert model.up.spec.weights == options["weights"]
     assert torch.equal(model(x), expected)
 
 
+@each_head
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_model_with_an_int8_head_can_learn_new_tokens(tied: bool, tmp_path: Path) -> None:
+def test_a_model_with_a_packed_head_can_learn_new_tokens(tied: bool, head: str, tmp_path: Path) -> None:
     """transformers resizes float embeddings only: the head becomes one, and can be packed again."""
-    bitnet.save(with_head(llama(tie_word_embeddings=tied)), tmp_path / "m")
+    bitnet.save(with_head(llama(tie_word_embeddings=tied), head), tmp_path / "m")
     model = bitnet.load(tmp_path / "m")
     before = logits(model)
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     assert isinstance(model.get_output_embeddings(), PackedBitLinear)  # nothing was asked for
     model = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="the int8 head is float again"):
+    with pytest.warns(UserWarning, match=f"the {head} head is float again"):
         model.resize_token_embeddings(72, mean_resizing=False)
     assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (72, 16)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
     torch.testing.assert_close(logits(model)[..., :64], before, rtol=0.05, atol=0.05)  # activations were int8
     floats = model.get_output_embeddings().weight[:64].clone()
-    bitnet.pack(model, head="int8")
-    head = model.get_output_embeddings()
-    torch.testing.assert_close(head.weight[:64] * head.weight_scale[:64, None], floats, rtol=1e-6, atol=0)
+    bitnet.pack(model, head=head)
+    layer = model.get_output_embeddings()
+    again = reference.dequantize_weight(layer.codes(), layer.weight_scale)[:64]
+    torch.testing.assert_close(again, floats, rtol=1e-6, atol=0)
     bitnet.save(model, tmp_path / "again")
     assert torch.equal(logits(bitnet.load(tmp_path / "again")), logits(model))
 
@@ -306,19 +328,20 @@ def test_a_head_of_many_rows_is_quantized_as_one() -> None:
     """pack takes a few rows at a time."""
     weight = torch.randn(4099, 513, dtype=torch.bfloat16)
     assert len(swap_pack._rows(weight)) > 2
-    codes, scale, change = swap_pack._int8(weight)
+    codes, scale, change = swap_pack._packed_rows(weight, swap_pack.HEADS["int8"])
     whole = ops.quantize_weight(weight, kind="int8", per_row=True)
     assert torch.equal(codes, whole[0])
     assert torch.equal(scale, whole[1])
     moved = codes * scale[:, None] - weight
     assert change == pytest.approx((moved.double().norm() / weight.double().norm()).item(), rel=1e-6)
-    assert swap_pack._int8(torch.zeros(3, 5))[2] == 0
+    assert swap_pack._packed_rows(torch.zeros(3, 5), swap_pack.HEADS["int4"])[2] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory as Linux counts it")
+@each_head
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_packing_a_head_takes_its_8_bit_copy_and_little_more(tied: bool) -> None:
+def test_packing_a_head_takes_its_packed_copy_and_little_more(tied: bool, head: str) -> None:
     code = f"""
 import re, bitnet
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -328,7 +351,7 @@ bitnet.replace_linear(model)
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 kilobytes = lambda what: int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = kilobytes("VmRSS")
-bitnet.pack(model, head="int8")
+bitnet.pack(model, head={head!r})
 print(1024 * (kilobytes("VmHWM") - before))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)

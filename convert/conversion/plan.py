@@ -25,6 +25,7 @@ from ..hub.values import stored_scale
 from ..llama_cpp import writer
 from ..rounding import exact, rotated
 from ..source import Source, Weight
+from ..swap.pack import HEADS
 from .heads import head_job, pack_head
 from .jobs import Job, Output
 
@@ -38,11 +39,12 @@ Plan = tuple[dict[str, Any], list[Job]]  # the config.json of the result, and th
 def plan(source: Source, to: str, calibrated: bool = False, head: str | None = None) -> Plan:
     """What is to be written, in the order in which the source has it.
 
-    calibrated: float weights will be rounded to codes that are not known yet (source.round_to); head: "int8" or None
+    calibrated: float weights will be rounded to codes that are not known yet (source.round_to); head: as pack's
     """
-    if head not in (None, "int8") or (head and to not in ("hub", *BITS)):
-        raise ValueError(f"convert: head must be None, or 'int8' in packed forms ({', '.join(('hub', *BITS))})")
-    heads = dict([head_job(source)]) if head else {}
+    if head is not None and (head not in HEADS or to not in ("hub", *BITS)):
+        kinds, forms = ", ".join(map(repr, HEADS)), ", ".join(("hub", *BITS))
+        raise ValueError(f"convert: head must be None, or in packed forms ({forms}) one of {kinds}")
+    heads = dict([head_job(source, head)]) if head else {}
     weights = source.weights()
     if to == "binary" and not any(weight.spec.weights == "binary" for weight in weights.values()):
         raise ValueError(
@@ -84,7 +86,7 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
         elif weight:
             jobs.append(_weight(source, weight, to))
         elif key != name and name in embeddings:
-            jobs.extend(_embedding(source, name, to))
+            jobs.extend(_embedding(source, name, embeddings[name], to))
     return _config(source, to, head), jobs
 
 
@@ -103,7 +105,7 @@ def _config(source: Source, to: str, head: str | None = None) -> dict[str, Any]:
                 del module.weight_scale
             to_packed(module)
     if head:
-        pack_head(model)
+        pack_head(model, head)
     settings = config_of(model, BITS.get(to, 2))
     assert settings is not None
     if to == "hub" and source.multiplies:
@@ -159,15 +161,14 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         return Job(weight.name, [output], reads, memory, lambda: [_floats(source, weight)])
     key = source.file_key(f"{weight.name}.weight")
     dense = layout.dense(BITS.get(to, 2), spec.weights)
-    if spec.weights == "int8":
-        dtype, shape = "I8", (n, k)
-    else:
-        dtype, shape = "U8", (n, -(-k // dense.per_byte)) if dense else (layout.packed_rows(n), k)
+    stored = layout.stored_zeros(n, k, spec.weights, "meta")
+    dtype = "I8" if stored.dtype == torch.int8 else "U8"
+    size = (n, -(-k // dense.per_byte)) if dense else tuple(stored.shape)
     scale: tuple[int, ...] = (*stack, n) if spec.per_row else stack or (1,)
     if spec.group_size is not None:
         scale = (*stack, n, -(-k // spec.group_size))
     kind = "F32" if spec.group_size is None else "F16"
-    outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", kind, scale)]
+    outputs = [Output(key, dtype, (*stack, *size)), Output(f"{key}_scale", kind, scale)]
     if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
         outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
 
@@ -184,18 +185,15 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
     return Job(weight.name, outputs, reads, memory, pack)
 
 
-def _embedding(source: Source, name: str, to: str) -> list[Job]:
-    """An int8 embedding: as it is where its layers stay packed, else in bfloat16."""
+def _embedding(source: Source, name: str, module: PackedEmbedding, to: str) -> list[Job]:
+    """A packed embedding: as it is where its layers stay packed, else in bfloat16."""
     weight, scale = f"{name}.weight", f"{name}.weight_scale"
     if to != "bf16":
         return [copy_tensor(source, key, *source.stored()[key]) for key in (weight, scale)]
 
-    def dequantize() -> list[Iterable[Tensor]]:
-        return [_bfloat16([(source.tensor(weight), 1 / source.tensor(scale).float())])]
-
-    output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
-    reads = source.nbytes(weight)
-    return [Job(name, [output], reads, reads, dequantize)]
+    n, k = module.out_features, module.in_features
+    output, reads = Output(source.file_key(weight), "BF16", (n, k)), source.nbytes(weight)
+    return [Job(name, [output], reads, n * k, lambda: [_bfloat16([source.embedding(name)])])]
 
 
 def _floats(source: Source, weight: Weight) -> Iterator[Tensor]:

@@ -66,15 +66,17 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
                         part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
-            compare_layer(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
+            compare_layer(
+                name, module, headers, parts, tied=config.embedding is not None and spec == config.embedding_spec
+            )
     settle_fast_paths(model)
     if config.embedding is not None:
         found = dict(model.named_modules()).get(config.embedding)
         if not isinstance(found, nn.Embedding):
             raise ValueError(
-                f"config.json says that {config.embedding!r:.80} is the int8 embedding, but the model has none there"
+                f"config.json says that {config.embedding!r:.80} is the packed embedding, but the model has none there"
             )
-        embedding = PackedEmbedding.from_embedding(found)
+        embedding = PackedEmbedding.from_embedding(found, config.embedding_spec)
         if comparable and headers is not None:
             compare_layer(config.embedding, embedding, headers)
     if comparable and headers is not None:  # shapes are transformers' to compare, which may be told not to
@@ -91,7 +93,7 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             module = _pack_float_codes(name, module)
         elif not isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             continue
-        elif divides and (isinstance(module, PackedEmbedding) or module.spec.group_size is None):
+        elif divides and module.spec.group_size is None:
             module.weight_scale = 1 / module.weight_scale.float()
         if module.weight.is_meta or isinstance(module, PackedEmbedding):
             continue

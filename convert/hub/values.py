@@ -21,15 +21,15 @@ def stored_codes(
     if scale.dtype != torch.float16 or scale.ndim != 2:  # else it is one of groups
         scale = scale.float().reshape(-1)
         scale = scale if config.linear_class == "autobitlinear" else 1 / scale
-    if not bool(((scale > 0) & scale.isfinite()).all()):
+    if not layout.are_scales(scale, kind):
         raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
     if weight.is_floating_point():
         return float_codes(weight), scale
     if (dense := layout.dense(config.weight_bits, kind)) is not None:
         return dense.unpack(weight, in_features), scale
-    if weight.dtype == torch.uint8:
+    if kind not in layout.WIDE:
         layout.validate_packed(weight)
-    return layout.codes_of(weight, out_features), scale
+    return layout.codes_of(weight, out_features, in_features), scale
 
 
 def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
@@ -39,8 +39,7 @@ def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
         if isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
-            kind = "int8" if isinstance(module, PackedEmbedding) else module.spec.weights
-            if (dense := layout.dense(weight_bits, kind)) is not None and not isinstance(module, PackedEmbedding):
+            if (dense := layout.dense(weight_bits, module.spec.weights)) is not None:
                 codes = module.codes()
                 state[f"{prefix}weight"] = dense.pack(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
     return state
