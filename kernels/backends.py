@@ -25,6 +25,9 @@ from .layout import check_rows, check_stored, codes_of, pack_ternary
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
 
+_KINDS = ("ternary", "int8")
+
+
 class Backend(NamedTuple):
     """How one backend does the job."""
 
@@ -37,7 +40,7 @@ class Backend(NamedTuple):
     # bind(own form, scale, bias, N, K, activation_bits)
     check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
-    weights: tuple[str, ...] = ("ternary", "int8")  # kinds it multiplies
+    weights: tuple[str, ...] = _KINDS  # kinds it multiplies with kernels of its own
     grouped: bool = False  # whether it has kernels for scales of groups
     four_bits: bool = True  # whether it multiplies 4-bit weights
     widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
@@ -48,15 +51,16 @@ class Backend(NamedTuple):
 # Converters that graphs may hold, registered with torch; ops.py has all else.
 
 _LIBRARY = torch.library.Library("bitnet", "DEF")
-_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int form) -> Tensor")
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int form, SymInt? in_features=None) -> Tensor")
 _LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int form) -> Tensor")
 _LIBRARY.impl("cpu_prepack", cpu_linear.prepack, "CPU")
 _LIBRARY.impl("cpu_unprepack", cpu_linear.unprepack, "CPU")
 
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
-def _(packed: Tensor, n: int, form: int) -> Tensor:
-    return packed.new_empty(cpu_linear.form_shape(n, packed.shape[1], cpu_linear.form_of(packed, form)))
+def _(packed: Tensor, n: int, form: int, k: int | None = None) -> Tensor:
+    form, (_, features) = cpu_linear.form_of(packed, form), check_stored(packed, n, k)
+    return packed.new_empty(cpu_linear.form_shape(n, features, form), dtype=cpu_linear.form_dtype(form))
 
 
 @torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
@@ -145,13 +149,12 @@ def _cpu(form: int) -> Backend:
     return Backend(
         partial(cpu_library.description, form),
         missing=partial(cpu_library.missing, form=form),
-        prepack=lambda packed, n, k: torch.ops.bitnet.cpu_prepack(packed, n, form),
+        prepack=lambda packed, n, k: torch.ops.bitnet.cpu_prepack(packed, n, form, k),
         unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
         bind=partial(cpu_linear.bind, form=form),
         check=partial(cpu_linear.check_prepacked, form=form),
-        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, ("ternary", "int8")),
+        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, (*_KINDS, "int4")),
         grouped=True,
-        four_bits=False,
         widths=(8, 16),
         hardware=lambda device: cpu_library.isas(form)[0],
         others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),

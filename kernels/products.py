@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .cpu import linear as cpu_linear
+from .cpu.library import FOUR_BITS, TWO_BITS
 from .proof import aside
 
 _FEW = 8  # tokens; for fewer, getting at the weight takes longer than the product
@@ -60,7 +61,7 @@ def linear(
     native: whether the native kernels may take part
     """
     groups = scale.dtype == torch.float16
-    native &= codes.shape[1] <= _NATIVE_FEATURES and not (groups and wide)
+    native &= codes.shape[1] <= _NATIVE_FEATURES
     if native and (groups or q.dtype == torch.int16):  # torch has no product of these
         return _by_native(q, s, codes, scale, bias, dtype, wide)
     if groups:
@@ -94,7 +95,9 @@ def _int8_is_exact() -> bool:
 def _by_native(
     q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, wide: bool
 ) -> Tensor:
-    return cpu_linear.codes_linear(q, s, cpu_linear.prepack_codes(codes, wide), scale, bias, len(codes), dtype)
+    groups = scale.dtype == torch.float16
+    weight = cpu_linear.prepack_codes(codes, wide and not groups, FOUR_BITS if wide and groups else TWO_BITS)
+    return cpu_linear.codes_linear(q, s, weight, scale, bias, len(codes), dtype)
 
 
 @lru_cache
