@@ -270,7 +270,7 @@ def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None, tran
         words = []
         if changed := int((a.codes != b.codes).count_nonzero()):
             words.append(f"{changed:,} of {a.codes.numel():,} codes ({100 * changed / a.codes.numel():.2g} %)")
-        if float(change := (a.scale / b.scale - 1).abs().max()):
+        if float(change := torch.where(a.scale == b.scale, 0, a.scale / b.scale - 1).abs().max()):
             words.append(f"scale by up to {100 * change:.2g} %")
         return ", ".join(words)
     x, y = (_floats(t, transposed) if isinstance(t, Quantized) else t.float() for t in (a, b))

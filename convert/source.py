@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer, BitLinear
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .files.safetensors import DTYPES
@@ -93,10 +93,6 @@ class Source:
         """
         raise NotImplementedError
 
-    def embedding(self, name: str) -> Quantized:
-        """Codes and scale of the packed embedding `name`."""
-        raise NotImplementedError
-
     def check_other_files(self, tokenizer: bool = True) -> None:
         """Raise ValueError if copy_other_files could not do what it is to."""
 
@@ -129,7 +125,7 @@ class Source:
         return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
 
     def weights(self) -> dict[str, Weight]:
-        """All low-bit weights, those of Conv1D layers and fused experts too, by name; tied ones without layers()'s."""
+        """All low-bit weights, those of Conv1D layers, fused experts and embeddings too, by name, a tied one once."""
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, BitLayer):
@@ -138,9 +134,11 @@ class Source:
                     key, packed = f"{name}.{m.parameter}", f"{name}.{m.packed}" if m.packed else name
                     shape = m.out_features, m.in_features
                     found.append(Weight(packed, key, *shape, module.spec, latent, m.experts, m.transposed, key))
-            elif isinstance(module, PackedBitLinear):
+            elif isinstance(module, PackedBitLinear | PackedEmbedding):
                 key, shape = f"{name}.weight", (module.out_features, module.in_features)
-                found.append(Weight(name, key, *shape, module.spec, False, None, module.transposed, key))
+                found.append(
+                    Weight(name, key, *shape, module.spec, False, None, getattr(module, "transposed", False), key)
+                )
             elif isinstance(module, PackedExperts):
                 for m in module.stacks:
                     packed, shape = f"{name}.{m.packed}", (m.out_features, m.in_features)

@@ -230,6 +230,19 @@ def pack_codes(codes: Tensor, kind: str) -> Tensor:
     return codes if kind == "int8" else pack_int4(codes) if kind == "int4" else pack_ternary(codes)
 
 
+def put_rows(weight: Tensor, at: int, codes: Tensor) -> None:
+    """Write codes int8 [R, K] to rows at, at + 1, ... of a stored weight that holds stored_zeros there."""
+    if weight.dtype == torch.int8 or weight.ndim == 3:
+        weight[at : at + len(codes)] = codes if weight.dtype == torch.int8 else pack_int4(codes)
+        return
+    _check_codes("put_rows", codes)
+    rows, end = len(weight), at + len(codes)
+    for j in range(at // rows, -(-end // rows)):  # the rows whose codes are field j of a byte
+        first, last = max(at, j * rows), min(end, j * rows + rows)
+        fields = (codes[first - at : last - at] + 1).to(torch.uint8) ^ 1
+        weight[first - j * rows : last - j * rows] ^= fields << 2 * j
+
+
 def codes_of(weight: Tensor, out_features: int, in_features: int | None = None) -> Tensor:
     """The int8 codes [N, K] of a stored weight: of a 4-bit one in_features says how many of its last block count."""
     if weight.dtype == torch.int8:

@@ -134,7 +134,7 @@ class TrainOptions:
     checkpoint_minutes: float = _option(OUTPUT, 15.0, "minutes from one to the next, whichever is sooner")
     keep: int = _option(OUTPUT, 2, "checkpoints to keep")
     head: str | None = _option(
-        OUTPUT, None, "store the output head of the packed model in 8 or 4.5 bits", ("int8", "int4")
+        OUTPUT, None, "how to store the output head of the packed model", ("int8", "int4", "ternary")
     )
 
     def __post_init__(self) -> None:

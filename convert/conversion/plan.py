@@ -15,7 +15,7 @@ from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import layout, rotation
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer
-from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packed import PackedBitLinear
 from bitnet.packing import to_packed
 
 from ..calibration.calibrate import latent_weight
@@ -44,14 +44,13 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
     if head is not None and (head not in HEADS or to not in ("hub", *BITS)):
         kinds, forms = ", ".join(map(repr, HEADS)), ", ".join(("hub", *BITS))
         raise ValueError(f"convert: head must be None, or in packed forms ({forms}) one of {kinds}")
-    heads = dict([head_job(source, head)]) if head else {}
+    heads = dict([head_job(source, head, BITS.get(to, 2))]) if head else {}
     weights = source.weights()
     if to == "binary" and not any(weight.spec.weights == "binary" for weight in weights.values()):
         raise ValueError(
             f"convert: {source.path} has no binary layers, which 1 bit a weight is for; choose hub or base3 (weights="
             "'binary' makes such layers of a float model)"
         )
-    embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
     if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
         raise ValueError(
             f"convert: {source.path} holds codes, and the float weights they were made from (of {packed[0]}, say) are "
@@ -61,8 +60,7 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
         raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
     if not weights and (source.plain or to != "bf16"):
         raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
-    consumed = {f"{name}.{leaf}" for name in embeddings for leaf in ("weight", "weight_scale")}
-    consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}
+    consumed = {part for weight in weights.values() for part in source.parts(weight.key)}
     consumed |= {f"{weight.name}.weight_scale" for weight in weights.values()}
     if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
         consumed |= {f"{weight.name}.signs" for weight in weights.values()} | {
@@ -72,7 +70,6 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
     starts = {source.parts(weight.key)[0]: weight for weight in weights.values()}
     jobs = []
     for key, (dtype, shape) in source.stored().items():
-        name = key.removesuffix(".weight")
         weight = starts.get(key)
         whole = weight is not None and weight.key == key and weight.experts is None
         rotates = source.plain and weight is not None and weight.spec.hadamard is not None
@@ -85,8 +82,6 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
             jobs.append(copy_tensor(source, key, "BF16" if floats else dtype, shape, names.get(key)))
         elif weight:
             jobs.append(_weight(source, weight, to))
-        elif key != name and name in embeddings:
-            jobs.extend(_embedding(source, name, embeddings[name], to))
     return _config(source, to, head), jobs
 
 
@@ -183,17 +178,6 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]
 
     return Job(weight.name, outputs, reads, memory, pack)
-
-
-def _embedding(source: Source, name: str, module: PackedEmbedding, to: str) -> list[Job]:
-    """A packed embedding: as it is where its layers stay packed, else in bfloat16."""
-    weight, scale = f"{name}.weight", f"{name}.weight_scale"
-    if to != "bf16":
-        return [copy_tensor(source, key, *source.stored()[key]) for key in (weight, scale)]
-
-    n, k = module.out_features, module.in_features
-    output, reads = Output(source.file_key(weight), "BF16", (n, k)), source.nbytes(weight)
-    return [Job(name, [output], reads, n * k, lambda: [_bfloat16([source.embedding(name)])])]
 
 
 def _floats(source: Source, weight: Weight) -> Iterator[Tensor]:

@@ -120,6 +120,8 @@ class BitNetQuantizer(BitNetHfQuantizer):
             model.all_tied_weights_keys |= self.ties
             model.tie_weights(recompute_mapping=False)
         finish_loading(model, self.quantization_config)
+        if self.quantization_config.embedding:
+            model.tie_weights(recompute_mapping=False)  # again: weights of other layouts are new tensors now
         attach(model)
         forget_names(model, self.inner_norms)
         attach_if_known(model)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitnet.kernels import layout
 from bitnet.linear import BitLinear
-from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packed import PackedBitLinear
 from bitnet.packing import pack_matrix, quantize_matrix
 from bitnet.quantize import QuantSpec
 
@@ -133,14 +133,6 @@ class FolderSource(Source):
 
     def quantized(self, name: str) -> Quantized:
         return next(self.matrices(self._weights[name]))
-
-    def embedding(self, name: str) -> Quantized:
-        module = self.model.get_submodule(name)
-        assert isinstance(module, PackedEmbedding)
-        assert self.settings is not None
-        weight, scale = (self.tensor(f"{name}.{leaf}") for leaf in ("weight", "weight_scale"))
-        shape = module.in_features, module.out_features, module.spec.weights
-        return Quantized(*stored_codes(weight, scale, *shape, self.settings))
 
     def matrices(self, weight: Weight) -> Iterator[Quantized]:
         if weight.name in self.calibrated:

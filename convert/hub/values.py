@@ -34,14 +34,16 @@ def stored_codes(
 
 def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
     """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `weight_bits` bits."""
-    state = model.state_dict()
+    state, made = model.state_dict(), dict[int, Tensor]()  # tied weights stay one
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
             if (dense := layout.dense(weight_bits, module.spec.weights)) is not None:
-                codes = module.codes()
-                state[f"{prefix}weight"] = dense.pack(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
+                if id(module.weight) not in made:
+                    codes = module.codes()
+                    made[id(module.weight)] = dense.pack(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
+                state[f"{prefix}weight"] = made[id(module.weight)]
     return state
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.reference import dequantize_weight
-from bitnet.packed import PackedEmbedding
 
 from ..files import ggml
 from ..files.gguf import TensorInfo, padded
@@ -174,8 +173,7 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     known = [key for key in state if source.parts(key)]
     parts = {part for key in known for part in source.parts(key)}
     for key in [*known, *sorted(source.stored().keys() - parts)]:
-        module, _, leaf = key.rpartition(".")
-        if leaf == "weight_scale" or key in tied or key.endswith("rotary_emb.inv_freq"):
+        if key.endswith(".weight_scale") or key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
         weight = low_bit.get(key)
         shape = tuple(state[key].shape) if key in state else ()
@@ -185,8 +183,6 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         for place in found:
             if weight is not None:
                 entries[place.name] = _quantized_entry(source, weight, ternary, place)
-            elif isinstance(model.get_submodule(module), PackedEmbedding):
-                entries[place.name] = _embedding_entry(source, module, place)
             else:
                 entries[place.name] = _float_entry(source, key, shape, place)
     return entries
@@ -244,15 +240,6 @@ def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place)
         return wide[1](codes, scale) if wide else ggml.pack(ternary, codes, scale)
 
     return Entry(kind, place.shape, lambda: np.concatenate([one(found) for found in source.matrices(weight)]))
-
-
-def _embedding_entry(source: Source, module: str, place: Place) -> Entry:
-    kind, pack = ggml.WIDE[source.model.get_submodule(module).spec.weights]
-    try:
-        ggml.nbytes(kind, place.shape)
-    except ValueError as error:
-        raise ValueError(f"{module}: {error}") from None
-    return Entry(kind, place.shape, lambda: pack(*source.embedding(module)))
 
 
 def _float_entry(source: Source, key: str, shape: tuple[int, ...], place: Place) -> Entry:

@@ -29,7 +29,7 @@ def plan(source: Source) -> Plan:
     if not weights:
         raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
     if name := next((name for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)), None):
-        raise ValueError(f"convert: {source.path}: {name} has 8-bit or 4-bit codes, which are not written for mlx")
+        raise ValueError(f"convert: {source.path}: {name} is packed with the output head, which is not written for mlx")
     sizes = {weight.name: _group_size(source, weight) for weight in weights.values()}
     jobs = []
     starts = {weight.key: weight for weight in weights.values()}

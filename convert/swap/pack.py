@@ -1,15 +1,17 @@
 """In training -> packed, in place."""
 
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
-from bitnet.packed import PackedEmbedding, packed_zeros
+from bitnet.packed import PackedBitLinear, PackedEmbedding, packed_zeros
 from bitnet.packing import pack_layer, quantize_matrix, to_packed
 from bitnet.quantize import QuantSpec
 
@@ -17,7 +19,19 @@ from ..hub import quantizer, wrappers
 from .report import Report, report_on
 from .safety import judge
 
-HEADS = {"int8": QuantSpec("int8", per_row=True), "int4": QuantSpec("int4", group_size=32)}  # of output heads
+HEADS = ("int8", "int4", "ternary")
+
+
+def head_spec(model: nn.Module, kind: str) -> QuantSpec:
+    """The options of an output head of a kind of HEADS: a ternary one has scales of groups if most layers do."""
+    if kind == "int8":
+        return QuantSpec("int8", per_row=True)
+    if kind == "int4":
+        return QuantSpec("int4", group_size=layout.BLOCK)
+    packed = (BitLayer, PackedBitLinear, PackedExperts)
+    sizes = Counter(module.spec.group_size for module in model.modules() if isinstance(module, packed))
+    size = sizes.most_common(1)[0][0] if sizes else None
+    return QuantSpec(group_size=size, per_row=size is None)
 
 
 def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
@@ -26,9 +40,10 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     Two bits a weight, the same outputs.
 
     head: stores the output head of a Hugging Face model, and the input embedding if the two are tied, in fewer bits:
-          "int8" with a scale a row, or "int4" with a scale for each group of 32 features of a row (4.5 bits a weight).
-          Not exact, int8 nearly: the report says how far the weights move. In large vocabularies the head costs more
-          time than all ternary layers. The checkpoint then needs this package. Works on a packed model, too.
+          "int8" with a scale a row, "int4" with a scale for each group of 32 features of a row (4.5 bits a weight), or
+          "ternary", for models trained so, with scales of the layers' groups or of rows. Not exact, int8 nearly: the
+          report says how far the weights move. In large vocabularies the head costs more time than all ternary
+          layers. The checkpoint then needs this package. Works on a packed model, too.
 
     The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
     checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
@@ -64,7 +79,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     costs = {}
     if found and head:
         name, linear, embedding = found
-        spec = HEADS[head]
+        spec = head_spec(model, head)
         layers[name] = bit_head = BitLinear.from_linear(linear, spec)
         stored, scale, change = _packed_rows(bit_head.weight.detach(), spec)
         packed[name] = [(stored, scale)]
@@ -84,7 +99,7 @@ def _packed_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, float
     moved, size, at = 0.0, 0.0, 0
     for rows in _rows(weight):
         codes, found = quantize_matrix(rows, spec)
-        stored[at : at + len(rows)] = layout.pack_codes(codes, spec.weights)
+        layout.put_rows(stored, at, codes)
         scale[at : at + len(rows)] = found
         moved += (dequantize_weight(codes, found) - rows).double().square().sum().item()
         size += rows.double().square().sum().item()

@@ -28,8 +28,10 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding,
     return t[0] ^ 0x80808080;
   }
   if (form == kFourBits) {
-    copy_padded<8>(t, from, here, 0);
-    return (t[0] & 0x0f0f0f0f ^ 0x08080808) | (t[1] & 0x0f0f0f0f ^ 0x08080808) << 4;
+    uint32_t pair[2];
+    copy_padded<8>(pair, from, here, 0);
+    for (uint32_t& word : pair) word = (word & 0x0f0f0f0f) ^ 0x08080808;  // from two's complement to code + 8
+    return pair[0] | pair[1] << 4;
   }
   if (form == kOneBit) copy_padded<32>(t, from, here, padding);
   else if (form == kBase3) copy_padded<20>(t, from, here, padding);
