@@ -97,6 +97,129 @@ def test_accumulators_are_exact_at_the_extremes(backend: str, m: int, k: int) ->
         assert torch.equal(y, oracle.linear(x, codes.numpy().astype(np.int64), np.ones(1, np.float32), None, 8))
 
 
+# 4-bit weights
+
+
+def int4_layer(
+    codes: Tensor, scale: Tensor, bias: Tensor | None, backend: str, bits: int | None = 8
+) -> PackedBitLinear:
+    n, k = codes.shape
+    layer = PackedBitLinear(
+        k, n, bias is not None, backend=backend, weights="int4", group_size=32, activation_bits=bits
+    )
+    layer.weight, layer.weight_scale, layer.bias = layout.pack_int4(codes), scale, bias
+    return layer
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 7), (3, 32), (64, 33), (7, 130)])
+def test_4_bit_codes_and_scales_are_the_oracles(n: int, k: int) -> None:
+    """Fails for another rounding of ties, a scale without its sign, or the last of two largest values."""
+    w = torch.randn(n, k)
+    w[0] = 0  # a scale of 0
+    if n > 2 and k > 6:
+        w[1, 2], w[1, 5] = -9, 9
+        w[2] = 0
+        w[2, :7] = torch.tensor([-8, 0.5, 1.5, 2.5, -0.5, -1.5, 7.5])  # ties; 7.5 is clamped
+        w[3 % n] *= 1e-8  # whose scale is 0 as a float16
+    codes, scale = ops.quantize_weight(w, kind="int4", group_size=32)
+    expected_codes, expected_scale = oracle.q4_0(w)
+    assert (codes.dtype, scale.dtype) == (torch.int8, torch.float16)
+    assert codes.tolist() == expected_codes.tolist()
+    assert scale.tolist() == expected_scale.tolist()
+
+
+def test_bad_4_bit_options_are_refused() -> None:
+    for group_size in (None, 64):
+        with pytest.raises(ValueError, match="4-bit weights have scales of groups of 32: group_size=32, got"):
+            BitLinear(32, 4, weights="int4", group_size=group_size)
+        with pytest.raises(ValueError, match="kind 'int4' needs group_size=32"):
+            ops.quantize_weight(torch.ones(2, 2), kind="int4", group_size=group_size)
+    with pytest.raises(ValueError, match="activation_bits=16 is for ternary and binary weights, not for int4 ones"):
+        BitLinear(32, 4, weights="int4", group_size=32, activation_bits=16)
+    with pytest.raises(ValueError, match="largest value of a group is above 524032"):
+        ops.quantize_weight(torch.full((1, 4), 6e5), kind="int4", group_size=32)
+    layer = int4_layer(torch.zeros(4, 40).char(), torch.ones(4, 2).half(), None, "auto")
+    layer.weight_scale[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="weight_scale must be"):
+        layer.prepack()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("bits", [8, 4], ids=["a8", "a4"])
+@pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (1, 257, 128), (3, 33, 1100), (17, 35, 2080)])
+def test_4_bit_output_has_the_oracles_bits(backend: str, dtype: torch.dtype, bits: int, m: int, n: int, k: int) -> None:
+    x, codes = grid(m, k).to(dtype), torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    scale = torch.randn(n, -(-k // 32)).half()
+    for bias in (None, torch.randn(n).to(dtype)):
+        y = int4_layer(codes, scale, bias, backend, bits)(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, oracle.grouped(x, codes.numpy().astype(np.int64), scale.numpy(), 32, bias, bits))
+
+
+@each_backend
+@pytest.mark.parametrize("m", [1, 3, 17])
+def test_4_bit_sums_are_exact_at_the_extremes(backend: str, m: int) -> None:
+    """Fails if the sum of a group saturates 16 bits."""
+    k = 32_768
+    codes = torch.full((3, k), -8, dtype=torch.int8)
+    codes[1] = 7
+    codes[2, ::2] = 7
+    scale = torch.ones(3, k // 32).half()
+    for value in (-1.0, 1.0):
+        x = torch.full((m, k), value)
+        y = int4_layer(codes, scale, None, backend)(x)
+        assert torch.equal(y, oracle.grouped(x, codes.numpy().astype(np.int64), scale.numpy(), 32, None, 8))
+
+
+def test_float_activations_of_4_bit_weights_run_on_torch() -> None:
+    codes, scale, x = torch.randint(-8, 8, (5, 40)).char(), torch.rand(5, 2).half(), torch.randn(3, 40)
+    layer = int4_layer(codes, scale, None, "auto", None)
+    assert torch.equal(layer(x), x @ reference.dequantize_weight(codes, scale).T)
+    assert layer.prepack()[1] == "torch"
+
+
+def test_a_backend_without_4_bit_kernels_is_refused_and_never_chosen() -> None:
+    layer = int4_layer(torch.zeros(4, 40).char(), torch.ones(4, 2).half(), None, "triton")
+    with pytest.raises(
+        RuntimeError, match=r"'triton' cannot run .*no kernels for 4-bit weights; choose 'auto' or 'torch'"
+    ):
+        layer.prepack()
+    rows = {row.name: row for row in backends.backends("cuda", 8, groups=True, four_bits=True)}
+    assert "no kernels for 4-bit weights" in rows["triton"].detail
+
+
+def test_a_4_bit_layer_goes_through_autograd_export_and_its_state() -> None:
+    codes, scale = torch.randint(-8, 8, (6, 70)).char(), torch.randn(6, 3).half()
+    layer, x = int4_layer(codes, scale, torch.ones(6), "auto"), torch.randn(3, 70)
+    y, watched = layer(x), x.clone().requires_grad_()
+    layer(watched).sum().backward()
+    weight = reference.dequantize_weight(codes, scale)
+    torch.testing.assert_close(watched.grad, weight.sum(0).expand(3, -1))
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), y)
+    other = PackedBitLinear(70, 6, weights="int4", group_size=32)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    assert torch.equal(layer.to_linear(torch.float32).weight, weight)
+
+
+def test_files_hold_the_bytes_of_q4_0(tmp_path: Path) -> None:
+    """As llama.cpp's own Python package reads them, in GGUF and in the 4-bit layout."""
+    import gguf
+
+    model = with_head(llama(tie_word_embeddings=True, hidden_size=256, intermediate_size=256), "int4")
+    bitnet.save(model, tmp_path / "model")
+    bitnet.convert_checkpoint(tmp_path / "model", tmp_path / "model.gguf", "gguf-tq2_0", tokenizer=False)
+    (tensor,) = [t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "token_embd.weight"]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_0
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    expected = reference.dequantize_weight(model.lm_head.codes(), model.lm_head.weight_scale)
+    assert np.array_equal(values.reshape(expected.shape), expected.numpy())
+
+
+# Heads of models
+
+
 @each_head
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_head_and_tied_embedding_hold_the_same_bytes_and_little_is_lost(tied: bool, head: str) -> None:
