@@ -133,7 +133,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
                 continue
             if DTYPES[dtype].is_floating_point:
                 _check_floats(source, key, found.problems)
-            if len(shape) > 1:
+            if len(shape) > 1 and not key.endswith(".weight_scale"):  # a tied head has scales of its own
                 kind = "float" if DTYPES[dtype].is_floating_point else "integer"
                 found.matrices.append(MatrixReport(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
             else:
