@@ -46,7 +46,7 @@ def _group_size(source: Source, weight: Weight) -> int:
     """The largest of MLX's groups in which the scale does not change."""
     spec, where = weight.spec, f"convert: {source.path}: {weight.name}"
     if spec.wide:
-        raise ValueError(f"{where} has {spec.weights} codes, which are not written for mlx")
+        raise ValueError(f"{where} has {spec.weights[3:]}-bit codes, which are not written for mlx")
     if spec.rms_norm or weight.experts is not None or weight.transposed:
         raise ValueError(f"{where} has a norm inside, or is no plain linear layer, which mlx cannot express")
     for size in mlx.GROUP_SIZES:
