@@ -1,4 +1,4 @@
-"""PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight (or eight, for heads)."""
+"""PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight (four or eight, for heads)."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -44,7 +44,8 @@ class PackedBitLinear(Packed):
     the backend can (elsewhere 2 with a warning).
     Freshly built it holds zeros. Buffers:
 
-    weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"
+    weight:       uint8 [ceil(N/4), K], the Hub layout (kernels/layout.py); int8 [N, K] with weights="int8"; uint8
+                  [N, ceil(K/32), 16] with weights="int4"
     weight_scale: float32 [1], or [N] with per_row, or float16 [N, ceil(K / group_size)] with group_size; multiplies.
                   Keeps its dtype under .to(dtype)
     bias:         [N] or None
@@ -168,7 +169,7 @@ class PackedBitLinear(Packed):
     def activation_bits(self) -> int | None:
         """To how many bits activations are quantized here and now; None for float ones. See set_backend."""
         spec = self.spec
-        if spec.activation_bits is not None or spec.weights == "int8":
+        if spec.activation_bits is not None or spec.wide:
             return spec.activation_bits
         if not isinstance(self._activation_bits, str):
             return self._activation_bits
@@ -191,12 +192,12 @@ class PackedBitLinear(Packed):
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             self._check_scale()
-            groups = self.spec.group_size is not None
+            groups, four_bits = self.spec.group_size is not None, self.spec.weights == "int4"
             bits = self.activation_bits
-            backend = backends.choose_backend(self.backend, weight.device, bits, self.weight_bits, groups)
+            backend = backends.choose_backend(self.backend, weight.device, bits, self.weight_bits, groups, four_bits)
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
-                prepacked = ops.prepack(weight, self.out_features, backend=backend)
+                prepacked = ops.prepack(weight, self.out_features, in_features=self.in_features, backend=backend)
             made = _Prepacked(prepacked, backend, weight, tracked, -1 if tracing else tracked._version)
             if not torch.compiler.is_exporting():  # a program is to hold the stored bytes, not this machine's layout
                 self._prepacked = made
@@ -205,7 +206,8 @@ class PackedBitLinear(Packed):
     def check(self) -> None:
         """Raise ValueError if the bytes or the scale are not those of a ternary weight, which prepack checks, too."""
         self._check_scale()
-        if layout.check_stored(self.weight, self.out_features) and self.weight.dtype == torch.uint8:
+        layout.check_stored(self.weight, self.out_features, self.in_features)
+        if not self.spec.wide:
             layout.validate_packed(self.weight)
 
     def _check_scale(self) -> None:
@@ -217,7 +219,7 @@ class PackedBitLinear(Packed):
                 f"weight_scale is {scale.dtype} {list(scale.shape)}, but these options need {expected.dtype} "
                 f"{list(expected.shape)}"
             )
-        if not unseen and not bool(((scale > 0) & scale.isfinite()).all()):
+        if not unseen and not layout.are_scales(scale, self.spec.weights):
             raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
 
     def nbytes(self) -> int:
@@ -228,7 +230,7 @@ class PackedBitLinear(Packed):
 
     def codes(self) -> Tensor:
         """The weight as integers, int8 [N, K]."""
-        return layout.codes_of(self.weight, self.out_features)
+        return layout.codes_of(self.weight, self.out_features, self.in_features)
 
     @property
     def bits(self) -> float:
@@ -333,11 +335,7 @@ def check_backend(backend: str, weight_bits: float) -> None:
 
 def packed_zeros(in_features: int, out_features: int, spec: QuantSpec, device: Any) -> tuple[Tensor, Tensor]:
     """The weight and the scale of a freshly built packed layer."""
-    if spec.weights == "int8":
-        packed = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-    else:
-        rows = layout.packed_rows(out_features)
-        packed = torch.full((rows, in_features), layout.ZEROS, dtype=torch.uint8, device=device)
+    packed = layout.stored_zeros(out_features, in_features, spec.weights, device)
     return packed, zero_scale(in_features, out_features, spec, device)
 
 
@@ -348,16 +346,21 @@ def zero_scale(in_features: int, out_features: int, spec: QuantSpec, device: Any
     return torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
-def embedding_rows(ids: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of an int8 embedding: codes * scale, as dtype [..., D], of weight int8 [V, D] and scale float32 [V]."""
-    codes, scales = F.embedding(ids, weight), F.embedding(ids, scale[:, None]).squeeze(-1)
-    return reference.dequantize_weight(codes, scales, dtype)
+def embedding_rows(ids: Tensor, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed embedding: codes * scale, as dtype [..., D].
+
+    weight, scale: as a PackedBitLinear of D features stores them, with a scale for each row, [V], or group, [V, G]
+    """
+    found = F.embedding(ids, scale if scale.ndim > 1 else scale[:, None])  # raises where there is no such row
+    codes = layout.codes_of_rows(weight, ids, in_features)
+    return reference.dequantize_weight(codes, found if scale.ndim > 1 else found.squeeze(-1), dtype)
 
 
 class PackedEmbedding(Packed):
-    """The input embedding that shares its int8 weight with a packed output head; a token's row is codes * scale.
+    """The input embedding that shares its weight with a packed output head; a token's row is codes * scale.
 
-    weight: int8 [V, D]; weight_scale: float32 [V]. The output has the dtype of the embedding it was made from, which
+    weight, weight_scale: those of a PackedBitLinear of V outputs and D features, with a scale for each row or group.
+    Only the rows that are looked up are unpacked. The output has the dtype of the embedding it was made from, which
     .to(dtype) changes as usual. Gemma 3's embedding, which multiplies its rows by a constant, goes on doing so.
     """
 
@@ -366,35 +369,51 @@ class PackedEmbedding(Packed):
     dtype_of: Tensor  # empty: follows .to(dtype)
     origin: type[nn.Embedding]
     multiplier: float | None
+    spec: QuantSpec
+    out_features: int
+    in_features: int
 
     @staticmethod
     def from_embedding(
-        embedding: nn.Embedding, weight: Tensor | None = None, scale: Tensor | None = None
+        embedding: nn.Embedding, spec: QuantSpec, weight: Tensor | None = None, scale: Tensor | None = None
     ) -> "PackedEmbedding":
-        """Turn an nn.Embedding into its int8 form *in place* and return it; without a weight it holds zeros."""
+        """Turn an nn.Embedding into its packed form *in place* and return it; without a weight it holds zeros.
+
+        spec: the options of the head
+        """
         like, origin = embedding.weight.detach(), type(embedding)
+        out_features, in_features = like.shape
         if weight is None or scale is None:
-            weight, scale = torch.zeros_like(like, dtype=torch.int8), torch.ones_like(like[:, 0], dtype=torch.float32)
+            weight, scale = packed_zeros(in_features, out_features, spec, like.device)
         del embedding.weight
         embedding._buffers.pop("embed_scale", None)  # not stored in checkpoints; the number is
         module = become(embedding, PackedEmbedding)
         module.origin, module.multiplier = origin, vars(module).get("scalar_embed_scale")
+        module.spec, module.out_features, module.in_features = spec, out_features, in_features
         module.register_buffer("weight", weight)
         module.register_buffer("weight_scale", scale.clone())
         module.register_buffer("dtype_of", like.new_empty(0), persistent=False)
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = embedding_rows(input, self.weight, self.weight_scale, self.dtype_of.dtype)
+        rows = embedding_rows(input, self.weight, self.weight_scale, self.in_features, self.dtype_of.dtype)
         if self.multiplier is None:
             return rows
         return rows * torch.full((), self.multiplier, dtype=rows.dtype, device=rows.device)
 
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.in_features}, {self.spec.weights}"
+
+    def codes(self) -> Tensor:
+        """The weight as integers, int8 [V, D]."""
+        return layout.codes_of(self.weight, self.out_features, self.in_features)
+
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """Turn it back into what it was, in place, with the weight codes * scale."""
         dtype, origin, multiplier = dtype or self.dtype_of.dtype, self.origin, self.multiplier
-        weight = reference.dequantize_weight(self.weight, self.weight_scale, dtype)
+        weight = reference.dequantize_weight(self.codes(), self.weight_scale, dtype)
         del self.weight, self.weight_scale, self.dtype_of, self.origin, self.multiplier
+        del self.spec, self.out_features, self.in_features
         embedding = become(self, origin)
         embedding.weight = nn.Parameter(weight)
         if multiplier is not None:

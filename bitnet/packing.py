@@ -44,14 +44,14 @@ def to_packed(
 
 
 def pack_matrix(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """A latent weight [N, K] as it is stored, uint8 [ceil(N/4), K] (int8 [N, K]), and its float32 scale [1] or [N].
+    """A latent weight [N, K] as it is stored (see PackedBitLinear), and its scale.
 
     Raises ValueError for NaN or Inf weights.
     """
     if spec.weights == "ternary" and spec.group_size is None:
         return ops.pack_latent(weight.detach(), per_row=spec.per_row)
     codes, scale = quantize_matrix(weight.detach(), spec)
-    return codes if spec.weights == "int8" else layout.pack_ternary(codes), scale
+    return layout.pack_codes(codes, spec.weights), scale
 
 
 def quantize_packed(layer: BitLinear | BitConv1D) -> tuple[Tensor, Tensor]:

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import quantizers, reference, rotation
+from .kernels import layout, quantizers, reference, rotation
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """The options of a BitLinear layer; they decide what is computed, so they travel with checkpoints.
 
-    weights:         "ternary" (b1.58: absmean, -1/0/1), "binary" (b1: sign around the mean, -1/1), or "int8"
-                     (absmax; with per_row it is what output heads bear)
+    weights:         "ternary" (b1.58: absmean, -1/0/1), "binary" (b1: sign around the mean, -1/1), "int8"
+                     (absmax; with per_row it is what output heads bear), or with group_size=32 "int4", -8 to 7
     per_row:         one scale per output row instead of one per tensor
     group_size:      one scale, a float16, per output row and group of so many features: 32, 64, 128 or 256. The last
                      group may be shorter
@@ -38,7 +38,7 @@ class QuantSpec:
     rms_norm_eps:    its epsilon
     """
 
-    weights: Literal["ternary", "binary", "int8"] = "ternary"
+    weights: Literal["ternary", "binary", "int8", "int4"] = "ternary"
     per_row: bool = False
     activation_bits: int | None = 8
     rms_norm: bool = False
@@ -49,8 +49,8 @@ class QuantSpec:
     hadamard_signs: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ternary", "binary", "int8"):
-            raise ValueError(f"weights must be 'ternary', 'binary' or 'int8', got {self.weights!r}")
+        if self.weights not in ("ternary", "binary", "int8", "int4"):
+            raise ValueError(f"weights must be 'ternary', 'binary', 'int8' or 'int4', got {self.weights!r}")
         if self.activation_bits not in (16, 8, 4, None):
             raise ValueError(f"activation_bits must be 16, 8, 4 or None, got {self.activation_bits!r}")
         if self.group_size is not None and self.group_size not in reference.GROUP_SIZES:
@@ -58,8 +58,10 @@ class QuantSpec:
         if self.group_size is not None and (self.per_row or self.weights == "int8"):
             what = "per_row" if self.per_row else "8-bit weights"
             raise ValueError(f"group_size={self.group_size} has a scale a row and group, which {what} cannot have")
-        if self.activation_bits == 16 and self.weights == "int8":
-            raise ValueError("activation_bits=16 is for ternary and binary weights, not for 8-bit ones")
+        if self.weights == "int4" and self.group_size != layout.BLOCK:
+            raise ValueError(f"4-bit weights have scales of groups of 32: group_size=32, got {self.group_size!r}")
+        if self.activation_bits == 16 and self.wide:
+            raise ValueError(f"activation_bits=16 is for ternary and binary weights, not for {self.weights} ones")
         if not self.centered and self.weights != "binary":
             raise ValueError(f"centered=False is an option of binary weights, not of {self.weights} ones")
         if self.hadamard is not None:
@@ -68,6 +70,11 @@ class QuantSpec:
             raise ValueError("hadamard_signs=True is an option of hadamard=BLOCK, which is missing")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps!r}")
+
+    @property
+    def wide(self) -> bool:
+        """Whether codes may be others than -1, 0 and 1."""
+        return self.weights in layout.WIDE
 
 
 def quantize_latent(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -130,7 +137,7 @@ class _QuantizedLinear(torch.autograd.Function):
         else:
             q, s = quantizers.quantize_tokens(x2, spec.activation_bits)
             ctx.save_for_backward(q, s, codes, scale)  # one byte a value, not four
-            y = quantizers.int_linear(q, s, codes, scale, bias, x2.dtype, spec.weights == "int8")
+            y = quantizers.int_linear(q, s, codes, scale, bias, x2.dtype, spec.wide)
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         # torch 2.11's compiler drops the gradient of a result that its last operation returned unchanged, as y += bias
         # and y.to(y.dtype) do. A view would do as well, but could not be written to in place.

@@ -78,6 +78,7 @@ def shapes_of(target: str, planes: int) -> list[tuple[int, int, int]]:
             f"{target}: not a Hugging Face model with layers packed with 2 bits; give the shapes instead, "
             "out_features x in_features: bitnet tune 14336x4096"
         )
+    modules = [module for module in modules if module.spec.weights != "int4"]  # for which there are no kernels
     kinds = [INT8 if module.spec.weights == "int8" else planes for module in modules]
     shapes = [(m.out_features, m.in_features, kind) for m, kind in zip(modules, kinds, strict=True)]
     return list(dict.fromkeys(shapes))

@@ -133,7 +133,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
                 continue
             if DTYPES[dtype].is_floating_point:
                 _check_floats(source, key, found.problems)
-            if len(shape) > 1:
+            if len(shape) > 1 and not key.endswith(".weight_scale"):  # a tied head has scales of its own
                 kind = "float" if DTYPES[dtype].is_floating_point else "integer"
                 found.matrices.append(MatrixReport(key, kind, shape, 8 * DTYPES[dtype].itemsize, dtype))
             else:
@@ -151,7 +151,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport
     for expert, (codes, scale) in enumerate(source.matrices(weight)):
         signed, used = int(codes.sum(dtype=torch.int64)), int(codes.count_nonzero())
         here = (used - signed) / 2, size - used, (used + signed) / 2
-        if weight.spec.weights != "int8":
+        if not weight.spec.wide:
             problems += uniform(weight.name if weight.experts is None else f"{weight.name}, expert {expert}", codes)
         counts = [a + b for a, b in zip(counts, here, strict=True)]
         scales.append(scale)
@@ -160,7 +160,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport
     stored = source.nbytes(weight.key) + (0 if weight.latent else scale.nbytes)
     kind, limits = "latent" if weight.latent else "packed", (float(scale.min()), float(scale.max()))
     minus, zero, plus = (count / total for count in counts)
-    shares = None if weight.spec.weights == "int8" else (minus, zero, plus)
+    shares = None if weight.spec.wide else (minus, zero, plus)
     return MatrixReport(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
 
 
@@ -270,7 +270,7 @@ def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None, tran
         words = []
         if changed := int((a.codes != b.codes).count_nonzero()):
             words.append(f"{changed:,} of {a.codes.numel():,} codes ({100 * changed / a.codes.numel():.2g} %)")
-        if float(change := (a.scale / b.scale - 1).abs().max()):
+        if float(change := torch.where(a.scale == b.scale, 0, a.scale / b.scale - 1).abs().max()):
             words.append(f"scale by up to {100 * change:.2g} %")
         return ", ".join(words)
     x, y = (_floats(t, transposed) if isinstance(t, Quantized) else t.float() for t in (a, b))

@@ -23,7 +23,7 @@ INNER, OUTER, FLAT = 0.45, 0.55, 0.05
 class Quantized(NamedTuple):
     """A low-bit matrix: weight ~ codes * scale."""
 
-    codes: Tensor  # int8 [N, K]: -1, 0, 1 (8-bit codes where the layer's spec says int8)
+    codes: Tensor  # int8 [N, K]: -1, 0, 1 (wider ones where the layer's spec says int8 or int4)
     scale: Tensor  # float32 [1] or [N], or float16 [N, G]; multiplies
 
 
@@ -77,7 +77,7 @@ def latent_weight(codes: Tensor, scale: Tensor, like: Tensor | None = None) -> T
 
 def exact(weight: Tensor, spec: QuantSpec) -> Quantized | None:
     """Codes and scale of floats [N, K] that are codes * scale of these options exactly; else None."""
-    if spec.weights == "int8":
+    if spec.wide:
         return None
     if spec.group_size is None:
         found = _exact(weight, spec.per_row)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
 from bitnet.linear import BitLayer, BitLinear
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
 from .files.safetensors import DTYPES
@@ -109,9 +109,9 @@ class Source:
         yield self.quantized(weight.name)
 
     def packed(self, weight: Weight) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in the Hub layout, uint8 [ceil(N/4), K]; 8-bit codes as they are."""
+        """The same as they are stored: ternary codes in the Hub layout, uint8 [ceil(N/4), K]."""
         for codes, scale in self.matrices(weight):
-            yield codes if weight.spec.weights == "int8" else layout.pack_ternary(codes), scale
+            yield layout.pack_codes(codes, weight.spec.weights), scale
 
     def file_key(self, key: str) -> str:
         """The name that a tensor has in files of this model: some families keep older ones than state_dict's."""
@@ -125,7 +125,7 @@ class Source:
         return {name: layer for name, layer in layers.items() if f"{name}.weight" in stored}
 
     def weights(self) -> dict[str, Weight]:
-        """All low-bit weights, those of Conv1D layers and fused experts too, by name; tied ones without layers()'s."""
+        """All low-bit weights, those of Conv1D layers, fused experts and embeddings too, by name, a tied one once."""
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, BitLayer):
@@ -134,9 +134,11 @@ class Source:
                     key, packed = f"{name}.{m.parameter}", f"{name}.{m.packed}" if m.packed else name
                     shape = m.out_features, m.in_features
                     found.append(Weight(packed, key, *shape, module.spec, latent, m.experts, m.transposed, key))
-            elif isinstance(module, PackedBitLinear):
+            elif isinstance(module, PackedBitLinear | PackedEmbedding):
                 key, shape = f"{name}.weight", (module.out_features, module.in_features)
-                found.append(Weight(name, key, *shape, module.spec, False, None, module.transposed, key))
+                found.append(
+                    Weight(name, key, *shape, module.spec, False, None, getattr(module, "transposed", False), key)
+                )
             elif isinstance(module, PackedExperts):
                 for m in module.stacks:
                     packed, shape = f"{name}.{m.packed}", (m.out_features, m.in_features)

@@ -109,6 +109,9 @@ class PackedConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             skips = self.config.modules_to_not_convert
             spec = None if skips is None else self._spec(prefix)  # without patterns heads are kept
+            kinds = {spec.weights if spec else "", self.config.embedding_spec.weights}
+            if "int4" in kinds or (self.config.embedding and kinds != {"int8"}):
+                raise ValueError(f"{prefix}: vLLM serves heads of 8 bits, and untied ternary ones; {ELSEWHERE}")
             return None if spec is None else PackedVocabulary(self.config, spec, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             name = self.config.embedding
@@ -255,7 +258,7 @@ class PackedLinear(LinearMethodBase):
         return weight
 
     def _read_scale(self, stored: Tensor, index: int, out_features: int, rows: slice) -> Tensor:
-        scale = loaded_scale(stored, self.config)
+        scale = loaded_scale(stored, self.spec.weights, self.config)
         size = self.spec.group_size
         expected = (out_features,) if size is None else (out_features, -(-self.all_features // size))
         if size is None and scale.numel() == 1:
@@ -328,7 +331,7 @@ class PackedVocabulary(PackedLinear):
         raise ValueError(f"{self.prefix}: the head is packed, but the embedding tied to it is not; {ELSEWHERE}")
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        return embedding_rows(input_, layer.weight, layer.weight_scale, layer.params_dtype)
+        return embedding_rows(input_, layer.weight, layer.weight_scale, self.all_features, layer.params_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if isinstance(layer, ParallelLMHead):  # tokens are looked up in the stored form

@@ -25,20 +25,24 @@ from .layout import check_rows, check_stored, codes_of, pack_ternary
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
 
 
+_KINDS = ("ternary", "int8")
+
+
 class Backend(NamedTuple):
     """How one backend does the job."""
 
     description: Callable[[], str]
     missing: Callable[[torch.device, int | None, bool], str | None]
     # (device, activation_bits, are there scales of groups) -> None where it can run, else why not and what to do
-    prepack: Callable[[Tensor, int], Tensor]  # (Hub bytes, N) -> the backend's own form, one tensor
+    prepack: Callable[[Tensor, int, int], Tensor]  # (stored weight, N, K) -> the backend's own form, one tensor
     unprepack: Callable[[Tensor, int, int], Tensor]  # (own form, N, K) -> int8 codes [N, K]
     bind: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Linear]
     # bind(own form, scale, bias, N, K, activation_bits)
     check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
-    weights: tuple[str, ...] = ("ternary", "int8")  # kinds it multiplies
+    weights: tuple[str, ...] = _KINDS  # kinds it multiplies with kernels of its own
     grouped: bool = False  # whether it has kernels for scales of groups
+    four_bits: bool = True  # whether it multiplies 4-bit weights
     widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
@@ -47,15 +51,16 @@ class Backend(NamedTuple):
 # Converters that graphs may hold, registered with torch; ops.py has all else.
 
 _LIBRARY = torch.library.Library("bitnet", "DEF")
-_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int form) -> Tensor")
+_LIBRARY.define("cpu_prepack(Tensor packed, SymInt out_features, int form, SymInt? in_features=None) -> Tensor")
 _LIBRARY.define("cpu_unprepack(Tensor weight, SymInt out_features, SymInt in_features, int form) -> Tensor")
 _LIBRARY.impl("cpu_prepack", cpu_linear.prepack, "CPU")
 _LIBRARY.impl("cpu_unprepack", cpu_linear.unprepack, "CPU")
 
 
 @torch.library.register_fake("bitnet::cpu_prepack", lib=_LIBRARY)
-def _(packed: Tensor, n: int, form: int) -> Tensor:
-    return packed.new_empty(cpu_linear.form_shape(n, packed.shape[1], cpu_linear.form_of(packed, form)))
+def _(packed: Tensor, n: int, form: int, k: int | None = None) -> Tensor:
+    form, (_, features) = cpu_linear.form_of(packed, form), check_stored(packed, n, k)
+    return packed.new_empty(cpu_linear.form_shape(n, features, form), dtype=cpu_linear.form_dtype(form))
 
 
 @torch.library.register_fake("bitnet::cpu_unprepack", lib=_LIBRARY)
@@ -72,7 +77,7 @@ def _bind_torch(
 def _bind_reference(
     packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None
 ) -> Linear:
-    return lambda x: reference.ternary_linear(x, codes_of(packed, n), scale, bias, activation_bits)
+    return lambda x: reference.ternary_linear(x, codes_of(packed, n, k), scale, bias, activation_bits)
 
 
 def _check_codes(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> None:
@@ -82,8 +87,7 @@ def _check_codes(codes: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: i
 
 
 def _check_packed(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> None:
-    if check_stored(packed, n) and packed.shape[1] != k:
-        raise ValueError(f"packed weight has {packed.shape[1]} features, not {k}")
+    check_stored(packed, n, k)
     check_rows(scale, bias, n)
 
 
@@ -145,11 +149,11 @@ def _cpu(form: int) -> Backend:
     return Backend(
         partial(cpu_library.description, form),
         missing=partial(cpu_library.missing, form=form),
-        prepack=lambda packed, n: torch.ops.bitnet.cpu_prepack(packed, n, form),
+        prepack=lambda packed, n, k: torch.ops.bitnet.cpu_prepack(packed, n, form, k),
         unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
         bind=partial(cpu_linear.bind, form=form),
         check=partial(cpu_linear.check_prepacked, form=form),
-        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, ("ternary", "int8")),
+        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, (*_KINDS, "int4")),
         grouped=True,
         widths=(8, 16),
         hardware=lambda device: cpu_library.isas(form)[0],
@@ -161,12 +165,13 @@ def _triton(planes: int) -> Backend:
     return Backend(
         partial(gpu_backend.description, planes),
         missing=partial(gpu_backend.missing, planes=planes),
-        prepack=partial(gpu_layout.prepack, planes=planes),
+        prepack=lambda packed, n, k: gpu_layout.prepack(packed, n, planes),
         unprepack=partial(gpu_layout.unprepack, planes=planes),
         bind=partial(gpu_backend.bind, planes=planes),
         check=partial(gpu_backend.check, planes=planes),
         weights=("ternary", "int8") if planes == gpu_layout.TWO_BITS else ("ternary",),
         grouped=planes == gpu_layout.TWO_BITS,
+        four_bits=False,
         widths=(8, 16, None),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
@@ -192,8 +197,8 @@ BACKENDS = {
     "reference": Backend(
         lambda: "the plain-torch definition; unpacks on every call",
         missing=lambda device, activation_bits, groups: None,
-        prepack=lambda packed, n: packed,
-        unprepack=lambda packed, n, k: codes_of(packed, n),
+        prepack=lambda packed, n, k: packed,
+        unprepack=codes_of,
         bind=_bind_reference,
         check=_check_packed,
     ),
@@ -209,7 +214,7 @@ class BackendStatus(NamedTuple):
 
 
 def backends(
-    device: str | torch.device = "cpu", activation_bits: int | None = 8, groups: bool = False
+    device: str | torch.device = "cpu", activation_bits: int | None = 8, groups: bool = False, four_bits: bool = False
 ) -> list[BackendStatus]:
     """Which backends can run on `device`, best first, and for the others why not and what to do.
 
@@ -218,7 +223,7 @@ def backends(
     device = torch.device(device)
     rows = []
     for name, backend in BACKENDS.items():
-        obstacle = backend.missing(device, activation_bits, groups) or _fault(name, device)
+        obstacle = _missing(backend, device, activation_bits, groups, four_bits) or _fault(name, device)
         rows.append(BackendStatus(name, obstacle is None, obstacle or backend.description()))
     return rows
 
@@ -236,20 +241,22 @@ def choose_backend(
     activation_bits: int | None = 8,
     weight_bits: float = 2,
     groups: bool = False,
+    four_bits: bool = False,
 ) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
-    groups: whether groups of features have scales of their own
+    groups: whether groups of features have scales of their own; four_bits: whether the weight is one of 4 bits
     weight_bits: 1.6 turns a backend into its "-base3" form if that can run, 1 into its "-binary" form, and either warns
         if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
-    name = _choose(backend, device, activation_bits, groups)
+    name = _choose(backend, device, activation_bits, groups, four_bits)
     suffix = _SUFFIXES.get(weight_bits, "")
     if suffix and not name.endswith(suffix):
         form = BACKENDS.get(name + suffix)
-        why = form.missing(device, activation_bits, groups) if form else "that backend has no such form"
+        how = activation_bits, groups, four_bits
+        why = _missing(form, device, *how) if form else "that backend has no such form"
         why = why or _fault(name + suffix, device)
         if why is None:
             return name + suffix
@@ -260,18 +267,30 @@ def choose_backend(
     return name
 
 
+def _missing(
+    backend: Backend, device: torch.device, activation_bits: int | None, groups: bool, four_bits: bool
+) -> str | None:
+    """Why a backend cannot run such layers and what to do; None if it can."""
+    if four_bits and not backend.four_bits:
+        return "it has no kernels for 4-bit weights; choose 'auto' or 'torch'"
+    return backend.missing(device, activation_bits, groups)
+
+
 @lru_cache
-def _choose(backend: str, device: torch.device, activation_bits: int | None, groups: bool = False) -> str:
+def _choose(
+    backend: str, device: torch.device, activation_bits: int | None, groups: bool = False, four_bits: bool = False
+) -> str:
     check_backend(backend)
     if backend == "auto":
         for name, one in BACKENDS.items():
-            if name.endswith(tuple(_SUFFIXES.values())) or one.missing(device, activation_bits, groups):
+            if name.endswith(tuple(_SUFFIXES.values())) or _missing(one, device, activation_bits, groups, four_bits):
                 continue
             if (fault := _fault(name, device)) is None:
                 return name
             _say_once(f"backend {name!r} is not used: {fault.partition(';')[0]}. Please report it.")
         raise AssertionError("the definition runs everywhere")
-    if obstacle := BACKENDS[backend].missing(device, activation_bits, groups) or _fault(backend, device):
+    obstacle = _missing(BACKENDS[backend], device, activation_bits, groups, four_bits) or _fault(backend, device)
+    if obstacle:
         raise RuntimeError(f"backend {backend!r} cannot run on {device.type}: {obstacle}")
     return backend
 

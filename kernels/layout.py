@@ -12,6 +12,10 @@ with rows of zeros at the end, and readers cut them off again.
 Base-3 layout (files only, `bitnet.save(..., weight_bits=1.6)`): 1.6 bits a weight, five *features* to a byte. Byte
 [n, b] is the sum of (code of feature 5b + i, + 1) * 3^i over i = 0..4, so 0 to 242; features beyond K count as code 0.
 
+4-bit layout (output heads): 4.5 bits a weight with its scales, a float16 for each row and group of 32 features. Codes
+are uint8 [N, ceil(K/32), 16] in the order of llama.cpp's Q4_0: byte [n, g, i] holds feature 32g + i in its low four
+bits and feature 32g + 16 + i in its high ones, each as code + 8; features beyond K count as code 0.
+
 Binary layout (for weights without zeros): 1 bit a weight, eight *features* to a byte, the first in the
 lowest bit: 1 for the code +1, 0 for -1. Features beyond K count as -1.
 """
@@ -20,9 +24,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ZEROS = 0b01010101  # the byte that holds four codes of 0
+ZEROS_4 = 0x88  # the byte that holds two in the 4-bit layout
+BLOCK = 32  # features of a block of the 4-bit layout, which share a scale
+WIDE = ("int8", "int4")  # kinds of weights with other codes than -1, 0 and 1
 
 
 def packed_rows(out_features: int) -> int:
@@ -125,7 +133,7 @@ def pack_binary(codes: Tensor) -> Tensor:
     _check_codes("pack_binary", codes)
     if zeros := codes.numel() - int(codes.count_nonzero()):
         raise ValueError(f"pack_binary: codes must be -1 or 1, got {zeros} zeros; pack_ternary takes them")
-    bits = torch.nn.functional.pad((codes > 0).to(torch.uint8), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    bits = F.pad((codes > 0).to(torch.uint8), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
     return (bits << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
 
 
@@ -135,6 +143,24 @@ def unpack_binary(packed: Tensor, in_features: int) -> Tensor:
         raise ValueError(f"binary weight must be uint8 [N, ceil({in_features}/8)], got {_describe(packed)}")
     bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten(1)[:, :in_features].to(torch.int8) * 2 - 1
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes two to a byte.
+
+    codes:   int8 [N, K], values -8 to 7. Left unchanged.
+    returns: uint8 [N, ceil(K/32), 16]
+    Raises ValueError for other dtypes, shapes or codes. unpack_int4 inverts it exactly.
+    """
+    _check_codes("pack_int4", codes, -8, 7)
+    fields = F.pad((codes + 8).view(torch.uint8), (0, -codes.shape[1] % BLOCK), value=8).unflatten(1, (-1, 2, 16))
+    return fields[:, :, 0] | fields[:, :, 1] << 4
+
+
+def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of pack_int4: uint8 [..., ceil(K/32), 16] to int8 [..., K]."""
+    fields = torch.cat([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return fields[..., :in_features].to(torch.int8) - 8
 
 
 class Dense(NamedTuple):
@@ -156,7 +182,7 @@ _DENSE = {1.6: Dense(5, pack_base3, unpack_base3), 1: Dense(8, pack_binary, unpa
 
 def dense(weight_bits: float, kind: str) -> Dense | None:
     """How files of so many bits a weight store weights of a kind; None: as others do. 1 bit is for binary ones only."""
-    return None if kind == "int8" or (weight_bits == 1 and kind != "binary") else _DENSE.get(weight_bits)
+    return None if kind in WIDE or (weight_bits == 1 and kind != "binary") else _DENSE.get(weight_bits)
 
 
 def check_packed(packed: Tensor, out_features: int | None = None) -> int:
@@ -184,13 +210,19 @@ def validate_packed(packed: Tensor) -> None:
         )
 
 
-def check_stored(weight: Tensor, out_features: int | None = None) -> int:
-    """check_packed for a weight that may also hold 8-bit codes, int8 [N, K]; returns N."""
-    if weight.dtype != torch.int8 or weight.ndim != 2:
-        return check_packed(weight, out_features)
-    if out_features not in (None, len(weight)):
-        raise ValueError(f"8-bit weight has {len(weight)} rows, but out_features={out_features}")
-    return len(weight)
+def check_stored(weight: Tensor, out_features: int | None = None, in_features: int | None = None) -> tuple[int, int]:
+    """check_packed for a weight of any kind: also int8 [N, K], or uint8 [N, ceil(K/32), 16]; returns N and K."""
+    four_bits = weight.dtype == torch.uint8 and weight.ndim == 3 and weight.shape[2] == BLOCK // 2
+    if four_bits or (weight.dtype == torch.int8 and weight.ndim == 2):
+        n, what = len(weight), "4-bit" if four_bits else "8-bit"
+        if out_features not in (None, n):
+            raise ValueError(f"{what} weight has {n} rows, but out_features={out_features}")
+    else:
+        n = check_packed(weight, out_features)
+    k = in_features or weight.shape[1] * (BLOCK if four_bits else 1)
+    if weight.shape[1] != (-(-k // BLOCK) if four_bits else k):
+        raise ValueError(f"packed weight has {weight.shape[1]} {'blocks of ' * four_bits}features, not {k}")
+    return n, k
 
 
 def check_rows(scale: Tensor | None, bias: Tensor | None, out_features: int) -> None:
@@ -204,17 +236,65 @@ def check_rows(scale: Tensor | None, bias: Tensor | None, out_features: int) -> 
         raise ValueError(f"scale and bias of sizes {sizes} do not fit {out_features} rows")
 
 
-def codes_of(weight: Tensor, out_features: int) -> Tensor:
-    """The int8 codes [N, K] of a stored weight: unpacked if it is uint8 in the Hub layout, itself if it is int8."""
-    return weight if weight.dtype == torch.int8 else unpack_ternary(weight, out_features)
+def stored_zeros(out_features: int, in_features: int, kind: str, device: torch.device | str | None = None) -> Tensor:
+    """A stored weight of a kind ("ternary", ...) whose codes are all 0."""
+    if kind == "int8":
+        return torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+    if kind == "int4":
+        shape = out_features, -(-in_features // BLOCK), BLOCK // 2
+        return torch.full(shape, ZEROS_4, dtype=torch.uint8, device=device)
+    return torch.full((packed_rows(out_features), in_features), ZEROS, dtype=torch.uint8, device=device)
 
 
-def _check_codes(function: str, codes: Tensor) -> None:
+def are_scales(scale: Tensor, kind: str) -> bool:
+    """Whether these can be the scales of a kind of weights: finite, and positive but for those of 4-bit ones."""
+    return bool((scale.isfinite() if kind == "int4" else (scale > 0) & scale.isfinite()).all())
+
+
+def pack_codes(codes: Tensor, kind: str) -> Tensor:
+    """Codes int8 [N, K] as a weight of their kind is stored."""
+    return codes if kind == "int8" else pack_int4(codes) if kind == "int4" else pack_ternary(codes)
+
+
+def put_rows(weight: Tensor, at: int, codes: Tensor) -> None:
+    """Write codes int8 [R, K] to rows at, at + 1, ... of a stored weight that holds stored_zeros there."""
+    if weight.dtype == torch.int8 or weight.ndim == 3:
+        weight[at : at + len(codes)] = codes if weight.dtype == torch.int8 else pack_int4(codes)
+        return
+    _check_codes("put_rows", codes)
+    rows, end = len(weight), at + len(codes)
+    for j in range(at // rows, -(-end // rows)):  # the rows whose codes are field j of a byte
+        first, last = max(at, j * rows), min(end, j * rows + rows)
+        fields = (codes[first - at : last - at] + 1).to(torch.uint8) ^ 1
+        weight[first - j * rows : last - j * rows] ^= fields << 2 * j
+
+
+def codes_of(weight: Tensor, out_features: int, in_features: int | None = None) -> Tensor:
+    """The int8 codes [N, K] of a stored weight: of a 4-bit one in_features says how many of its last block count."""
+    if weight.dtype == torch.int8:
+        return weight
+    if weight.ndim == 3:
+        return unpack_int4(weight, weight.shape[1] * BLOCK if in_features is None else in_features)
+    return unpack_ternary(weight, out_features)
+
+
+def codes_of_rows(weight: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    """Some rows of codes_of(weight), int8 [..., K] for rows [...], without unpacking the others."""
+    if weight.dtype == torch.int8:
+        return F.embedding(rows, weight)
+    if weight.ndim == 3:
+        return unpack_int4(F.embedding(rows, weight.flatten(1)).unflatten(-1, (-1, BLOCK // 2)), in_features)
+    shift = (rows // len(weight) * 2).to(torch.uint8)[..., None]
+    return (F.embedding(rows % len(weight), weight) >> shift & 3).to(torch.int8) - 1
+
+
+def _check_codes(function: str, codes: Tensor, low: int = -1, high: int = 1) -> None:
     if codes.dtype != torch.int8 or codes.ndim != 2:
         raise ValueError(f"{function}: codes must be int8 [N, K], got {_describe(codes)}")
-    if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) > 1):
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
+        allowed = "-1, 0 or 1" if high == 1 else f"from {low} to {high}"
         raise ValueError(
-            f"{function}: codes must be -1, 0 or 1, got values from {int(codes.min())} to {int(codes.max())}; "
+            f"{function}: codes must be {allowed}, got values from {int(codes.min())} to {int(codes.max())}; "
             "quantize the weight first (quantize_weight)"
         )
 

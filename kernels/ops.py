@@ -14,7 +14,7 @@ from bitnet.deprecated import renamed
 from . import backends, reference
 from .backends import Linear, choose_backend
 from .cpu import latent as cpu_latent
-from .layout import check_packed, check_stored, pack_ternary, validate_packed
+from .layout import BLOCK, check_packed, check_stored, pack_ternary, validate_packed
 from .observed import is_observed, needs_operator
 from .quantizers import (
     inverse_of_sums,
@@ -33,7 +33,7 @@ def quantize_weight(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scale of a latent weight: reference.quantize_weight, which has the formulas, with checks.
 
-    weight: floating [N, K]; kind: "ternary", "binary" or "int8"
+    weight: floating [N, K]; kind: "ternary", "binary", "int8", or with a group_size of 32 "int4"
     returns: int8 [N, K] and float32 [1] ([N] if per_row), or with a group_size float16 [N, ceil(K / group_size)]
     Raises TypeError or ValueError for other dtypes and shapes, and for NaN or Inf (not looked for while tracing).
     """
@@ -41,8 +41,10 @@ def quantize_weight(
         raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"quantize_weight: weight must be [N, K] and not empty, got {list(weight.shape)}")
-    if kind not in ("ternary", "binary", "int8"):
-        raise ValueError(f"quantize_weight: kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
+    if kind not in ("ternary", "binary", "int8", "int4"):
+        raise ValueError(f"quantize_weight: kind must be 'ternary', 'binary', 'int8' or 'int4', got {kind!r}")
+    if kind == "int4" and (group_size != BLOCK or per_row):
+        raise ValueError(f"quantize_weight: kind 'int4' needs group_size={BLOCK}, without per_row; got {group_size!r}")
     if group_size is not None and (group_size not in reference.GROUP_SIZES or per_row or kind == "int8"):
         sizes = f"one of {reference.GROUP_SIZES}, without per_row and not for int8"
         raise ValueError(f"quantize_weight: group_size must be {sizes}; got {group_size!r}, {per_row=}, {kind=}")
@@ -55,7 +57,8 @@ def quantize_weight(
         raise ValueError(f"quantize_weight: weight holds {bad} NaN or Inf values; the training run has diverged")
     codes, scale = torch.ops.bitnet.quantize_weight(weight, kind, per_row, group_size, centered)
     if group_size is not None and not is_observed() and not scale.is_meta and not bool(scale.isfinite().all()):
-        raise ValueError("quantize_weight: the mean of a group is above 65504, which its scale, a float16, cannot hold")
+        what = "largest value of a group is above 524032" if kind == "int4" else "mean of a group is above 65504"
+        raise ValueError(f"quantize_weight: the {what}, which its scale, a float16, cannot hold")
     return codes, scale
 
 
@@ -133,19 +136,23 @@ def ternary_linear(
     return linear_prepacked(x, weight, scale, bias, n, activation_bits, backend)
 
 
-def prepack(packed: Tensor, out_features: int | None = None, *, backend: str = "auto") -> Tensor:
+def prepack(
+    packed: Tensor, out_features: int | None = None, *, in_features: int | None = None, backend: str = "auto"
+) -> Tensor:
     """A stored weight in the form of `backend` (a name, or "auto") for the device it is on.
 
-    packed: Hub bytes uint8 [ceil(N/4), K], or int8 [N, K] for 8-bit weights
+    packed: Hub bytes uint8 [ceil(N/4), K], or int8 [N, K] for 8-bit weights, uint8 [N, ceil(K/32), 16] for 4-bit ones
+    in_features: K, where 4-bit weights' is not a multiple of 32
 
     Raises ValueError for a wrong dtype or shape, or bytes that encode no ternary value (not looked for while tracing).
     """
-    n = check_stored(packed, out_features)
+    n, k = check_stored(packed, out_features, in_features)
+    four_bits = packed.ndim == 3
     if 0 in packed.shape:
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
-    if packed.dtype == torch.uint8 and not is_observed() and not packed.is_meta:
+    if packed.dtype == torch.uint8 and not four_bits and not is_observed() and not packed.is_meta:
         validate_packed(packed)
-    return backends.BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n)
+    return backends.BACKENDS[choose_backend(backend, packed.device, four_bits=four_bits)].prepack(packed, n, k)
 
 
 def linear_prepacked(

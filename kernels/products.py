@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .cpu import linear as cpu_linear
+from .cpu.library import FOUR_BITS, TWO_BITS
 from .proof import aside
 
 _FEW = 8  # tokens; for fewer, getting at the weight takes longer than the product
@@ -49,26 +50,26 @@ def linear(
     scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    eight_bits: bool,
+    wide: bool,
     native: bool,
 ) -> Tensor:
     """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) on a CPU, by the fastest way;
     with scales of groups reference.group_linear.
 
-    q: int8 or int16 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], ternary or eight_bits; scale: float32 [1] or [N], or
-    float16 [N, G]
+    q: int8 or int16 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], ternary, or if wide of 8 bits, with scales of groups
+    of 4; scale: float32 [1] or [N], or float16 [N, G]
     native: whether the native kernels may take part
     """
-    native &= codes.shape[1] <= _NATIVE_FEATURES
     groups = scale.dtype == torch.float16
+    native &= codes.shape[1] <= _NATIVE_FEATURES
     if native and (groups or q.dtype == torch.int16):  # torch has no product of these
-        return _by_native(q, s, codes, scale, bias, dtype, eight_bits)
+        return _by_native(q, s, codes, scale, bias, dtype, wide)
     if groups:
         return reference.group_linear(q, s, codes, scale, bias, dtype)
     if q.dtype == torch.int16:
         return reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype)
     if native and fastest(len(q), native) == "native":
-        return _by_native(q, s, codes, scale, bias, dtype, eight_bits)
+        return _by_native(q, s, codes, scale, bias, dtype, wide)
     return reference.rescale(int_matmul(q, codes), s, scale, bias, dtype)
 
 
@@ -92,9 +93,11 @@ def _int8_is_exact() -> bool:
 
 
 def _by_native(
-    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, eight_bits: bool
+    q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, wide: bool
 ) -> Tensor:
-    return cpu_linear.codes_linear(q, s, cpu_linear.prepack_codes(codes, eight_bits), scale, bias, len(codes), dtype)
+    groups = scale.dtype == torch.float16
+    weight = cpu_linear.prepack_codes(codes, wide and not groups, FOUR_BITS if wide and groups else TWO_BITS)
+    return cpu_linear.codes_linear(q, s, weight, scale, bias, len(codes), dtype)
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import reference
-from .layout import pack_ternary
+from .layout import BLOCK, WIDE, pack_codes
 from .reference import GROUP_SIZES
 
 N, K = 70, 1100  # more than one tile, step and split of every kernel, and no multiple of any
@@ -56,7 +56,7 @@ def _difference(result: Tensor, expected: Tensor) -> str | None:
 
 
 def layers(
-    prepack: Callable[[Tensor, int], Tensor],
+    prepack: Callable[[Tensor, int, int], Tensor],
     bind: Callable[..., Callable[[Tensor], Tensor]],
     kinds: tuple[str, ...],
     grouped: bool,
@@ -71,12 +71,14 @@ def layers(
     def results(device: torch.device) -> Results:
         for kind in kinds:
             codes, row, bias = example(kind)
-            stored = codes if kind == "int8" else pack_ternary(codes)
-            weight = prepack(stored.to(device), N)
+            weight = prepack(pack_codes(codes, kind).to(device), N, K)
             for i, (m, dtype) in enumerate(TOKENS):
                 scale = row if m % 2 else row[:1].clone()
-                cases = [(scale, bits) for bits in widths if bits != 16 or kind != "int8"]
-                if grouped and kind != "int8":
+                narrow = [bits for bits in widths if bits != 16 or kind not in WIDE]
+                cases = [(scale, bits) for bits in narrow]
+                if kind == "int4":
+                    cases = [(group_scales(BLOCK) - 1, bits) for bits in narrow]
+                elif grouped and kind != "int8":
                     cases += [(group_scales(GROUP_SIZES[(i + j) % 4]), bits) for j, bits in enumerate(widths)]
                 for scale, bits in cases:
                     x = tokens(m, dtype) if bits else tokens(m, dtype).round().clamp(-1, 1) / 2
@@ -94,11 +96,11 @@ def layers(
 def example(kind: str = "ternary") -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [N, K], a scale for each row, and a bias."""
     draw = torch.Generator().manual_seed(0)
-    top = 127 if kind == "int8" else 1
-    codes = torch.randint(-top, top + 1, (N, K), generator=draw, dtype=torch.int8)
+    low, top = {"int8": (-127, 127), "int4": (-8, 7)}.get(kind, (-1, 1))
+    codes = torch.randint(low, top + 1, (N, K), generator=draw, dtype=torch.int8)
     if kind == "binary":
         codes[codes == 0] = 1
-    codes[0], codes[1] = top, -top
+    codes[0], codes[1] = top, low
     return codes, torch.rand(N, generator=draw) + 0.5, torch.randn(N, generator=draw)
 
 

@@ -51,17 +51,17 @@ def int_linear(
     scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    eight_bits: bool = False,
+    wide: bool = False,
 ) -> Tensor:
     """Codes q int8 or int16 [M, K] times codes int8 [N, K], rescaled: the product of reference.ternary_linear.
 
-    eight_bits: whether codes may be others than -1, 0 and 1
+    wide: whether codes may be others than -1, 0 and 1: 8-bit ones, with scales of groups 4-bit ones
     """
-    if on_triton(q):
+    if on_triton(q) and not (wide and scale.dtype == torch.float16):
         return torch.ops.bitnet.gpu_int_linear(q, s, codes, scale, bias, dtype)
     if q.is_cpu and _is_plain(q):
         run = torch.ops.bitnet.cpu_int_linear if is_observed() else _cpu_int_linear
-        return run(q, s, codes, scale, bias, dtype, eight_bits)
+        return run(q, s, codes, scale, bias, dtype, wide)
     if scale.dtype == torch.float16:
         return reference.group_linear(q, s, codes, scale, bias, dtype)
     if q.dtype == torch.int16:
@@ -77,13 +77,13 @@ def dequantize(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def codes_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int | None, eight_bits: bool = False
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int | None, wide: bool = False
 ) -> Tensor:
     """reference.ternary_linear of x [M, K] and codes int8 [N, K] that are not packed."""
     if activation_bits is None:
         return reference.float_linear(x, codes, scale, bias)
     q, s = quantize_tokens(x, activation_bits)
-    return int_linear(q, s, codes, scale, bias, x.dtype, eight_bits)
+    return int_linear(q, s, codes, scale, bias, x.dtype, wide)
 
 
 def _is_plain(t: Tensor) -> bool:

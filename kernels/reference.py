@@ -31,9 +31,11 @@ def quantize_weight(
     kind:    "ternary" (BitNet b1.58, arXiv 2402.17764, eq. 1-3):  codes = clamp(round(W / mean|W|), -1, 1)
              "binary"  (BitNet, arXiv 2310.11453, eq. 1-3):        codes = sign(W - mean W), where sign(0) = -1
              "int8"    (absmax, as for activations):               codes = clamp(round(W * 127 / max|W|), -127, 127)
+             "int4"    (llama.cpp's Q4_0, groups of 32 features):  codes = clamp(round(W / scale), -8, 7)
+                       where scale = the value of the largest magnitude (the first such one of the group) / -8
     per_row: take the means and maxima over each row instead of the whole tensor
     group_size: take the means over each row and group of as many features (BitNet, arXiv 2310.11453, sec. 2.3; the last
-             group may be shorter); one of GROUP_SIZES, not for "int8"
+             group may be shorter); one of GROUP_SIZES, not for "int8", and 32 for "int4"
     centered: False leaves the mean out of "binary": codes = sign(W)
     returns: codes int8 [N, K] and scale float32 [1] ([N] if per_row; float16 [N, G] for groups, with
              G = ceil(K / group_size)), so that weight ~ codes * scale
@@ -43,7 +45,8 @@ def quantize_weight(
     The scale is 1 / inv with inv = 1 / mean|W| (127 / max|W| for int8), because inv is what Hub checkpoints store: a
     float32 save and load then gives back the same bits. An all-zero weight gets the codes of its kind and scale EPS
     (EPS / 127). Scales of groups are mean|W| rounded to float16, and it is by these that weights are divided: training,
-    files and kernels know no others. Means above float16's range become Inf, which no layer takes.
+    files and kernels know no others. Means above float16's range become Inf, which no layer takes. "int4" rounds its
+    scales likewise; groups whose scale is 0 have codes 0.
     """
     if group_size is not None:
         return _quantize_groups(weight, kind, group_size, centered)
@@ -56,12 +59,17 @@ def quantize_weight(
     elif kind == "int8":
         codes = (w * inv).round_().clamp_(-127, 127)
     else:
-        raise ValueError(f"kind must be 'ternary', 'binary' or 'int8', got {kind!r}")
+        needed = "; 'int4' is for groups of 32" if kind == "int4" else ""
+        raise ValueError(f"kind must be 'ternary', 'binary' or 'int8', got {kind!r}{needed}")
     return codes.to(torch.int8), (1 / inv).reshape(-1)
 
 
 def _quantize_groups(weight: Tensor, kind: str, group_size: int, centered: bool) -> tuple[Tensor, Tensor]:
     w = grouped(weight.float(), group_size)  # [N, G, group_size]
+    if kind == "int4":
+        scale = (w.gather(-1, w.abs().argmax(-1, keepdim=True)) / -8).half()
+        codes = torch.where(scale == 0, 0, (w / scale.float()).round_().clamp_(-8, 7))
+        return codes.flatten(1)[:, : weight.shape[1]].to(torch.int8).contiguous(), scale.squeeze(-1)
     sizes = group_sizes(weight.shape[1], group_size, weight.device)[:, None]
     scale = (_sum(w.abs()) / sizes).float().clamp(min=EPS).half()
     if kind == "ternary":
@@ -70,7 +78,7 @@ def _quantize_groups(weight: Tensor, kind: str, group_size: int, centered: bool)
         middle = (_sum(w) / sizes).float() if centered else torch.zeros((), device=w.device)
         codes = (w > middle).float() * 2 - 1
     else:
-        raise ValueError(f"kind must be 'ternary' or 'binary' for groups, got {kind!r}")
+        raise ValueError(f"kind must be 'ternary', 'binary' or 'int4' for groups, got {kind!r}")
     return codes.flatten(1)[:, : weight.shape[1]].to(torch.int8).contiguous(), scale.squeeze(-1)
 
 
@@ -194,7 +202,8 @@ def group_linear(q: Tensor, s: Tensor, codes: Tensor, scale: Tensor, bias: Tenso
     summed in float32, every product and every sum rounded by itself: each times its scale, from first to last within
     a span of 1024 features; the spans from first to last; the total times 1 / s.
 
-    q: int8 or int16 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], -1, 0, 1; scale: float16 [N, G]; bias: [N] or None
+    q: int8 or int16 [M, K]; s: float32 [M, 1]; codes: int8 [N, K], -1, 0, 1 (of 4 bits for q int8); scale: float16
+    [N, G]; bias: [N] or None
     """
     k, size = codes.shape[1], size_of_groups(codes.shape[1], scale.shape[1])
     y = torch.zeros(len(q), len(codes), device=q.device)

@@ -38,6 +38,23 @@ def weight(w: Tensor, kind: str = "ternary", per_row: bool = False) -> tuple[np.
     return codes.astype(np.int64), (F32(1) / inv).reshape(-1)
 
 
+def q4_0(w: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """4-bit codes int64 [N, K] and scales float16 [N, G] of groups of 32 features, value by value."""
+    rows = array(w).astype(F32)
+    codes = np.zeros(rows.shape, np.int64)
+    scale = np.zeros((len(rows), -(-rows.shape[1] // 32)), np.float16)
+    for n, row in enumerate(rows):
+        for at in range(0, len(row), 32):
+            group = row[at : at + 32]
+            top = F32(0)
+            for value in group:
+                top = value if abs(value) > abs(top) else top
+            d = scale[n, at // 32] = np.float16(top / F32(-8))
+            if d:
+                codes[n, at : at + 32] = np.clip(np.rint(group / F32(d)), -8, 7)
+    return codes, scale
+
+
 def activation(x: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """codes int64 [..., K], s float32 [..., 1]"""
     x64 = array(x)

@@ -514,7 +514,8 @@ def test_no_access_outside_of_any_buffer(tmp_path: Path) -> None:
     flags = "-O1 -fsanitize=address,undefined -fno-sanitize-recover"  # a minute to compile; with -O3 it would be ten
     program = build_selfcheck(tmp_path, "-DCMAKE_BUILD_TYPE=Sanitized", f"-DCMAKE_CXX_FLAGS={flags}")
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    others = [isa for form in (cpu_library.EIGHT_BITS, cpu_library.ONE_BIT) for isa in cpu_library.isas(form)]
+    alone = (cpu_library.EIGHT_BITS, cpu_library.ONE_BIT, cpu_library.FOUR_BITS)
+    others = [isa for form in alone for isa in cpu_library.isas(form)]
     assert output.split() == [*(isa for _, isa in TARGETS), *others, "agree"]
 
 
@@ -525,7 +526,7 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
     program = build_selfcheck(tmp_path, *compiler, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")
     emulator = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*3 * ["neon-dotprod", "neon", "scalar"], "agree"]  # ternary, 8 bits, binary
+    assert output.split() == [*4 * ["neon-dotprod", "neon", "scalar"], "agree"]  # ternary, 8 bits, binary, 4 bits
 
 
 @pytest.mark.slow
@@ -539,7 +540,7 @@ def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list
     program = build_selfcheck(tmp_path)
     emulator = ["qemu-x86_64-static", "-cpu", model]
     output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
-    assert output.split() == [*3 * expected, "agree"]  # ternary, 8 bits, binary
+    assert output.split() == [*4 * expected, "agree"]  # ternary, 8 bits, binary, 4 bits
 
 
 # Training

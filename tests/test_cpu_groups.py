@@ -16,7 +16,7 @@ from bitnet.kernels import backends, proof, reference
 from bitnet.kernels.cpu import latent as cpu_latent
 from bitnet.kernels.cpu import library as cpu_library
 from bitnet.kernels.cpu import linear as cpu_linear
-from bitnet.kernels.layout import pack_ternary
+from bitnet.kernels.layout import pack_int4, pack_ternary
 from bitnet.kernels.reference import GROUP_SIZES, MAX_16
 
 MISSING = cpu_library.missing(torch.device("cpu"))
@@ -271,3 +271,48 @@ def test_bad_arguments_come_back_as_errors_not_crashes() -> None:
     assert status() == 1
     layer.activation_bits, layer.k = 16, 1 << 17
     assert status() == 2
+
+
+# 4-bit weights
+
+FOUR_BITS = [] if MISSING else cpu_library.isas(cpu_library.FOUR_BITS)
+each_four = pytest.mark.parametrize("isa", FOUR_BITS)
+
+
+@each_four
+@each_dtype
+def test_4_bit_weights_give_the_oracles_bits(isa: str, dtype: torch.dtype) -> None:
+    for m, n, k in shapes(40):
+        x, codes = torch.randn(m, k).to(dtype), torch.randint(-8, 8, (n, k), dtype=torch.int8)
+        scale, bias = torch.randn(n, -(-k // 32)).half(), None if n % 2 else torch.randn(n).to(dtype)
+        weight = cpu_linear.prepack(pack_int4(codes), n, k=k)
+        assert torch.equal(weight, cpu_linear.prepack_codes(codes, False, cpu_library.FOUR_BITS))
+        assert torch.equal(cpu_linear.unprepack(weight, n, k), codes)
+        y = cpu_linear.bind(weight, scale, bias, n, k, 8, isa=isa)(x)
+        assert torch.equal(y, oracle.grouped(x, codes.numpy().astype(np.int64), scale.numpy(), 32, bias, 8)), (m, n, k)
+
+
+@each_four
+@pytest.mark.parametrize("m", [1, 3, 17])
+def test_4_bit_sums_do_not_saturate(isa: str, m: int) -> None:
+    """Fails if the sum of a group of codes of 15 (before 8 comes off) and activations of -128 leaves 16 bits."""
+    codes = torch.full((35, 32_768), -8, dtype=torch.int8)
+    codes[::2] = 7
+    weight, scale = cpu_linear.prepack(pack_int4(codes), 35), torch.ones(35, 1024).half()
+    for value in (-128, -127, 127):
+        q, s = torch.full((m, 32_768), value, dtype=torch.int8), torch.ones(m, 1)
+        y = cpu_linear._multiply(cpu_linear.prepared(weight, scale, None, 35, 32_768, isa=isa), q, s, torch.float32)
+        assert torch.equal(y, reference.group_linear(q, s, codes, scale, None, torch.float32))
+
+
+def test_what_4_bit_weights_cannot_have_is_refused() -> None:
+    weight = cpu_linear.prepack(pack_int4(torch.zeros(4, 64, dtype=torch.int8)), 4)
+    for scale, bits in ((torch.ones(4), 8), (torch.ones(4, 1).half(), 8), (torch.ones(4, 2).half(), 16)):
+        with pytest.raises(ValueError, match="4-bit weights take scales of groups of 32 features"):
+            cpu_linear.bind(weight, scale, None, 4, 64, bits)
+    layer = cpu_linear.prepared(weight, torch.ones(4, 2).half(), None, 4, 64)
+    x, y = torch.zeros(1, 64), torch.zeros(1, 4)
+    args = (x.data_ptr(), 0, 64, None, 1, y.data_ptr(), 0, 1)
+    assert cpu_library.native().bitnet_linear(ctypes.byref(layer), *args) == 0
+    layer.group_size = 64
+    assert cpu_library.native().bitnet_linear(ctypes.byref(layer), *args) == 1

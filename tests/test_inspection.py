@@ -164,13 +164,18 @@ def test_a_truncated_file_is_one_error(forms: Path, tmp_path: Path, capsys: Any)
     assert "cut short" in capsys.readouterr().err
 
 
-def test_int8_heads_and_models_without_layers_are_described(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["int8", "int4", "ternary"])
+def test_packed_heads_and_models_without_layers_are_described(head: str, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     bitnet.replace_linear(model)
-    bitnet.pack(model, head="int8")
+    bitnet.pack(model, head=head)
     bitnet.save(model, tmp_path / "head")
-    rows = {m.name: m for m in inspect_checkpoint(tmp_path / "head", QUIET).matrices}
-    assert rows["model.embed_tokens.weight"].kind == "integer"
+    found = inspect_checkpoint(tmp_path / "head", QUIET)
+    rows = {m.name: m for m in found.matrices if "layers" not in m.name}
+    assert list(rows) == ["model.embed_tokens"]
+    assert (rows["model.embed_tokens"].kind, rows["model.embed_tokens"].shape) == ("packed", (64, 16))
+    assert rows["model.embed_tokens"].what.startswith(f"{head}, ")
+    assert not found.problems
     llama().save_pretrained(tmp_path / "float")
     kinds = {m.kind for m in inspect_checkpoint(tmp_path / "float", QUIET).matrices}
     assert kinds == {"float"}

@@ -6,6 +6,7 @@ from shapes import SHAPES
 from torch import Tensor
 from transformers.integrations.bitnet import pack_weights
 
+from bitnet.kernels import layout
 from bitnet.kernels.layout import (
     check_packed,
     concat_packed,
@@ -185,3 +186,38 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         slice_packed(pack_ternary(ternary(4, 3)), 5, slice(0, 1))
     with pytest.raises(ValueError, match="codes must be -1, 0 or 1"):
         slice_packed(torch.tensor([[255]], dtype=torch.uint8), 4, slice(0, 1))
+
+
+# Rows of a stored weight
+
+
+@pytest.mark.parametrize("kind", ["ternary", "int8", "int4"])
+@pytest.mark.parametrize("n", [1, 3, 4, 10, 13])
+def test_rows_are_written_and_read_without_the_others(kind: str, n: int) -> None:
+    """Fails if a row goes to, or comes from, another's place or field of a byte."""
+    low, high = {"ternary": (-1, 1), "int8": (-128, 127), "int4": (-8, 7)}[kind]
+    codes = torch.randint(low, high + 1, (n, 37), dtype=torch.int8)
+    stored, at = layout.stored_zeros(n, 37, kind), 0
+    assert not layout.codes_of(stored, n, 37).any()
+    for part in codes.split(2):
+        layout.put_rows(stored, at, part)
+        at += len(part)
+    assert torch.equal(stored, layout.pack_codes(codes, kind))
+    assert torch.equal(layout.codes_of(stored, n, 37), codes)
+    rows = torch.randint(0, n, (2, 5))
+    assert torch.equal(layout.codes_of_rows(stored, rows, 37), codes[rows])
+
+
+def test_4_bit_codes_lie_as_in_q4_0() -> None:
+    codes = torch.arange(40).remainder(16).sub(8).to(torch.int8)[None]
+    packed = layout.pack_int4(codes)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (1, 2, 16))
+    assert packed[0, 0].tolist() == [17 * i for i in range(16)]  # features i and 16 + i
+    assert packed[0, 1].tolist() == [0x80 + i for i in range(8)] + 8 * [0x88]
+    for bad in (codes.int(), codes + 1, codes[0]):
+        with pytest.raises(ValueError, match="pack_int4: codes must be"):
+            layout.pack_int4(bad)
+    with pytest.raises(ValueError, match="4-bit weight has 1 rows, but out_features=2"):
+        layout.check_stored(packed, 2)
+    with pytest.raises(ValueError, match="packed weight has 2 blocks of features, not 65"):
+        layout.check_stored(packed, 1, 65)

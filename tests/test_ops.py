@@ -362,7 +362,7 @@ def test_a_bad_argument_of_ternary_linear_gets_its_own_error(
             torch.ones(2, 2),
             {"kind": "quinary"},
             ValueError,
-            "kind must be 'ternary', 'binary' or 'int8', got 'quinary'",
+            "kind must be 'ternary', 'binary', 'int8' or 'int4', got 'quinary'",
         ),
         (torch.tensor([[1.0, float("nan")]]), {}, ValueError, "weight holds 1 NaN or Inf values"),
         (torch.tensor([[float("inf"), -float("inf")]]), {}, ValueError, "weight holds 2 NaN or Inf values"),

@@ -208,7 +208,7 @@ def test_accelerates_hooked_forward_serves_packed() -> None:
 def test_weight_is_unpacked_once_for_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def counting(packed: Tensor, n: int) -> Tensor:
+    def counting(packed: Tensor, n: int, k: int) -> Tensor:
         calls.append(n)
         return layout.unpack_ternary(packed, n)
 
@@ -338,7 +338,7 @@ def test_a_diverged_weight_is_not_packed(bad: float) -> None:
 
 
 def test_bad_options_raise() -> None:
-    with pytest.raises(ValueError, match="weights must be 'ternary', 'binary' or 'int8'"):
+    with pytest.raises(ValueError, match="weights must be 'ternary', 'binary', 'int8' or 'int4', got 'int2'"):
         PackedBitLinear(K, N, weights="int2")
 
 

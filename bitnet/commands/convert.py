@@ -49,7 +49,9 @@ def add(commands: Any) -> None:
         action="store_false",
         help="leave the tokenizer out, where there is none or it cannot be converted",
     )
-    parser.add_argument("--head", choices=["int8"], help="the output head in 8 bits, too (in packed forms)")
+    parser.add_argument(
+        "--head", choices=["int8", "int4", "ternary"], help="the output head in 8, 4.5 or 2 bits, too (in packed forms)"
+    )
     swap = parser.add_argument_group("of a float model, which layers become low-bit, and how")
     swap.add_argument("--skip", action="append", metavar="REGEX", help="layers to leave alone besides head and routers")
     swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")

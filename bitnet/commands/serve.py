@@ -46,7 +46,9 @@ def add(commands: Any) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded, for all commands that generate."""
     parser.add_argument(
-        "--head", choices=["int8"], help="pack the output head, too: faster, nearly the same (see README)"
+        "--head",
+        choices=["int8", "int4", "ternary"],
+        help="pack the output head, too: faster, with int8 nearly the same (see README)",
     )
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter beside the layers, as PEFT saves it")
     parser.add_argument("--activation-bits", choices=["8", "16", "none"], help="of layers made for float activations")

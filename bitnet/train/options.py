@@ -146,7 +146,9 @@ class TrainOptions:
     checkpoint_every: int | None = _option(OUTPUT, None, "steps from one checkpoint to the next")
     checkpoint_minutes: float = _option(OUTPUT, 15.0, "minutes from one to the next, whichever is sooner")
     keep: int = _option(OUTPUT, 2, "checkpoints to keep")
-    head: str | None = _option(OUTPUT, None, "store the output head of the packed model in 8 bits", ("int8",))
+    head: str | None = _option(
+        OUTPUT, None, "how to store the output head of the packed model", ("int8", "int4", "ternary")
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):

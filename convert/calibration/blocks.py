@@ -47,9 +47,7 @@ class ObservedLinear(BitLinear):
         if stream not in self.rounded:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(-1, self.in_features)
-        y = quantizers.codes_linear(
-            x, *self.rounded[stream], self.bias, self.spec.activation_bits, self.spec.weights == "int8"
-        )
+        y = quantizers.codes_linear(x, *self.rounded[stream], self.bias, self.spec.activation_bits, self.spec.wide)
         return y.view(*input.shape[:-1], self.out_features)
 
 

@@ -68,7 +68,7 @@ def convert_checkpoint(
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted
-    head:           "int8" stores the output head, and the embedding if the two are tied, as pack(head="int8") does
+    head:           "int8" or "int4" stores the output head, and the embedding if the two are tied, as pack does
     calibrate:      a text file: round a float model's weights so that the layers' outputs on it change least, instead
                     of each weight to the nearest; samples, length, seed and device are options of calibrate.calibrate.
                     With "latent", the float weights become ones that round to the result: a start for training

@@ -15,7 +15,7 @@ from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import layout, rotation
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer
-from bitnet.packed import PackedBitLinear, PackedEmbedding
+from bitnet.packed import PackedBitLinear
 from bitnet.packing import to_packed
 
 from ..files.safetensors import DTYPES
@@ -24,6 +24,7 @@ from ..hub.values import stored_scale
 from ..llama_cpp import writer
 from ..rounding import exact, latent_weight, rotated
 from ..source import Source, Weight
+from ..swap.pack import HEADS
 from .heads import head_job, pack_head
 from .jobs import Job, Output
 
@@ -37,18 +38,18 @@ Plan = tuple[dict[str, Any], list[Job]]  # the config.json of the result, and th
 def plan(source: Source, to: str, calibrated: bool = False, head: str | None = None) -> Plan:
     """What is to be written, in the order in which the source has it.
 
-    calibrated: float weights will be rounded to codes that are not known yet (source.round_to); head: "int8" or None
+    calibrated: float weights will be rounded to codes that are not known yet (source.round_to); head: as pack's
     """
-    if head not in (None, "int8") or (head and to not in ("hub", *BITS)):
-        raise ValueError(f"convert: head must be None, or 'int8' in packed forms ({', '.join(('hub', *BITS))})")
-    heads = dict([head_job(source)]) if head else {}
+    if head is not None and (head not in HEADS or to not in ("hub", *BITS)):
+        kinds, forms = ", ".join(map(repr, HEADS)), ", ".join(("hub", *BITS))
+        raise ValueError(f"convert: head must be None, or in packed forms ({forms}) one of {kinds}")
+    heads = dict([head_job(source, head, BITS.get(to, 2))]) if head else {}
     weights = source.weights()
     if to == "binary" and not any(weight.spec.weights == "binary" for weight in weights.values()):
         raise ValueError(
             f"convert: {source.path} has no binary layers, which 1 bit a weight is for; choose hub or base3 (weights="
             "'binary' makes such layers of a float model)"
         )
-    embeddings = {name: m for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)}
     if to == "latent" and (packed := [weight.name for weight in weights.values() if not weight.latent]):
         raise ValueError(
             f"convert: {source.path} holds codes, and the float weights they were made from (of {packed[0]}, say) are "
@@ -58,8 +59,7 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
         raise ValueError(f"convert: {normed[0]} has an RMSNorm inside, which no plain model can express")
     if not weights and (source.plain or to != "bf16"):
         raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
-    consumed = {f"{name}.{leaf}" for name in embeddings for leaf in ("weight", "weight_scale")}
-    consumed |= {part for weight in weights.values() for part in source.parts(weight.key)}
+    consumed = {part for weight in weights.values() for part in source.parts(weight.key)}
     consumed |= {f"{weight.name}.weight_scale" for weight in weights.values()}
     if to == "bf16":  # a tied head has a scale, but its weight is the embedding's
         consumed |= {f"{weight.name}.signs" for weight in weights.values()} | {
@@ -69,7 +69,6 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
     starts = {source.parts(weight.key)[0]: weight for weight in weights.values()}
     jobs = []
     for key, (dtype, shape) in source.stored().items():
-        name = key.removesuffix(".weight")
         weight = starts.get(key)
         whole = weight is not None and weight.key == key and weight.experts is None
         rotates = source.plain and weight is not None and weight.spec.hadamard is not None
@@ -82,8 +81,6 @@ def plan(source: Source, to: str, calibrated: bool = False, head: str | None = N
             jobs.append(copy_tensor(source, key, "BF16" if floats else dtype, shape, names.get(key)))
         elif weight:
             jobs.append(_weight(source, weight, to))
-        elif key != name and name in embeddings:
-            jobs.extend(_embedding(source, name, to))
     return _config(source, to, head), jobs
 
 
@@ -102,7 +99,7 @@ def _config(source: Source, to: str, head: str | None = None) -> dict[str, Any]:
                 del module.weight_scale
             to_packed(module)
     if head:
-        pack_head(model)
+        pack_head(model, head)
     settings = config_of(model, BITS.get(to, 2))
     assert settings is not None
     if to == "hub" and source.multiplies:
@@ -158,15 +155,14 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         return Job(weight.name, [output], reads, memory, lambda: [_floats(source, weight)])
     key = source.file_key(f"{weight.name}.weight")
     dense = layout.dense(BITS.get(to, 2), spec.weights)
-    if spec.weights == "int8":
-        dtype, shape = "I8", (n, k)
-    else:
-        dtype, shape = "U8", (n, -(-k // dense.per_byte)) if dense else (layout.packed_rows(n), k)
+    stored = layout.stored_zeros(n, k, spec.weights, "meta")
+    dtype = "I8" if stored.dtype == torch.int8 else "U8"
+    size = (n, -(-k // dense.per_byte)) if dense else tuple(stored.shape)
     scale: tuple[int, ...] = (*stack, n) if spec.per_row else stack or (1,)
     if spec.group_size is not None:
         scale = (*stack, n, -(-k // spec.group_size))
     kind = "F32" if spec.group_size is None else "F16"
-    outputs = [Output(key, dtype, (*stack, *shape)), Output(f"{key}_scale", kind, scale)]
+    outputs = [Output(key, dtype, (*stack, *size)), Output(f"{key}_scale", kind, scale)]
     if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
         outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
 
@@ -181,20 +177,6 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
         return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]
 
     return Job(weight.name, outputs, reads, memory, pack)
-
-
-def _embedding(source: Source, name: str, to: str) -> list[Job]:
-    """An int8 embedding: as it is where its layers stay packed, else in bfloat16."""
-    weight, scale = f"{name}.weight", f"{name}.weight_scale"
-    if to != "bf16":
-        return [copy_tensor(source, key, *source.stored()[key]) for key in (weight, scale)]
-
-    def dequantize() -> list[Iterable[Tensor]]:
-        return [_bfloat16([(source.tensor(weight), 1 / source.tensor(scale).float())])]
-
-    output = Output(source.file_key(weight), "BF16", source.stored()[weight][1])
-    reads = source.nbytes(weight)
-    return [Job(name, [output], reads, reads, dequantize)]
 
 
 def _floats(source: Source, weight: Weight) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ ggml/src/iqk/iqk_quantize.cpp of ik_llama.cpp.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gguf
@@ -39,6 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitnet.kernels.layout import pack_int4
 from bitnet.kernels.reference import size_of_groups
 
 from .scales import coarsest
@@ -70,7 +72,7 @@ TERNARY = {
     "IQ2_BN_R4": Ternary(335, 64, 16, row=4, rows=4),
 }
 NAMES = {int(kind): kind.name for kind in gguf.GGMLQuantizationType} | {kind.id: n for n, kind in TERNARY.items()}
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30
 FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}  # as safetensors spells them
 TRAILER = 32  # bytes behind an I2_S tensor
 # Types that are known and not read: numbers of forks, which other forks may give to something else.
@@ -217,6 +219,16 @@ def pack_q8_0(codes: Tensor, scale: Tensor) -> Bytes:
     blocks = codes.numpy().reshape(-1, 32)
     d = _float16(np.repeat(_rows(scale, codes), codes.shape[1] // 32))
     return np.concatenate([d, blocks.view(np.uint8)], axis=1).reshape(-1)
+
+
+def pack_q4_0(codes: Tensor, scale: Tensor) -> Bytes:
+    """A 4-bit matrix as Q4_0: blocks of a float16 scale and 32 codes. codes int8 [N, K], scale float16 [N, K / 32]."""
+    d, blocks = scale.reshape(-1, 1).numpy().view(np.uint8), pack_int4(codes).view(-1, 16).numpy()
+    return np.concatenate([d, blocks], axis=1).reshape(-1)
+
+
+# Types of the matrices whose codes are not -1, 0 and 1, by what QuantSpec calls them.
+WIDE: dict[str, tuple[int, Callable[[Tensor, Tensor], Bytes]]] = {"int8": (Q8_0, pack_q8_0), "int4": (Q4_0, pack_q4_0)}
 
 
 def _codes(name: str, data: Bytes, rows: int) -> Any:

@@ -9,10 +9,11 @@ Three stock forms, all of `quant_method: bitnet`, read and (the first two) writt
                                         codes as floats
 
 Models that stock transformers cannot express (scales of rows or of groups of features, other activation bits, binary
-latent weights, N % 4 != 0, int8 heads, layers with different options, low-bit Conv1D or fused experts) carry EXTENDED
-as linear_class: stock transformers refuses it with a message that names this package. Their options stand under
-"bitnet_toolkit".
+latent weights, N % 4 != 0, int8 and int4 heads, layers with different options, low-bit Conv1D or fused experts) carry
+EXTENDED as linear_class: stock transformers refuses it with a message that names this package. Their options stand
+under "bitnet_toolkit".
 weight_scale is stored as 1 / scale there too, but that of groups, float16 [N, ceil(K / group_size)], as it is.
+Those of 4 bits are uint8 [N, ceil(K/32), 16].
 `"bits": 1.6` in that section means that packed weights are stored in the base-3 layout (kernels/layout.py), uint8
 [N, ceil(K/5)]; in memory they are always in the Hub's.
 
@@ -55,7 +56,8 @@ class BitNetConfig(BitNetQuantConfig):
 
     bitnet_toolkit: {"packed": bool, "spec": QuantSpec fields, "overrides": {module name: the same two keys},
                      "bits": 2, 1.6 or 1, of packed weights in the files; 2 where it is missing,
-                     "embedding": name of the int8 embedding tied to the head, or null}
+                     "embedding": name of the packed embedding tied to the head, or null,
+                     "embedding_spec": its QuantSpec fields, those of the head; int8 with a scale a row where missing}
     """
 
     def __init__(self, linear_class: str = "bitlinear", bitnet_toolkit: Any = None, **kwargs: Any) -> None:
@@ -74,8 +76,13 @@ class BitNetConfig(BitNetQuantConfig):
 
     @property
     def embedding(self) -> str | None:
-        """The int8 embedding tied to the head."""
+        """The packed embedding tied to the head."""
         return self.bitnet_toolkit.get("embedding") if self.linear_class == EXTENDED else None
+
+    @property
+    def embedding_spec(self) -> QuantSpec:
+        """Its options."""
+        return QuantSpec(**self.bitnet_toolkit.get("embedding_spec", {"weights": "int8", "per_row": True}))
 
     def layer(self, name: str) -> tuple[bool, QuantSpec]:
         """(is it packed, its options) for the swapped layer `name`."""
@@ -129,7 +136,10 @@ def config_of(model: nn.Module, weight_bits: float = 2) -> BitNetConfig | None:
             return BitNetConfig("bitlinear", **common)
         return BitNetConfig("autobitlinear", quantization_mode="online", **common)
     section: dict[str, Any] = {"packed": packed, "spec": asdict(spec), "bits": weight_bits}
-    section["embedding"] = next((name for name, m in model.named_modules() if isinstance(m, PackedEmbedding)), None)
+    embeddings = {name: m for name, m in model.named_modules() if isinstance(m, PackedEmbedding)}
+    section["embedding"] = next(iter(embeddings), None)
+    if embeddings:
+        section["embedding_spec"] = asdict(embeddings[section["embedding"]].spec)
     section["overrides"] = {name: {"packed": p, "spec": asdict(s)} for name, (p, s) in overrides.items()}
     return BitNetConfig(EXTENDED, bitnet_toolkit=section, **common)
 

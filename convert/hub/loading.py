@@ -59,28 +59,36 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
             layer.register_buffer("weight_scale", torch.ones(1, device=layer.get_parameter("weight").device))
         elif packed:
             to_packed(layer)
-            if (dense := layout.dense(config.weight_bits, spec.weights)) is not None:  # until finish_loading
-                for part in module.modules():
-                    if isinstance(part, PackedBitLinear | PackedStack):
-                        shape = *part.weight.shape[:-2], part.out_features, -(-part.in_features // dense.per_byte)
-                        part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
+            _as_stored(module, config)
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
-            compare_layer(name, module, headers, parts, tied=config.embedding is not None and spec.weights == "int8")
+            tied = config.embedding and isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()
+            compare_layer(name, module, headers, parts, bool(tied))
     settle_fast_paths(model)
     if config.embedding is not None:
         found = dict(model.named_modules()).get(config.embedding)
         if not isinstance(found, nn.Embedding):
             raise ValueError(
-                f"config.json says that {config.embedding!r:.80} is the int8 embedding, but the model has none there"
+                f"config.json says that {config.embedding!r:.80} is the packed embedding, but the model has none there"
             )
-        embedding = PackedEmbedding.from_embedding(found)
+        embedding = PackedEmbedding.from_embedding(found, config.embedding_spec)
+        _as_stored(embedding, config)
         if comparable and headers is not None:
             compare_layer(config.embedding, embedding, headers)
     if comparable and headers is not None:  # shapes are transformers' to compare, which may be told not to
         entries = {name: (header.dtype, header.shape) for name, header in headers.items()}
         if line := next(misfits(model, entries, shapes=False), None):
             raise ValueError(line)
+
+
+def _as_stored(module: nn.Module, config: BitNetConfig) -> None:
+    """Give the packed layers in a module weights of the files' layout, until finish_loading."""
+    for part in module.modules():
+        if not isinstance(part, PackedBitLinear | PackedStack | PackedEmbedding):
+            continue
+        if (dense := layout.dense(config.weight_bits, part.spec.weights)) is not None:
+            shape = *part.weight.shape[:-2], part.out_features, -(-part.in_features // dense.per_byte)
+            part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
 
 
 def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
@@ -91,14 +99,16 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             module = _pack_float_codes(name, module)
         elif not isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             continue
-        elif divides and (isinstance(module, PackedEmbedding) or module.spec.group_size is None):
+        elif divides and module.spec.group_size is None:
             module.weight_scale = 1 / module.weight_scale.float()
-        if module.weight.is_meta or isinstance(module, PackedEmbedding):
+        if module.weight.is_meta:
             continue
         where = name
         try:
             if (dense := layout.dense(config.weight_bits, module.spec.weights)) is not None:
                 module.weight = dense.to_hub(module.weight, module.in_features)
+            if isinstance(module, PackedEmbedding):  # the head, which has the same weight, is checked
+                continue
             for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
                 where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
                 layer.check()

@@ -62,7 +62,10 @@ def check_section(section: Any) -> None:
     for name, layer in [("the layers", section), *overrides.items()]:
         if not isinstance(layer, dict) or not isinstance(layer.get("packed"), bool):
             raise _section_error(f"{name} must say whether they are packed, true or false")
-        spec = layer.get("spec")
+    specs = {name: layer.get("spec") for name, layer in [("the layers", section), *overrides.items()]}
+    if "embedding_spec" in section:
+        specs["the embedding"] = section["embedding_spec"]
+    for name, spec in specs.items():
         if not isinstance(spec, dict) or not spec.keys() <= KINDS.keys():
             raise _section_error(f"{name}: spec is {spec!r:.200}, not an object of {', '.join(KINDS)}")
         for key, value in spec.items():

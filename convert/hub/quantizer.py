@@ -20,7 +20,7 @@ from bitnet.packed import PackedBitLinear
 from ..files.damaged import Damaged
 from ..files.folder import inside
 from ..files.safetensors import read_headers
-from ..swap.floats import has_int8_head, to_float_head, to_floats
+from ..swap.floats import packed_head, to_float_head, to_floats
 from .config import BitNetConfig, config_of
 from .legacy import inner_norms
 from .loading import finish_loading, swap_for_loading
@@ -55,7 +55,7 @@ def _attach(model: PreTrainedModel, weight_bits: float) -> None:
     model.hf_quantizer = BitNetQuantizer(config) if packed else None
     if "resize_token_embeddings" in vars(model):
         del model.resize_token_embeddings
-    if has_int8_head(model):
+    if packed_head(model):
         model.resize_token_embeddings = MethodType(_resize_token_embeddings, model)
 
 
@@ -66,12 +66,13 @@ def _resize_token_embeddings(
     *args: Any,
     **kwargs: Any,
 ) -> nn.Module:
-    """transformers' method, for a model with an int8 head, which it finds float."""
+    """transformers' method, for a model with a packed head, which it finds float."""
     if new_num_tokens not in (None, model.get_input_embeddings().weight.shape[0]) or pad_to_multiple_of is not None:
+        kind = packed_head(model)
         to_float_head(model)
         attach(model)
         warnings.warn(
-            "the int8 head is float again, for its new tokens; bitnet.pack(model, head='int8') packs it",
+            f"the {kind} head is float again, for its new tokens; bitnet.pack(model, head={kind!r}) packs it",
             stacklevel=2,
         )
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
@@ -119,6 +120,8 @@ class BitNetQuantizer(BitNetHfQuantizer):
             model.all_tied_weights_keys |= self.ties
             model.tie_weights(recompute_mapping=False)
         finish_loading(model, self.quantization_config)
+        if self.quantization_config.embedding:
+            model.tie_weights(recompute_mapping=False)  # again: weights of other layouts are new tensors now
         attach(model)
         forget_names(model, self.inner_norms)
         attach_if_known(model)

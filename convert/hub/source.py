@@ -147,7 +147,7 @@ class FolderSource(Source):
                     assert self.settings is not None
                     shape = weight.in_features, weight.out_features, spec.weights
                     found = Quantized(*stored_codes(matrix, scale, *shape, self.settings))
-                    if spec.weights != "int8":
+                    if not spec.wide:
                         self._note(where, found)
                     yield found
 

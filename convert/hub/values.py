@@ -18,14 +18,14 @@ def stored_codes(
 
     Raises ValueError for a scale that is not positive and finite, and for bytes or floats that encode no code.
     """
-    scale = loaded_scale(scale, config)
+    scale = loaded_scale(scale, kind, config)
     if weight.is_floating_point():
         return float_codes(weight), scale
     if (dense := layout.dense(config.weight_bits, kind)) is not None:
         return dense.unpack(weight, in_features), scale
-    if weight.dtype == torch.uint8:
+    if kind not in layout.WIDE:
         layout.validate_packed(weight)
-    return layout.codes_of(weight, out_features), scale
+    return layout.codes_of(weight, out_features, in_features), scale
 
 
 def loaded_weight(weight: Tensor, in_features: int, out_features: int, kind: str, config: BitNetConfig) -> Tensor:
@@ -38,40 +38,39 @@ def loaded_weight(weight: Tensor, in_features: int, out_features: int, kind: str
     elif (dense := layout.dense(config.weight_bits, kind)) is not None:
         weight = dense.to_hub(weight, in_features)
     expected = torch.int8 if kind == "int8" else torch.uint8
-    if weight.dtype != expected or (layout.check_stored(weight, out_features) and weight.shape[1] != in_features):
-        raise ValueError(
-            f"the weight is {weight.dtype} {list(weight.shape)}, but should be {expected} of {out_features} rows and "
-            f"{in_features} features; config.json or the file is wrong"
-        )
-    if weight.dtype == torch.uint8:
+    if weight.dtype != expected:
+        raise ValueError(f"the weight is {weight.dtype}, but should be {expected}; config.json or the file is wrong")
+    layout.check_stored(weight, out_features, in_features)
+    if kind not in layout.WIDE:
         layout.validate_packed(weight)
     return weight
 
 
-def loaded_scale(scale: Tensor, config: BitNetConfig) -> Tensor:
+def loaded_scale(scale: Tensor, kind: str, config: BitNetConfig) -> Tensor:
     """The scale that multiplies: float32 [1] or [N], or float16 [N, G] of groups.
 
-    Raises ValueError for one that is not positive and finite.
+    Raises ValueError for one that is not finite or, but for 4-bit weights, not positive.
     """
     if scale.dtype != torch.float16 or scale.ndim != 2:  # else it is one of groups
         scale = scale.float().reshape(-1)
         scale = scale if config.linear_class == "autobitlinear" else 1 / scale
-    if not bool(((scale > 0) & scale.isfinite()).all()):
+    if not layout.are_scales(scale, kind):
         raise ValueError("weight_scale must be positive and finite; the checkpoint is corrupt or incomplete")
     return scale
 
 
 def stored_state(model: nn.Module, weight_bits: float = 2) -> dict[str, Tensor]:
     """model.state_dict() as it goes to disk: packed scales as 1 / scale, packed weights in `weight_bits` bits."""
-    state = model.state_dict()
+    state, made = model.state_dict(), dict[int, Tensor]()  # tied weights stay one
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedBitLinear | PackedStack | PackedEmbedding):
             prefix = f"{name}." if name else ""
             state[f"{prefix}weight_scale"] = stored_scale(module.weight_scale)
-            kind = "int8" if isinstance(module, PackedEmbedding) else module.spec.weights
-            if (dense := layout.dense(weight_bits, kind)) is not None and not isinstance(module, PackedEmbedding):
-                codes = module.codes()
-                state[f"{prefix}weight"] = dense.pack(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
+            if (dense := layout.dense(weight_bits, module.spec.weights)) is not None:
+                if id(module.weight) not in made:
+                    codes = module.codes()
+                    made[id(module.weight)] = dense.pack(codes.flatten(0, -2)).view(*codes.shape[:-1], -1)
+                state[f"{prefix}weight"] = made[id(module.weight)]
     return state
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.reference import dequantize_weight
-from bitnet.packed import PackedEmbedding
 
 from ..files import ggml
 from ..files.gguf import TensorInfo, padded
@@ -59,7 +58,8 @@ def write_gguf(
     """Write a model as GGUF, one tensor in memory at a time; returns the file.
 
     kind:        one of KINDS, the type of the low-bit matrices. Everything else keeps its own float type, but norms and
-                 biases, which are float32, and int8 heads and embeddings, which are Q8_0 (the same codes)
+                 biases, which are float32, and int8 and int4 heads and embeddings, which are Q8_0 and Q4_0 (the same
+                 codes)
     progress:    called with the number of bytes that were just written
     resume:      go on with what an interrupted run left beside the file, and leave the like if this one is interrupted
     fingerprint: says which source this is; a run only goes on with tensors that were written under the same one
@@ -173,8 +173,7 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     known = [key for key in state if source.parts(key)]
     parts = {part for key in known for part in source.parts(key)}
     for key in [*known, *sorted(source.stored().keys() - parts)]:
-        module, _, leaf = key.rpartition(".")
-        if leaf == "weight_scale" or key in tied or key.endswith("rotary_emb.inv_freq"):
+        if key.endswith(".weight_scale") or key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
         weight = low_bit.get(key)
         shape = tuple(state[key].shape) if key in state else ()
@@ -184,8 +183,6 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         for place in found:
             if weight is not None:
                 entries[place.name] = _quantized_entry(source, weight, ternary, place)
-            elif isinstance(model.get_submodule(module), PackedEmbedding):
-                entries[place.name] = _embedding_entry(source, module, place)
             else:
                 entries[place.name] = _float_entry(source, key, shape, place)
     return entries
@@ -198,7 +195,7 @@ def _float(key: str, shape: tuple[int, ...], weight: Weight | None) -> tuple[str
 
 def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place) -> Entry:
     spec, name = weight.spec, weight.name
-    if ternary == "BF16" and spec.weights != "int8":
+    if ternary == "BF16" and not spec.wide:
 
         def floats() -> ggml.Bytes:
             matrices = (dequantize_weight(*found, torch.bfloat16) for found in source.matrices(weight))
@@ -208,19 +205,19 @@ def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place)
     if spec.activation_bits != 8 and ternary != "BF16":
         bits = "float" if spec.activation_bits is None else f"{spec.activation_bits}-bit"
         raise ValueError(f"{name} takes {bits} activations, and every ggml kernel rounds them to 8 bits")
-    int8 = spec.weights == "int8"
+    wide = ggml.WIDE.get(spec.weights)  # such a head stays what it is, also among floats
     if ternary == "Q1_0" and spec.weights == "ternary":
         raise ValueError(f"{name} is ternary, and Q1_0 holds -1 and +1 only; take gguf-q2_0")
-    if ternary == "I2_S" and (spec.per_row or spec.group_size is not None) and not int8:
+    if ternary == "I2_S" and (spec.per_row or spec.group_size is not None) and not wide:
         raise ValueError(f"{name} has a scale for each row, and I2_S has one for the matrix")
-    if spec.group_size is not None and spec.group_size % ggml.TERNARY["Q2_0"].block:
+    if spec.group_size is not None and spec.group_size % ggml.TERNARY["Q2_0"].block and not wide:
         raise ValueError(
             f"{name} has scales of groups of {spec.group_size}, and no type of llama.cpp has such small ones"
         )
     block = ggml.TERNARY[ternary].block if ternary != "BF16" else 1
-    if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % block:
+    if spec.group_size is not None and ternary != "Q2_0" and spec.group_size % block and not wide:
         raise ValueError(f"{name} has scales of groups of {spec.group_size}, and {ternary} of {block}; take gguf-q2_0")
-    kind = ggml.Q8_0 if int8 else ggml.TERNARY[ternary].id  # an int8 head stays one, also among floats
+    kind = wide[0] if wide else ggml.TERNARY[ternary].id
     columns = place.columns
     if columns is not None and spec.group_size is not None:
         columns = group_order(columns, spec.group_size)
@@ -240,21 +237,9 @@ def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place)
             scale = scale[place.part] if place.rows is None else scale[place.part][place.rows]
         if columns is not None and scale.ndim > 1:
             scale = scale[:, columns]
-        return ggml.pack_q8_0(codes, scale) if int8 else ggml.pack(ternary, codes, scale)
+        return wide[1](codes, scale) if wide else ggml.pack(ternary, codes, scale)
 
     return Entry(kind, place.shape, lambda: np.concatenate([one(found) for found in source.matrices(weight)]))
-
-
-def _embedding_entry(source: Source, module: str, place: Place) -> Entry:
-    def read() -> ggml.Bytes:
-        codes, inverse = (source.tensor(f"{module}.{leaf}") for leaf in ("weight", "weight_scale"))
-        return ggml.pack_q8_0(codes, 1 / inverse.float())
-
-    try:
-        ggml.nbytes(ggml.Q8_0, place.shape)
-    except ValueError as error:
-        raise ValueError(f"{module}: {error}") from None
-    return Entry(ggml.Q8_0, place.shape, read)
 
 
 def _float_entry(source: Source, key: str, shape: tuple[int, ...], place: Place) -> Entry:

@@ -29,7 +29,7 @@ def plan(source: Source) -> Plan:
     if not weights:
         raise ValueError(f"convert: {source.path} has no layer that can be low-bit, so there is nothing to convert")
     if name := next((name for name, m in source.model.named_modules() if isinstance(m, PackedEmbedding)), None):
-        raise ValueError(f"convert: {source.path}: {name} has 8-bit codes, which are not written for mlx")
+        raise ValueError(f"convert: {source.path}: {name} is packed with the output head, which is not written for mlx")
     sizes = {weight.name: _group_size(source, weight) for weight in weights.values()}
     jobs = []
     starts = {weight.key: weight for weight in weights.values()}
@@ -45,8 +45,8 @@ def plan(source: Source) -> Plan:
 def _group_size(source: Source, weight: Weight) -> int:
     """The largest of MLX's groups in which the scale does not change."""
     spec, where = weight.spec, f"convert: {source.path}: {weight.name}"
-    if spec.weights == "int8":
-        raise ValueError(f"{where} has 8-bit codes, which are not written for mlx")
+    if spec.wide:
+        raise ValueError(f"{where} has {spec.weights[3:]}-bit codes, which are not written for mlx")
     if spec.rms_norm or weight.experts is not None or weight.transposed:
         raise ValueError(f"{where} has a norm inside, or is no plain linear layer, which mlx cannot express")
     for size in mlx.GROUP_SIZES:

@@ -11,14 +11,14 @@ from ..hub.wrappers import outermost
 from .kinds import settle_fast_paths
 
 
-def has_int8_head(model: PreTrainedModel) -> bool:
-    """Whether the output head is int8; then the embedding may be, too."""
+def packed_head(model: PreTrainedModel) -> str | None:
+    """What kind of weights the output head has if it is packed; then the embedding may be, too."""
     head = model.get_output_embeddings()
-    return isinstance(head, PackedBitLinear) and head.spec.weights == "int8"
+    return head.spec.weights if isinstance(head, PackedBitLinear) else None
 
 
 def to_float_head(model: PreTrainedModel) -> None:
-    """Turn the int8 head, and the embedding tied to it, into float ones, in place: exactly codes * scale.
+    """Turn the packed head, and the embedding tied to it, into float ones, in place: exactly codes * scale.
 
     transformers can only resize float ones for new tokens.
     """

@@ -41,6 +41,8 @@ def misfit(module: nn.Module, spec: QuantSpec) -> str:
     if stacks_of(module):
         if spec.rms_norm or spec.hadamard is not None:
             return f"{'an RMSNorm' if spec.rms_norm else 'a Hadamard transform'} inside fused experts is not supported"
+        if spec.weights == "int4":
+            return "4-bit weights of fused experts are not supported"
         return ""
     try:
         check_features(module.nx if isinstance(module, Conv1D) else module.in_features, spec)  # type: ignore[arg-type]

@@ -1,23 +1,37 @@
 """In training -> packed, in place."""
 
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitnet.kernels import ops
+from bitnet.experts import PackedExperts
+from bitnet.kernels import layout
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
-from bitnet.packed import PackedEmbedding
-from bitnet.packing import pack_layer, to_packed
+from bitnet.packed import PackedBitLinear, PackedEmbedding, packed_zeros
+from bitnet.packing import pack_layer, quantize_matrix, to_packed
 from bitnet.quantize import QuantSpec
 
 from ..hub import quantizer, wrappers
 from .report import Report, report_on
 from .safety import judge
 
-HEAD = QuantSpec("int8", per_row=True)  # of an output head in 8 bits
+HEADS = ("int8", "int4", "ternary")
+
+
+def head_spec(model: nn.Module, kind: str) -> QuantSpec:
+    """The options of an output head of a kind of HEADS: a ternary one has scales of groups if most layers do."""
+    if kind == "int8":
+        return QuantSpec("int8", per_row=True)
+    if kind == "int4":
+        return QuantSpec("int4", group_size=layout.BLOCK)
+    packed = (BitLayer, PackedBitLinear, PackedExperts)
+    sizes = Counter(module.spec.group_size for module in model.modules() if isinstance(module, packed))
+    size = sizes.most_common(1)[0][0] if sizes else None
+    return QuantSpec(group_size=size, per_row=size is None)
 
 
 def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) -> Report:
@@ -25,19 +39,20 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
 
     Two bits a weight, the same outputs.
 
-    head: "int8" stores the output head of a Hugging Face model, and the input embedding if the two are tied, in 8 bits
-          with a scale a row. Not exact, though nearly: the report says how far the weights move. In large
-          vocabularies the head costs more time than all ternary layers. The checkpoint then needs this package. Works
-          on a packed model, too.
+    head: stores the output head of a Hugging Face model, and the input embedding if the two are tied, in fewer bits:
+          "int8" with a scale a row, "int4" with a scale for each group of 32 features of a row (4.5 bits a weight), or
+          "ternary", for models trained so, with scales of the layers' groups or of rows. Not exact, int8 nearly: the
+          report says how far the weights move. In large vocabularies the head costs more time than all ternary
+          layers. The checkpoint then needs this package. Works on a packed model, too.
 
     The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
     checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
     """
-    if head not in (None, "int8"):
-        raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
+    if head is not None and head not in HEADS:
+        raise ValueError(f"pack: head must be None or one of {', '.join(map(repr, HEADS))}, got {head!r}")
     found = None
     if head:
-        found = find_head(model)
+        found = find_head(model, head)
         weight = found[1].weight
         if weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(weight)):
             raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
@@ -63,33 +78,34 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         except ValueError as error:
             raise ValueError(f"pack: {name}: {error}") from None
     costs = {}
-    if found:
+    if found and head:
         name, linear, embedding = found
-        layers[name] = bit_head = BitLinear.from_linear(linear, HEAD)
-        codes, scale, change = _int8(bit_head.weight.detach())
-        packed[name] = [(codes, scale)]
+        spec = head_spec(model, head)
+        layers[name] = bit_head = BitLinear.from_linear(linear, spec)
+        stored, scale, change = _packed_rows(bit_head.weight.detach(), spec)
+        packed[name] = [(stored, scale)]
         costs[name] = f"its weights move by {100 * change:.2g} % (rms)"
         if embedding is not None:
-            PackedEmbedding.from_embedding(embedding, codes, scale)
+            PackedEmbedding.from_embedding(embedding, spec, stored, scale)
     for name, layer in layers.items():
         to_packed(layer, packed.pop(name), backend)
     quantizer.attach(model)
     return report_on(model, costs, others="not a BitLinear, so not packed")
 
 
-def _int8(weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Codes and scale of each row, and by how much the weight moves (rms, relative). A few rows at a time: a head can
-    be the largest matrix of a model."""
-    pieces = []
-    moved = size = 0.0
-    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-    for rows, place in zip(_rows(weight), _rows(codes), strict=True):
-        found, scale = ops.quantize_weight(rows, kind="int8", per_row=True)
-        place.copy_(found)
-        pieces.append(scale)
-        moved += (dequantize_weight(found, scale) - rows).double().square().sum().item()
+def _packed_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, float]:
+    """The stored weight and the scale of a head, and by how much it moves (rms, relative). A few rows at a time: a head
+    can be the largest matrix of a model."""
+    stored, scale = packed_zeros(weight.shape[1], weight.shape[0], spec, weight.device)
+    moved, size, at = 0.0, 0.0, 0
+    for rows in _rows(weight):
+        codes, found = quantize_matrix(rows, spec)
+        layout.put_rows(stored, at, codes)
+        scale[at : at + len(rows)] = found
+        moved += (dequantize_weight(codes, found) - rows).double().square().sum().item()
         size += rows.double().square().sum().item()
-    return codes, torch.cat(pieces), (moved / max(size, 1e-300)) ** 0.5
+        at += len(rows)
+    return stored, scale, (moved / max(size, 1e-300)) ** 0.5
 
 
 def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
@@ -97,21 +113,21 @@ def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split(max(1, (1 << 20) // matrix.shape[1]))
 
 
-def find_head(model: nn.Module) -> tuple[str, nn.Linear, nn.Embedding | None]:
-    """The output head that can become int8, its name, and the input embedding tied to it."""
+def find_head(model: nn.Module, kind: str) -> tuple[str, nn.Linear, nn.Embedding | None]:
+    """The output head that can become int8 or another kind of HEADS, its name, and the input embedding tied to it."""
     inner = list(wrappers.outermost(model).values())
     head = inner[0].get_output_embeddings() if len(inner) == 1 else None
     if type(head) is not nn.Linear:
         raise ValueError(
-            "pack: head='int8' needs a Hugging Face model with an nn.Linear output head that is still float, but found "
-            f"{type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', per_row=True)"
+            f"pack: head={kind!r} needs a Hugging Face model with an nn.Linear output head that is still float, but "
+            f"found {type(head).__name__}; for other layers: replace_linear(model, include=..., weights='int8', "
+            "per_row=True)"
         )
     others = _other_holders(model, head, head.weight)
     if len(others) > 1 or not all(type(other) is nn.Embedding or _scaled(other) for other in others):
         kinds = ", ".join(type(module).__name__ for module in others)
-        raise ValueError(
-            f"pack: the output head is tied to {kinds}; head='int8' can follow one nn.Embedding, plain or scaled, only"
-        )
+        follows = f"head={kind!r} can follow one nn.Embedding, plain or scaled, only"
+        raise ValueError(f"pack: the output head is tied to {kinds}; {follows}")
     if _other_holders(model, head, head.bias):
         raise ValueError("pack: the output head must stay float: its bias is tied to another module's")
     names = {module: name for name, module in model.named_modules()}

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from bitnet import tables
 from bitnet.experts import BitExperts, PackedExperts, stacks_of
 from bitnet.kernels import layout
+from bitnet.kernels.layout import WIDE
 from bitnet.linear import BitLayer, LatentWeight
 from bitnet.packed import PackedBitLinear
 
@@ -27,8 +28,8 @@ class Row:
     shape: tuple[int, ...]
     weights: int
     bytes: int
-    action: str  # "ternary", "binary", "packed", "int8", "float" or "kept"
-    reason: str  # why it was kept, or what int8 cost; empty otherwise
+    action: str  # "ternary", "binary", "packed", "int8", "int4", "float" or "kept"
+    reason: str  # why it was kept, or what a packed head cost; empty otherwise
     packed_bytes: int = 0  # of a low-bit matrix: what it takes on disk once packed, two bits a weight
 
 
@@ -60,7 +61,7 @@ class Report:
     @property
     def kept_bytes(self) -> int:
         """What everything else takes, in its present dtype."""
-        return self.other_bytes + sum(row.bytes for row in self.rows if row.action in ("kept", "float", "int8"))
+        return self.other_bytes + sum(row.bytes for row in self.rows if row.action in ("kept", "float", *WIDE))
 
     def __str__(self) -> str:
         groups: dict[tuple[Any, ...], int] = {}
@@ -92,7 +93,7 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
         shape = m.shape if m else () if lazy else tuple(tensor.shape)
         size = 0 if lazy else tensor.numel() * tensor.element_size()
         packed = 0
-        if m and action != "int8":
+        if m and action not in WIDE:
             packed = (m.experts or 1) * layout.packed_rows(m.out_features) * m.in_features
         seen.add(id(tensor))
         report.rows.append(Row(name, kind, shape, 0 if lazy else prod(shape), size, action, reason, packed))
@@ -102,14 +103,14 @@ def report_on(model: nn.Module, reasons: dict[str, str] | None = None, others: s
 
     for name, module in model.named_modules():
         if isinstance(module, PackedBitLinear):
-            action = "int8" if module.spec.weights == "int8" else "packed"
+            action = module.spec.weights if module.spec.wide else "packed"
             m = LatentWeight("weight", module.out_features, module.in_features, module.transposed)
             add(name, "PackedBitLinear", module.weight, action, reasons.get(name, ""), m)
             count(module.weight_scale, module.bias)
         elif isinstance(module, PackedExperts):
             for m in module.stacks:
                 stack = module.stack(m)
-                action = "int8" if module.spec.weights == "int8" else "packed"
+                action = module.spec.weights if module.spec.wide else "packed"
                 add(f"{name}.{m.parameter}".lstrip("."), "PackedExperts", stack.weight, action, m=m)
                 count(stack.weight_scale, stack.bias)
         elif isinstance(module, BitLayer):

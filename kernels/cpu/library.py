@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 12  # bitnet_abi() of a library built from these sources
+_ABI = 13  # bitnet_abi() of a library built from these sources
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}
@@ -26,7 +26,8 @@ _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instructi
 _ZEROS = 5  # status of a weight with codes of 0 that is to be stored in 1 bit
 
 
-TWO_BITS, BASE3, EIGHT_BITS, ONE_BIT = 0, 1, 2, 3  # forms; int8 weights get EIGHT_BITS whichever is asked for
+# Forms; 8-bit and 4-bit weights get their own whichever is asked for.
+TWO_BITS, BASE3, EIGHT_BITS, ONE_BIT, FOUR_BITS = 0, 1, 2, 3, 4
 
 
 def missing(

@@ -1,6 +1,6 @@
 """The `cpu` backend: weights in its own forms, and products with them.
 
-The forms, of 2, of 1.6 ("base3"), of 1 ("binary") and of 8 bits a weight, are described in csrc/bitnet_cpu.h.
+The forms, of 2, of 1.6 ("base3"), of 1 ("binary"), of 8 and of 4 bits a weight, are described in csrc/bitnet_cpu.h.
 """
 
 import ctypes
@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..layout import check_rows
+from ..layout import BLOCK, check_rows, check_stored
 from ..reference import MOST_16, size_of_groups
 from .arena import arena
-from .library import BASE3, EIGHT_BITS, FLOATS, ONE_BIT, TWO_BITS, TYPES, check, isa_index, native
+from .library import BASE3, EIGHT_BITS, FLOATS, FOUR_BITS, ONE_BIT, TWO_BITS, TYPES, check, isa_index, native
 
 
 class PreparedWeight(ctypes.Structure):
@@ -31,36 +31,51 @@ class PreparedWeight(ctypes.Structure):
     )
 
 
+_STEPS = {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, EIGHT_BITS: 4, FOUR_BITS: 8}  # features of 32 bits
+
+
 def form_shape(n: int, k: int, form: int = TWO_BITS) -> tuple[int, int, int]:
-    """Shape of the tensor that holds n x k prepacked codes, 128 bytes for 32 rows and 16 features (20, 32 or 4)."""
-    return -(-n // 32), -(-k // {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, EIGHT_BITS: 4}[form]), 128
+    """Shape of the tensor that holds n x k prepacked codes, 128 bytes, or 32 lanes, for 32 rows and some features."""
+    return -(-n // 32), -(-k // _STEPS[form]), 32 if form == FOUR_BITS else 128
+
+
+def form_dtype(form: int) -> torch.dtype:
+    """And its dtype."""
+    return {EIGHT_BITS: torch.int8, FOUR_BITS: torch.int32}.get(form, torch.uint8)
 
 
 def form_of(weight: Tensor, form: int) -> int:
-    """The form of a weight, stored or prepacked: int8 ones have their own, others the given one."""
-    return EIGHT_BITS if weight.dtype == torch.int8 else form
+    """The form of a weight, stored or prepacked: 8-bit and 4-bit ones have their own, others the given one."""
+    if weight.dtype == torch.uint8 and weight.ndim == 3 and weight.shape[2] == BLOCK // 2:
+        return FOUR_BITS
+    return {torch.int8: EIGHT_BITS, torch.int32: FOUR_BITS}.get(weight.dtype, form)
 
 
-def prepack(packed: Tensor, n: int, form: int = TWO_BITS) -> Tensor:
-    """Hub bytes uint8 [ceil(N/4), K] to uint8 form_shape(N, K), or int8 [N, K] to int8; exact for any N and K.
+def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) -> Tensor:
+    """A stored weight (Hub bytes uint8 [ceil(N/4), K], int8 [N, K], uint8 [N, ceil(K/32), 16]) to form_shape(N, K),
+    exactly and for any N and K.
 
+    k: where 4-bit weights' is not a multiple of 32
     Raises ValueError for the form ONE_BIT if a code is 0.
     """
     form = form_of(packed, form)
-    weight = arena.empty(*form_shape(n, packed.shape[1], form)).view(packed.dtype)
-    return _prepack(packed, False, n, form, weight)
+    _, features = check_stored(packed, n, k)
+    shape = form_shape(n, features, form)
+    weight = arena.empty(*shape[:2], 128).view(form_dtype(form))
+    return _prepack(packed, False, n, features, form, weight)
 
 
 def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tensor:
-    """Codes int8 [N, K], ternary or eight_bits, for a few products: the same, in memory that goes and comes quickly."""
+    """Codes int8 [N, K] that the form holds, or eight_bits, for a few products: the same, in memory that goes and comes
+    quickly."""
     form = EIGHT_BITS if eight_bits else form
     n, k = codes.shape
-    weight = codes.new_empty(form_shape(n, k, form), dtype=torch.int8 if eight_bits else torch.uint8)
-    return _prepack(codes, True, n, form, weight)
+    weight = codes.new_empty(form_shape(n, k, form), dtype=form_dtype(form))
+    return _prepack(codes, True, n, k, form, weight)
 
 
-def _prepack(source: Tensor, from_codes: bool, n: int, form: int, weight: Tensor) -> Tensor:
-    source, k = source.contiguous(), source.shape[1]
+def _prepack(source: Tensor, from_codes: bool, n: int, k: int, form: int, weight: Tensor) -> Tensor:
+    source = source.contiguous()
     args = (source.data_ptr(), from_codes, n, k, weight.data_ptr(), form)
     check(native().bitnet_prepack(*args, torch.get_num_threads()))
     return weight
@@ -86,10 +101,12 @@ def check_prepacked(
         size_of_groups(k, scale.shape[1])
 
 
-def _check_product(form: int, activation_bits: int, groups: bool, k: int) -> None:
-    if form == EIGHT_BITS and (groups or activation_bits == 16):
+def _check_product(form: int, activation_bits: int, group_size: int, k: int) -> None:
+    if form == EIGHT_BITS and (group_size or activation_bits == 16):
         raise ValueError("8-bit weights take neither scales of groups nor 16-bit activations; choose backend 'torch'")
-    if activation_bits == 16 and not groups and k > MOST_16:
+    if form == FOUR_BITS and (group_size != BLOCK or activation_bits == 16):
+        raise ValueError("4-bit weights take scales of groups of 32 features, and no 16-bit activations")
+    if activation_bits == 16 and not group_size and k > MOST_16:
         raise ValueError(
             f"16-bit activations and a scale of a tensor or row take up to {MOST_16} features, not {k}; "
             "choose scales of groups, or activation_bits=8"
@@ -120,7 +137,7 @@ def prepared(
     check_prepacked(weight, scale, bias, n, k, form)
     if scale is not None and scale.dtype == torch.float16:
         group_size, scale = size_of_groups(k, scale.shape[1]), blocks_of_scales(scale)
-    _check_product(form, activation_bits, group_size > 0, k)
+    _check_product(form, activation_bits, group_size, k)
     if bias is not None:
         bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()
     scale = None if scale is None else scale.contiguous()
@@ -188,7 +205,8 @@ def bind(
     """
     if weight.is_meta:
         check_prepacked(weight, scale, bias, n, k, form)
-        _check_product(form_of(weight, form), activation_bits or 8, scale.dtype == torch.float16, k)
+        size = size_of_groups(k, scale.shape[1]) if scale.dtype == torch.float16 else 0
+        _check_product(form_of(weight, form), activation_bits or 8, size, k)
         return lambda x: x.new_empty(*x.shape[:-1], n)
     layer = prepared(weight, scale, bias, n, k, form, isa, activation_bits or 8)
     run, pointer, types, threads = native().bitnet_linear, ctypes.byref(layer), TYPES, torch.get_num_threads

@@ -40,3 +40,4 @@ bool supported() {
 const Isa kAvx2 = make_isa<Avx2>("avx2", supported);
 const Isa kAvx2Binary = make_isa<OneBit<Avx2, FourSums<Avx2>>>("avx2", supported);
 const Isa kAvx2Int8 = make_isa<EightBits<Avx2Wide>>("avx2", supported);
+const Isa kAvx2Int4 = make_isa<FourBits<Avx2>>("avx2", supported);

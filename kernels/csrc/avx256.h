@@ -39,6 +39,10 @@ struct Avx256 {
   static INLINE Vec bit(Vec w) {
     return _mm256_and_si256(_mm256_srli_epi16(w, J), _mm256_set1_epi8(1));
   }
+  template <int J>
+  static INLINE Vec nibble(Vec w) {
+    return _mm256_and_si256(J ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(15));
+  }
   static INLINE void add_scaled(float* to, Vec i, const float* scale) {
     const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(i), _mm256_loadu_ps(scale));
     _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), y));

@@ -1,4 +1,4 @@
-// AVX512-VNNI on 2-bit, 1-bit and 8-bit weights.
+// AVX512-VNNI on 2-bit, 1-bit, 8-bit and 4-bit weights.
 #include "avx512.h"
 
 namespace {
@@ -20,3 +20,4 @@ struct Avx512Vnni : Avx512 {
 const Isa kAvx512Vnni = make_isa<Avx512Vnni>("avx512-vnni", vnni_supported);
 const Isa kAvx512VnniBinary = make_isa<OneBit<Avx512, Avx512::EightPlanes>>("avx512-vnni", vnni_supported);
 const Isa kAvx512VnniInt8 = make_isa<EightBits<Avx512>>("avx512-vnni", vnni_supported);
+const Isa kAvx512VnniInt4 = make_isa<FourBits<Avx512>>("avx512-vnni", vnni_supported);

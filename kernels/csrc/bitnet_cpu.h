@@ -14,6 +14,10 @@
 // Form D, 1 bit a weight (binary weights: no zeros): uint8 [ceil(N/32), ceil(K/32), 128]. Step g has features
 // 32g..32g+31: bit j of byte 4r + b of block i is feature 4j + b of row 32i + r: 1 for the code +1, 0 for -1.
 //
+// Form E, 4 bits a weight (output heads): uint8 [ceil(N/32), ceil(K/8), 128]. Step g has features 8g..8g+7: the low four
+// bits of byte 4r + b of block i are feature b of row 32i + r, the high ones feature 4 + b, as code + 8. It takes scales of
+// groups of 32 features only.
+//
 // bitnet_step runs the decoder blocks of a model over some tokens of some sequences, and keeps their keys and values.
 #pragma once
 #include <stdint.h>
@@ -21,7 +25,7 @@
 #define BITNET_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status { kOk = 0, kBadType = 1, kBadShape = 2, kBadIsa = 3, kNoMemory = 4, kBadCode = 5 };
-enum Form { kTwoBits = 0, kBase3 = 1, kEightBits = 2, kOneBit = 3 };
+enum Form { kTwoBits = 0, kBase3 = 1, kEightBits = 2, kOneBit = 3, kFourBits = 4 };
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4, kInt16 = 5 };
 
 // One layer, filled in by the caller and only read here.
@@ -104,7 +108,7 @@ BITNET_EXPORT const char* bitnet_isa(int32_t form, int32_t i);
 //   x_type float: activations are quantized per token, y_type must equal x_type
 //   x_type int8 or int16: x holds codes and s [m] their scales, which divide; y_type is float, or, but for scales of
 //                 groups, int32 for bare accumulators
-// Form C takes no scales of groups and no 16-bit activations.
+// Form C takes no scales of groups, form E those of 32 features only, and neither 16-bit activations.
 BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, int32_t x_type, int64_t x_stride,
                                     const float* s, int64_t m, void* y, int32_t y_type, int32_t threads);
 
@@ -115,7 +119,8 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
                                   const int64_t* sequence, const int64_t* position, int32_t threads);
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
-// for form C, codes int8 [n, k]. Form D fails with kBadCode if one of them is 0.
+// for form C, codes int8 [n, k]; for form E without from_codes [n, ceil(k/32), 16] bytes in the order of llama.cpp's Q4_0.
+// Form D fails with kBadCode if a code is 0.
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t form,

@@ -100,12 +100,13 @@ void gemv_groups(const PreparedWeight& layer, int64_t first, int64_t last, const
 
 template <class I>
 void gemv(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
-  if constexpr (I::kForm != kEightBits) {
+  if constexpr (I::kForm == kFourBits) return gemv_groups<I, 1>(layer, first, last, token, y, y_type);
+  else if constexpr (I::kForm != kEightBits) {
     if (layer.group_size && token.limbs == 2) return gemv_groups<I, 2>(layer, first, last, token, y, y_type);
     if (layer.group_size) return gemv_groups<I, 1>(layer, first, last, token, y, y_type);
     if (token.limbs == 2) return gemv_rows<I, 2>(layer, first, last, token, y, y_type);
   }
-  gemv_rows<I, 1>(layer, first, last, token, y, y_type);
+  if constexpr (I::kForm != kFourBits) gemv_rows<I, 1>(layer, first, last, token, y, y_type);
 }
 
 // Many tokens. A slice of V vectors of rows goes through K in chunks. Where there are several panels of tokens, the weights
@@ -249,7 +250,7 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
 template <class I>
 constexpr int64_t chunk_steps() {  // so many that a group fits
   constexpr int64_t kStep = 4 * I::kFields, kChunk = (kChunkFeatures + kStep - 1) / kStep + (kChunkFeatures % kStep > 0);
-  static_assert(I::kForm == kEightBits || kChunk <= I::kSumSteps, "");
+  static_assert(I::kForm == kEightBits || I::kForm == kFourBits || kChunk <= I::kSumSteps, "");
   return kChunk < I::kSumSteps ? kChunk : I::kSumSteps;
 }
 
@@ -300,9 +301,9 @@ void slice_groups(const PreparedWeight& layer, int64_t block, const Panels& pane
 template <class I, int L, int V>
 void slice(const PreparedWeight& layer, int64_t block, const Panels& panels, void* scratch, void* y, int32_t y_type) {
   if constexpr (I::kForm != kEightBits)
-    if (layer.group_size)
+    if (I::kForm == kFourBits || layer.group_size)
       return slice_groups<I, L, V>(layer, block, panels, static_cast<float*>(scratch), y, y_type);
-  slice_rows<I, L, V>(layer, block, panels, static_cast<int32_t*>(scratch), y, y_type);
+  if constexpr (I::kForm != kFourBits) slice_rows<I, L, V>(layer, block, panels, static_cast<int32_t*>(scratch), y, y_type);
 }
 
 template <class I, int L>
@@ -317,7 +318,7 @@ void gemm_limbs(const PreparedWeight& layer, int64_t first, int64_t last, const 
 template <class I>
 void gemm(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
           int32_t y_type) {
-  if constexpr (I::kForm != kEightBits)
+  if constexpr (I::kForm != kEightBits && I::kForm != kFourBits)
     if (panels.limbs == 2) return gemm_limbs<I, 2>(layer, first, last, panels, scratch, y, y_type);
   gemm_limbs<I, 1>(layer, first, last, panels, scratch, y, y_type);
 }
@@ -379,6 +380,32 @@ struct EightBits : I {
   struct Planes {
     Sum sum;
     INLINE void add(Vec w, const Vec (&s)[kFields]) { I::dot(sum, w, s[0]); }
+    INLINE auto total() const { return I::total(sum); }
+  };
+};
+
+// Form E on the primitives of an instruction set, nibble<j>(w) among them.
+template <class I>
+struct FourBits : I {
+  using typename I::Sum;
+  using typename I::Vec;
+  struct Packed {};
+  static constexpr int kForm = kFourBits, kFields = 2, kFactor = 1, kZero = 8;
+  static constexpr int kPlaneVecs = kStepBytes / I::kBytes;  // all rows of a block: a group is over soon
+  // The steps of a group. Where sums have 16 bits, one adds at most 2 fields * 2 products * 15 * 128 = 7680.
+  static constexpr int64_t kSumSteps = 4, kPlaneSteps = 4;
+
+  static INLINE Packed unpack(const uint8_t*) { return {}; }
+  template <int J>
+  static INLINE Vec field(const uint8_t* p, Packed) {
+    return I::template nibble<J>(I::load(p));
+  }
+  struct Planes {
+    Sum sum;
+    INLINE void add(Vec w, const Vec (&s)[kFields]) {
+      I::dot(sum, I::template nibble<0>(w), s[0]);
+      I::dot(sum, I::template nibble<1>(w), s[1]);
+    }
     INLINE auto total() const { return I::total(sum); }
   };
 };

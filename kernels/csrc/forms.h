@@ -27,6 +27,12 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding,
     copy_padded<4>(t, from, here, 0);
     return t[0] ^ 0x80808080;
   }
+  if (form == kFourBits) {
+    uint32_t pair[2];
+    copy_padded<8>(pair, from, here, 0);
+    for (uint32_t& word : pair) word = (word & 0x0f0f0f0f) ^ 0x08080808;  // from two's complement to code + 8
+    return pair[0] | pair[1] << 4;
+  }
   if (form == kOneBit) copy_padded<32>(t, from, here, padding);
   else if (form == kBase3) copy_padded<20>(t, from, here, padding);
   else copy_padded<16>(t, from, here, padding);
@@ -42,6 +48,14 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding,
   return lane;
 }
 
+// The lane of step i of one row of stored 4-bit codes: a block of 32 features is low nibbles first, then high ones.
+inline uint32_t pack_nibbles(const uint8_t* row, int64_t i) {
+  uint32_t t[2];
+  memcpy(t, row + i / 4 * 16 + i % 2 * 8, 8);
+  for (uint32_t& word : t) word = word >> (i % 4 / 2 * 4) & 0x0f0f0f0f;
+  return t[0] | t[1] << 4;
+}
+
 // Returns whether it worked: 1 bit holds no code of 0.
 bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t* weight, int32_t form, int threads) {
   const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
@@ -55,14 +69,17 @@ bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t*
       for (int64_t r = 0; r < kBlockRows; ++r) {
         const int64_t row = b * kBlockRows + r, filled = row < n ? k : 0;
         const auto* from = static_cast<const uint8_t*>(source);
-        if (row < n) from += (from_codes ? row : row % hub_rows) * k;
+        const bool nibbles = form == kFourBits && !from_codes && row < n;
+        if (nibbles) from += row * ceil_div(k, 32) * 16;
+        else if (row < n) from += (from_codes ? row : row % hub_rows) * k;
         const int shift = row < n ? int(row / hub_rows * 2) : 0;
         uint8_t* to = weight + b * steps * kStepBytes + 4 * r;
         const auto of_codes = [](uint32_t t) { return (t & 0x03030303) + 0x01010101; };  // -1 is 3 in two bits
         const auto of_hub_bytes = [=](uint32_t t) { return t >> shift; };
         for (int64_t i = 0; i < steps; ++i, to += kStepBytes) {
           const int64_t here = filled - i * step;
-          const uint32_t lane = from_codes
+          const uint32_t lane = nibbles ? pack_nibbles(from, i)
+                                : from_codes
                                     ? pack_lane(from + i * step, here, form, code_padding, of_codes, &zeros)
                                     : pack_lane(from + i * step, here, form, hub_padding, of_hub_bytes, &zeros);
           memcpy(to, &lane, 4);
@@ -85,6 +102,7 @@ void unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32
         const int byte = from[i / step * kStepBytes + i % 4];
         switch (form) {
           case kEightBits: to[i] = int8_t(byte - 128); break;
+          case kFourBits: to[i] = int8_t((byte >> 4 * field & 15) - 8); break;
           case kOneBit: to[i] = int8_t((byte >> field & 1) * 2 - 1); break;
           case kTwoBits: to[i] = int8_t((byte >> 2 * field & 3) - 1); break;
           default: to[i] = int8_t((field < 4 ? byte % 84 : byte) / kPower[field] % 3 - 1);

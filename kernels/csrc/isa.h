@@ -17,7 +17,7 @@ constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumu
 
 // Features of a step.
 constexpr int step_features(int form) {
-  return form == kBase3 ? 20 : form == kEightBits ? 4 : form == kOneBit ? 32 : 16;
+  return form == kBase3 ? 20 : form == kEightBits ? 4 : form == kFourBits ? 8 : form == kOneBit ? 32 : 16;
 }
 
 // Features that an int32 accumulator holds: 2^16 * kMax16 and 2^16 * 127 * 128 are below 2^31. Those of groups hold any.
@@ -129,7 +129,7 @@ struct Isa {
   const Between* between;  // of the form of 2 bits only
 };
 
-extern const Isa kScalar, kScalarBinary, kScalarInt8;
-extern const Isa kAvx2, kAvx2Binary, kAvx2Int8, kAvxVnni, kAvxVnniBinary, kAvxVnniInt8;
-extern const Isa kAvx512Vnni, kAvx512VnniBinary, kAvx512VnniInt8, kAvx512Vbmi;
-extern const Isa kNeon, kNeonBinary, kNeonInt8, kNeonDot, kNeonDotBinary, kNeonDotInt8;
+extern const Isa kScalar, kScalarBinary, kScalarInt8, kScalarInt4;
+extern const Isa kAvx2, kAvx2Binary, kAvx2Int8, kAvx2Int4, kAvxVnni, kAvxVnniBinary, kAvxVnniInt8, kAvxVnniInt4;
+extern const Isa kAvx512Vnni, kAvx512VnniBinary, kAvx512VnniInt8, kAvx512VnniInt4, kAvx512Vbmi;
+extern const Isa kNeon, kNeonBinary, kNeonInt8, kNeonInt4, kNeonDot, kNeonDotBinary, kNeonDotInt8, kNeonDotInt4;

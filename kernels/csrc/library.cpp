@@ -20,7 +20,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 12; }
+BITNET_EXPORT int32_t bitnet_abi() { return 13; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -45,6 +45,7 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
   if (size && (size < 32 || size % 32 || kSpan % size)) return kBadShape;
   if (bits != 16 && bits != 8 && bits != 4) return kBadType;
   if (layer->form == kEightBits && (size || wide)) return kBadType;
+  if (layer->form == kFourBits && (size != 32 || wide)) return kBadType;
   if (codes ? !y_float && (y_type != kInt32 || size) : !is_float(x_type) || y_type != x_type) return kBadType;
   if (codes && y_float && !s && m) return kBadType;
   if (layer->bias && !is_float(layer->bias_type)) return kBadType;

@@ -47,6 +47,11 @@ struct Neon {
     else if constexpr (J == 7) return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 7));
     else return vandq_s8(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), J)), vdupq_n_s8(1));
   }
+  template <int J>
+  static INLINE Vec nibble(Vec w) {
+    if constexpr (J == 0) return vandq_s8(w, vdupq_n_s8(15));
+    else return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4));
+  }
   static INLINE void add_scaled(float* to, int32x4_t i, const float* scale) {
     vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_f32(vcvtq_f32_s32(i), vld1q_f32(scale))));
   }
@@ -150,9 +155,11 @@ static bool supported() {
 const Isa kNeonDot = make_isa<Neon>("neon-dotprod", supported);
 const Isa kNeonDotBinary = make_isa<OneBit<Neon, Neon::BitPlanes>>("neon-dotprod", supported);
 const Isa kNeonDotInt8 = make_isa<NeonInt8>("neon-dotprod", supported);
+const Isa kNeonDotInt4 = make_isa<FourBits<Neon>>("neon-dotprod", supported);
 #else
 static bool supported() { return true; }
 const Isa kNeon = make_isa<Neon>("neon", supported);
 const Isa kNeonBinary = make_isa<OneBit<Neon, Neon::BitPlanes>>("neon", supported);
 const Isa kNeonInt8 = make_isa<NeonInt8>("neon", supported);
+const Isa kNeonInt4 = make_isa<FourBits<Neon>>("neon", supported);
 #endif

@@ -33,6 +33,10 @@ struct Scalar {
   static INLINE Vec bit(Vec w) {
     return w >> J & 0x01010101;
   }
+  template <int J>
+  static INLINE Vec nibble(Vec w) {
+    return w >> 4 * J & 0x0f0f0f0f;
+  }
   static INLINE void add_scaled(float* to, int32_t i, const float* scale) { *to += float(i) * *scale; }
   static INLINE void widen(const uint16_t* half, float* values) { widen_scales(half, values); }
   using Float = float;
@@ -60,3 +64,4 @@ bool supported() { return true; }
 const Isa kScalar = make_isa<Scalar>("scalar", supported);
 const Isa kScalarBinary = make_isa<OneBit<Scalar>>("scalar", supported);
 const Isa kScalarInt8 = make_isa<EightBits<Scalar>>("scalar", supported);
+const Isa kScalarInt4 = make_isa<FourBits<Scalar>>("scalar", supported);

@@ -35,41 +35,53 @@ struct Target {
 
 std::vector<Target> targets() {
   std::vector<Target> found;
-  for (int form : {kTwoBits, kBase3, kEightBits, kOneBit})
+  for (int form : {kTwoBits, kBase3, kEightBits, kOneBit, kFourBits})
     for (int i = 0; bitnet_isa(form, i); ++i) found.push_back({form, i, bitnet_isa(form, i)});
   return found;
 }
 
-enum Kind { kTernary, kBytes, kBinary };
+enum Kind { kTernary, kBytes, kBinary, kNibbles };
 
-Kind kind_of(int form) { return form == kEightBits ? kBytes : form == kOneBit ? kBinary : kTernary; }
+Kind kind_of(int form) {
+  return form == kEightBits ? kBytes : form == kFourBits ? kNibbles : form == kOneBit ? kBinary : kTernary;
+}
 
 // A weight in all of the forms that can hold it, and its codes.
 struct Weight {
   Kind kind;
   int64_t n, k;
   std::vector<int8_t> codes;
-  std::vector<uint8_t> forms[4];
+  std::vector<uint8_t> forms[5];
 
   Weight(Kind kind, int64_t n, int64_t k, int extreme) : kind(kind), n(n), k(k), codes(n * k) {
-    const int low = kind == kBytes ? -128 : -1, high = kind == kBytes ? 127 : 1;
+    const int low = kind == kBytes ? -128 : kind == kNibbles ? -8 : -1;
+    const int high = kind == kBytes ? 127 : kind == kNibbles ? 7 : 1;
     for (auto& c : codes) {
       c = int8_t(extreme ? (extreme > 0 ? high : low) : low + int(draw(high - low + 1)));
       if (kind == kBinary && !c) c = 1;
     }
     const int64_t hub_rows = (n + 3) / 4;
     std::vector<uint8_t> hub(hub_rows * k, 0x55);
-    for (int64_t r = 0; r < n && kind != kBytes; ++r)
+    for (int64_t r = 0; r < n && (kind == kTernary || kind == kBinary); ++r)
       for (int64_t c = 0; c < k; ++c) {
         uint8_t& byte = hub[r % hub_rows * k + c];
         const int shift = int(r / hub_rows * 2);
         byte = uint8_t((byte & ~(3 << shift)) | (codes[r * k + c] + 1) << shift);
       }
-    const uint8_t* source = kind == kBytes ? reinterpret_cast<const uint8_t*>(codes.data()) : hub.data();
+    const int64_t row_blocks = (k + 31) / 32;
+    std::vector<uint8_t> nibbles(kind == kNibbles ? n * row_blocks * 16 : 0, 0x88);
+    for (int64_t r = 0; r < n && kind == kNibbles; ++r)
+      for (int64_t c = 0; c < k; ++c) {
+        uint8_t& byte = nibbles[(r * row_blocks + c / 32) * 16 + c % 16];
+        const int shift = c % 32 / 16 * 4;
+        byte = uint8_t((byte & ~(15 << shift)) | (codes[r * k + c] + 8) << shift);
+      }
+    const uint8_t* source = kind == kBytes ? reinterpret_cast<const uint8_t*>(codes.data())
+                            : kind == kNibbles ? nibbles.data() : hub.data();
     std::vector<int8_t> back(n * k);
-    for (int form : {kTwoBits, kBase3, kEightBits, kOneBit}) {
+    for (int form : {kTwoBits, kBase3, kEightBits, kOneBit, kFourBits}) {
       if (kind_of(form) != kind) continue;
-      const int64_t step = form == kEightBits ? 4 : form == kBase3 ? 20 : form == kOneBit ? 32 : 16;
+      const int64_t step = form == kEightBits ? 4 : form == kFourBits ? 8 : form == kBase3 ? 20 : form == kOneBit ? 32 : 16;
       forms[form].resize((n + 31) / 32 * ((k + step - 1) / step) * 128);
       uint8_t* weight = forms[form].data();
       require(!bitnet_prepack(codes.data(), 1, n, k, weight, form, 2), "prepack of codes", "all", 0, n, k);
@@ -181,9 +193,13 @@ void check_floats(const Weight& w, int64_t m, int64_t stride, int32_t activation
 }
 
 void check(int64_t m, int64_t n, int64_t k, int extreme) {
-  for (Kind kind : {kTernary, kBytes, kBinary}) {
+  for (Kind kind : {kTernary, kBytes, kBinary, kNibbles}) {
     if (kind == kBytes && k > 65536) continue;
     const Weight w(kind, n, k, extreme);
+    if (kind == kNibbles) {  // which have scales of groups of 32 only
+      check_groups<int8_t>(w, m, 32, extreme);
+      continue;
+    }
     const int64_t stride = k + draw(3);
     check_products<int8_t>(w, m, stride, extreme);
     check_floats(w, m, stride, 8);
