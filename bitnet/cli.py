@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import chat, convert, eval, generate, info, inspect, quickstart, serve, train, tune, write
+from .commands import bench, chat, convert, eval, generate, info, inspect, quickstart, serve, train, tune, write
 
 EPILOG = """examples:
   bitnet quickstart                         train, pack and reload a 1.58-bit model on this machine (about 5 minutes)
@@ -16,6 +16,7 @@ EPILOG = """examples:
   bitnet generate quickstart/ternary "def "  continue a prompt with it
   bitnet chat my-model-1.58                 talk to a model that has a chat template
   bitnet serve quickstart/ternary           a model behind an OpenAI-compatible API, with a page to chat with it
+  bitnet bench my-model-1.58                tokens/s of prefill and decoding, loading time and memory
   bitnet inspect quickstart/ternary         its layers and codes, and whether anything is wrong with them
   bitnet convert SRC DST --to base3         the same weights in another form
   bitnet tune my-model-1.58                 on a GPU: measure which kernel configurations suit its layers
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for command in (info, quickstart, train, eval, generate, chat, convert, inspect, serve, tune, write):
+    for command in (info, quickstart, train, eval, generate, chat, convert, inspect, serve, bench, tune, write):
         command.add(commands)
     args = parser.parse_args(argv)
     for output in (sys.stdout, sys.stderr):

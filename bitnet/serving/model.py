@@ -12,6 +12,7 @@ from ..decode.eager import EagerSequences
 from ..decode.native import NativeSequences
 from ..decode.plan import Unplanned
 from ..decode.sampling import Grammar, Sampler, Sampling, Token
+from ..decode.sequences import Sequences
 from .text import TextStream
 
 
@@ -33,6 +34,14 @@ class Piece:
     end: str = ""  # why the answer ends: "stop" or "length"
 
 
+def sequences_of(model: Any, slots: int, context: int | None = None) -> tuple[Sequences, str]:
+    """What decodes a model, the native step if it can, and its name, with the reason if it cannot."""
+    try:
+        return NativeSequences(model, slots, context=context), "native"
+    except Unplanned as why:
+        return EagerSequences(model, slots, context), f"transformers ({why})"
+
+
 class TextModel:
     """A causal language model and its tokenizer behind a scheduler.
 
@@ -47,12 +56,7 @@ class TextModel:
         self.tokenizer, self.name = tokenizer, name
         config = model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
-        self.engine = "native"
-        sequences: NativeSequences | EagerSequences
-        try:
-            sequences = NativeSequences(model, slots, context=context)
-        except Unplanned as why:
-            sequences, self.engine = EagerSequences(model, slots, context), f"transformers ({why})"
+        sequences, self.engine = sequences_of(model, slots, context)
         self.scheduler = Scheduler(sequences, queue)
         ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
         self.ends = frozenset(ends if isinstance(ends, list) else [ends]) | {
