@@ -484,3 +484,20 @@ def test_tasks_of_lm_eval_run_on_our_layers(pair, tmp_path: Path, capsys) -> Non
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "sums" in json.loads(printed[printed.index("{") :])["tasks"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_float_checkpoints_run_in_float32_where_a_cpu_has_no_bfloat16(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(vocab_size=257).bfloat16()
+    model.save_pretrained(tmp_path / "float")
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    model.save_pretrained(tmp_path / "packed")
+    for name in ("float", "packed"):
+        build_tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    found = {name: models.runnable(tmp_path / name, device="cpu")[0].dtype for name in ("float", "packed")}
+    assert found == {"float": torch.bfloat16 if fast else torch.float32, "packed": torch.bfloat16}
+    assert bitnet.load(tmp_path / "float").dtype == torch.bfloat16, "a load is what was saved"
