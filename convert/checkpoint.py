@@ -177,8 +177,14 @@ def load(
 def dtype_to_run(folder: Path, device: str | torch.device) -> str | torch.dtype:
     """What bitnet.load is to be told for a model that is to run: float32 for a float checkpoint on a CPU which has no
     products of bfloat16, where those of many tokens take several times as long; else "auto", the stored one."""
-    slow = torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = torch.device(device).type == "cpu" and not _multiplies_bfloat16()
     return torch.float32 if slow and "quantization_config" not in read_json(folder / CONFIG) else "auto"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Has torch products of bfloat16 for this CPU (AVX512 or newer)?"""
+    able: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return able
 
 
 def _complete(directory: str | Path, missing: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import bitnet
 from bitnet import cli
+from bitnet.convert import checkpoint
 from bitnet.jobs import checkpoints, evaluate, models
 from bitnet.jobs import train as job
 from bitnet.linear import BitLinear
@@ -497,7 +498,7 @@ def test_float_checkpoints_run_in_float32_where_a_cpu_has_no_bfloat16(
     model.save_pretrained(tmp_path / "packed")
     for name in ("float", "packed"):
         build_tokenizer().save_pretrained(tmp_path / name)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(checkpoint, "_multiplies_bfloat16", lambda: fast)
     found = {name: models.runnable(tmp_path / name, device="cpu")[0].dtype for name in ("float", "packed")}
     assert found == {"float": torch.bfloat16 if fast else torch.float32, "packed": torch.bfloat16}
     assert bitnet.load(tmp_path / "float").dtype == torch.bfloat16, "a load is what was saved"
