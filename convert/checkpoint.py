@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
 from bitnet.packed import PackedBitLinear
+from bitnet.quantize import is_sharded
+from bitnet.train.fsdp import unwrapped
 
 from .files.folder import CONFIG, WEIGHTS, variant, weight_files
 from .files.folder import INDEX as INDEX
@@ -28,7 +30,6 @@ from .hub.models import model_config, refusals, skeleton
 from .hub.names import forget_names
 from .hub.quantizer import attach
 from .hub.values import stored_state
-from .hub.wrappers import unwrapped
 from .writing import replacing
 
 
@@ -53,6 +54,9 @@ def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **k
     if weight_bits == 1 and "binary" not in kinds:
         raise ValueError("save: weight_bits=1 is a form of binary weights, and this model has none; take 1.6 or 2")
     model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"save: {name} is sharded; save what bitnet.gather(model) gives the first process")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")

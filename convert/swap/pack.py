@@ -11,7 +11,7 @@ from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedEmbedding
 from bitnet.packing import pack_layer, to_packed
-from bitnet.quantize import QuantSpec
+from bitnet.quantize import QuantSpec, is_sharded
 
 from ..hub import quantizer, wrappers
 from .report import Report, report_on
@@ -35,6 +35,9 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     """
     if head not in (None, "int8"):
         raise ValueError(f"pack: head must be None or 'int8', got {head!r}")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"pack: {name} is sharded; pack what bitnet.gather(model) gives the first process")
     found = None
     if head:
         found = find_head(model)
@@ -52,9 +55,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         for leaf in (m.parameter for m in layer.latent_weights()):
             values = layer.get_parameter(leaf)
             if type(values.data) is not torch.Tensor:
-                raise ValueError(
-                    f"pack: {name}.{leaf} is sharded ({type(values.data).__name__}); gather the model first"
-                )
+                raise ValueError(f"pack: {name}.{leaf} is a {type(values.data).__name__}; only plain tensors are packed")
             if values.is_meta:
                 raise ValueError(f"pack: {name}.{leaf} is on the meta device and has no values; load the weights first")
         try:
