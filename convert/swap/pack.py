@@ -55,7 +55,9 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
         for leaf in (m.parameter for m in layer.latent_weights()):
             values = layer.get_parameter(leaf)
             if type(values.data) is not torch.Tensor:
-                raise ValueError(f"pack: {name}.{leaf} is a {type(values.data).__name__}; only plain tensors are packed")
+                raise ValueError(
+                    f"pack: {name}.{leaf} is a {type(values.data).__name__}; only plain tensors are packed"
+                )
             if values.is_meta:
                 raise ValueError(f"pack: {name}.{leaf} is on the meta device and has no values; load the weights first")
         try:
