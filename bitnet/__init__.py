@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .quantize import QuantSpec
     from .serving.embed import Encoder, embed
     from .train.distill import Distillation
+    from .train.fsdp import gather
     from .train.muon import Muon
     from .train.strength import set_strength, strength_at
     from .train.trainer import DistillTrainer, MonitorCallback, StrengthCallback
@@ -59,6 +60,7 @@ _HOME = {
     "convert_checkpoint": "bitnet.convert.conversion.convert",
     "diff_checkpoints": "bitnet.convert.inspection",
     "embed": "bitnet.serving.embed",
+    "gather": "bitnet.train.fsdp",
     "inspect_checkpoint": "bitnet.convert.inspection",
     "load": "bitnet.convert.checkpoint",
     "merge_adapter": "bitnet.convert.swap.merge",
@@ -89,6 +91,7 @@ __all__ = [
     "convert_checkpoint",
     "diff_checkpoints",
     "embed",
+    "gather",
     "inspect_checkpoint",
     "load",
     "merge_adapter",

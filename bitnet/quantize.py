@@ -77,8 +77,24 @@ class QuantSpec:
         return self.weights in layout.WIDE
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether this process holds a part of a tensor alone: a DTensor, whose import takes long."""
+    return hasattr(t, "device_mesh")
+
+
+def check_whole(weight: Tensor) -> None:
+    """Raise ValueError for a sharded weight: the scale of a part is not the matrix's."""
+    if is_sharded(weight):
+        raise ValueError(
+            "a low-bit layer was given a part of its weight (a DTensor, as tensor parallelism makes them), and its "
+            "scale is that of the whole; use DistributedDataParallel or fully_shard, and call the module that "
+            "fully_shard wraps, not a layer in it; outside of training: bitnet.gather(model)"
+        )
+
+
 def quantize_latent(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The codes and the scale of a latent weight [N, K]."""
+    """The codes and the scale of a latent weight [N, K]; raises ValueError for a sharded one."""
+    check_whole(weight)
     return quantizers.quantize_latent(weight, spec.weights, spec.per_row, spec.group_size, spec.centered)
 
 
@@ -89,7 +105,9 @@ def bit_linear(
 
     strength 1 is the exact quantized product; 0 is F.linear. Anything else, or a 0-d tensor, blends both operands,
     v + strength * (quantize(v) - v), for a gradual start (Hugging Face's 1.58-bit fine-tuning recipe).
+    Raises ValueError for a sharded weight.
     """
+    check_whole(weight)
     if not isinstance(strength, Tensor) and strength == 1:
         x2 = x.reshape(-1, x.shape[-1])
         y = _QuantizedLinear.apply(x2, weight, bias, spec)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
 from bitnet.packed import PackedBitLinear
+from bitnet.train.fsdp import unwrapped
 
 from .files.folder import CONFIG, WEIGHTS, variant, weight_files
 from .files.folder import INDEX as INDEX
@@ -28,7 +29,6 @@ from .hub.models import model_config, refusals, skeleton
 from .hub.names import forget_names
 from .hub.quantizer import attach
 from .hub.values import stored_state
-from .hub.wrappers import unwrapped
 from .writing import replacing
 
 

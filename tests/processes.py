@@ -88,6 +88,11 @@ def main(rank: int, folder: Path) -> None:
             shared = train(model, rank)
             gap = max(abs(a - b) for a, b in zip(losses, shared, strict=True))
             found[f"{name} {kind}"] = {"gap": gap, "codes": different(codes(alone), codes(model))}
+            whole = bitnet.gather(model)
+            found[f"{name} {kind} gathered"] = whole is not None
+            if whole is not None:
+                bitnet.pack(whole)
+                bitnet.save(whole, folder / f"{name}-{kind}-gathered")
             bitnet.save(model, folder / f"{name}-{kind}-{0 if kind == 'fsdp' else rank}")
         if rank == 0:
             bitnet.pack(alone)

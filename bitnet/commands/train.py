@@ -1,7 +1,6 @@
 """`bitnet train`: a model from text, new or from a checkpoint."""
 
 import argparse
-import os
 from typing import Any
 
 from ..train.options import TrainOptions, add_options, from_yaml, given
@@ -15,6 +14,8 @@ EPILOG = """examples:
     bitnet train --model my-model --teacher my-model --data text.jsonl --steps 2000 --out run
   the same from a file of options, which flags override:
     bitnet train run.yaml --out run2 --seed 1
+  on two GPUs, or in two processes of any machine:
+    torchrun --nproc-per-node 2 -m bitnet train run.yaml
   how long it will take, before it is started; and after it was interrupted or killed:
     bitnet train run.yaml --dry-run
     bitnet train --resume run
@@ -49,11 +50,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = given(args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's
-        raise ValueError(
-            "bitnet train is one process, and was started in several, which would all train the same; for many GPUs "
-            "use transformers' Trainer or accelerate on a model with low-bit layers (README, Many processes)"
-        )
     if args.resume and (args.config or options or args.dry_run):
         raise ValueError("--resume OUT goes on with the options of the run; it takes no others")
     if not (args.resume or args.config or options):

@@ -39,12 +39,16 @@ class Checkpoints:
     def __call__(self, loop: Loop) -> None:
         due = self.every is not None and loop.step % self.every == 0
         late = time.monotonic() - self.written_at >= 60 * self.every_minutes
-        if due or late or loop.stop or loop.step == loop.schedule.steps:
+        if due or loop.step == loop.schedule.steps or any(loop.processes.any([late, loop.stop])):
             self.write(loop)
 
     def write(self, loop: Loop) -> Path:
-        """A checkpoint of the present step; returns its folder."""
+        """A checkpoint of the present step, which the first of the loop's processes writes; returns its folder."""
         path = self.folder / f"step-{loop.step:08}"
+        tensors, facts = loop.state()
+        self.written_at = time.monotonic()
+        if not loop.processes.first:
+            return path
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             new = self.folder / ".writing"
@@ -52,7 +56,6 @@ class Checkpoints:
             with without_bars():
                 save(loop.model, new)
             self.tokenizer.save_pretrained(new)
-            tensors, facts = loop.state()
             save_file(tensors, new / TENSORS)
             (new / FACTS).write_text(json.dumps(facts))
             sync([*(file for file in new.iterdir() if file.is_file()), new])
@@ -63,7 +66,6 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
             os.rename(old, gone)
             shutil.rmtree(gone)
-        self.written_at = time.monotonic()
         return path
 
 

@@ -24,6 +24,7 @@ from ..train.loop import Loop, next_token_loss
 from ..train.monitors import Monitor
 from ..train.optimizers import make_optimizers
 from ..train.options import TrainOptions
+from ..train.processes import Processes
 from ..train.schedule import Schedule
 from ..train.texts import Tokens
 from .models import check_causal, new_model, tokenizer_of, trainable
@@ -104,12 +105,26 @@ def tokenized(options: TrainOptions, tokenizer: Any, folder: Path, console: Cons
     return found, texts.tokenize(held_out, tokenizer, folder / "held-out.bin")
 
 
-def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens, held_out: Tokens) -> Run:
+def prepare(
+    options: TrainOptions,
+    model: Any,
+    tokenizer: Any,
+    training: Tokens,
+    held_out: Tokens,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+) -> Run:
     """The loop of a run, at its first step."""
+    if options.batch % processes.world:
+        raise ValueError(
+            f"--batch {options.batch} are the rows of all processes together, which {processes.world} cannot share "
+            f"evenly; give a multiple of {processes.world}"
+        )
+    if processes.rank:
+        torch.manual_seed(options.seed + processes.rank)  # dropout of its own
     rows = PackedRows(
         training.ids,
         training.starts,
-        options.batch,
+        options.batch // processes.world,
         options.context,
         options.seed,
         separate=_separates(options, model),
@@ -149,6 +164,7 @@ def prepare(options: TrainOptions, model: Any, tokenizer: Any, training: Tokens,
         clip=options.clip,
         autocast=torch.bfloat16 if bf16 else None,
         monitor=Monitor(model, options.monitor_every or max(10, steps // 50)) if options.weights != "float" else None,
+        processes=processes,
     )
     return Run(options, loop, tokenizer, rows, training, held_out)
 
@@ -184,7 +200,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Held-out loss (nats a token), perplexity and bits per byte of the model, fully quantized."""
     with run.loop.autocasting():
         starts = run.held_out.starts if run.rows.separate else None
-        loss = spread_loss(run.loop.model, run.held_out.ids, run.options.context, run.options.eval_tokens, starts)
+        ids, options, processes = run.held_out.ids, run.options, run.loop.processes
+        loss = spread_loss(run.loop.model, ids, options.context, options.eval_tokens, starts, processes)
     bits = loss / math.log(2) * run.held_out.per_byte
     return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
 

@@ -30,6 +30,7 @@ from ..train import texts
 from ..train.evaluate import evaluating
 from ..train.loop import Loop
 from ..train.options import TrainOptions, from_yaml
+from ..train.processes import Processes, together
 from . import checkpoints
 from .models import tokenizer_of, trainable
 from .reconstruction import run_reconstruction
@@ -37,6 +38,7 @@ from .report import plot
 from .setup import Run, build, device_of, evaluate, prepare, settled, sizes, strengths, tokenized, tokenizer_for
 
 OPTIONS, REPORT, BLOCKS = "options.yaml", "report.json", "blocks"
+TEXT = "training.bin", "held-out.bin"
 
 
 def train(options: TrainOptions, console: Console | None = None) -> dict[str, Any]:
@@ -44,51 +46,74 @@ def train(options: TrainOptions, console: Console | None = None) -> dict[str, An
 
     Raises ValueError or OSError for options that cannot be, before OUT is made; KeyboardInterrupt after a checkpoint if
     it was asked to stop.
+
+    Started by torchrun, all processes train together: each on its share of every batch, so that the run is that of one
+    process to float rounding. The first of them writes; OUT must be one folder for all.
     """
-    console = console or Console()
     options.check()
     if options.out is None:
         raise ValueError("say where the results go: --out DIR")
-    out = Path(options.out)
+    out, options = Path(options.out), settled(options)
+    with together(device_of(options)) as processes:
+        console = _console(console, processes)
+        return _go(_start(options, out, console, processes), out, console)
+
+
+def _start(options: TrainOptions, out: Path, console: Console, processes: Processes) -> Run:
+    """A new run and its folder, which the first process makes."""
+    if not processes.first:
+        tokenizer = tokenizer_for(options)
+        model = build(options, tokenizer, console)
+        processes.wait()
+        training, held_out = (texts.mapped(out / "data" / name) for name in TEXT)
+        return prepare(options, model, tokenizer, training, held_out, processes)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         remedy = f"go on with it: bitnet train --resume {out}; or name" if (out / OPTIONS).exists() else "name"
         raise ValueError(f"{out} is there already; {remedy} another folder")
-    options = settled(options)
     tokenizer = tokenizer_for(options)
     model = build(options, tokenizer, console)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         training, held_out = tokenized(options, tokenizer, out / "data", console)
-        run = prepare(options, model, tokenizer, training, held_out)
+        run = prepare(options, model, tokenizer, training, held_out, processes)
         write_whole(out / OPTIONS, _from_anywhere(options).to_yaml().encode())
     except BaseException:
         _remove(out, made)  # nothing there is worth a second look
         raise
-    return _go(run, out, console)
+    processes.wait()
+    return run
 
 
 def resume(out: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Go on with a run from its last checkpoint: its loss curve becomes what it would have been, bit for bit, on the
-    same machine with as many threads."""
-    out, console = Path(out), console or Console()
+    same machine with as many threads and processes."""
+    out = Path(out)
     if not (out / OPTIONS).is_file():
         raise FileNotFoundError(f"{out}: no run to go on with there (it has no {OPTIONS})")
     if (out / REPORT).exists():
         raise ValueError(f"{out}: this run is finished; see {out / 'model'} and {out / REPORT}")
-    options = from_yaml(out / OPTIONS)
-    training, held_out = (texts.mapped(out / "data" / name) for name in ("training.bin", "held-out.bin"))
+    options = settled(from_yaml(out / OPTIONS))
+    with together(device_of(options)) as processes:
+        console = _console(console, processes)
+        return _go(_found(options, out, console, processes), out, console)
+
+
+def _found(options: TrainOptions, out: Path, console: Console, processes: Processes) -> Run:
+    """The run in a folder, after its last checkpoint."""
+    training, held_out = (texts.mapped(out / "data" / name) for name in TEXT)
     found = checkpoints.found(out / "checkpoints")
     tokenizer = tokenizer_of(found[-1]) if found else tokenizer_for(options)
     if not found:
         console.print("there is no checkpoint yet; starting from the beginning", highlight=False)
         model = build(options, tokenizer, console)
-        return _go(prepare(options, model, tokenizer, training, held_out), out, console)
+        return prepare(options, model, tokenizer, training, held_out, processes)
     tensors, facts = checkpoints.read(found[-1])
-    run = prepare(options, trainable(found[-1]).to(device_of(options)), tokenizer, training, held_out)
+    model = trainable(found[-1]).to(device_of(options))
+    run = prepare(options, model, tokenizer, training, held_out, processes)
     run.loop.restore(tensors, facts)
     console.print(f"going on after step {run.loop.step:,} of {run.loop.schedule.steps:,}", highlight=False)
-    return _go(run, out, console)
+    return run
 
 
 def rehearse(options: TrainOptions, console: Console | None = None) -> dict[str, Any]:
@@ -96,6 +121,9 @@ def rehearse(options: TrainOptions, console: Console | None = None) -> dict[str,
     console = console or Console()
     options.check()
     options = settled(options)
+    with together(device_of(options)) as processes:
+        if processes.world > 1:
+            raise ValueError("--dry-run measures one process; start it without torchrun")
     tokenizer = tokenizer_for(options)
     model = build(options, tokenizer, console)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -130,6 +158,7 @@ def _go(run: Run, out: Path, console: Console) -> dict[str, Any]:
     """All steps that are left, then the packed model and the report."""
     options, loop = run.options, run.loop
     steps = loop.schedule.steps
+    loop.processes.share(loop.model)
     after: list[Any] = []
 
     def look(loop: Loop, when: str = "") -> None:
@@ -151,7 +180,8 @@ def _go(run: Run, out: Path, console: Console) -> dict[str, Any]:
     if loop.step == 0 and options.model is not None and can_evaluate:
         look(loop, "at the start")
     if loop.step == 0 and options.reconstruct:
-        blocks = run_reconstruction(run, out / BLOCKS, console)
+        blocks = run_reconstruction(run, out / BLOCKS, console) if loop.processes.first else []
+        loop.processes.share(loop.model)
         loop.metrics.append({"step": 0, "blocks": blocks})
         if can_evaluate:
             look(loop, "reconstructed")
@@ -165,7 +195,13 @@ def _go(run: Run, out: Path, console: Console) -> dict[str, Any]:
     if loop.step < steps:
         console.print(f"stopped after step {loop.step:,}; go on: bitnet train --resume {out}", highlight=False)
         raise KeyboardInterrupt
-    return _finish(run, out, console, can_evaluate)
+    report = _finish(run, out, console, can_evaluate) if loop.processes.first else {}
+    loop.processes.wait()
+    return report or json.loads((out / REPORT).read_text())
+
+
+def _console(console: Console | None, processes: Processes) -> Console:
+    return (console or Console()) if processes.first else Console(quiet=True)
 
 
 def _finish(run: Run, out: Path, console: Console, can_evaluate: bool) -> dict[str, Any]:
@@ -188,6 +224,7 @@ def _finish(run: Run, out: Path, console: Console, can_evaluate: bool) -> dict[s
     report = {
         "options": asdict(options),
         **facts,
+        "processes": loop.processes.world,
         "seconds": loop.seconds,
         "tokens_per_second": loop.tokens / max(loop.seconds, 1e-9),
         "bits_per_byte": evaluations[-1]["bits_per_byte"] if evaluations else None,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import IGNORED, row_at
+from .processes import Processes
 
 ROWS = 32  # that go through a model together, fewer if they have more logits than
 LOGITS = 1 << 28
@@ -36,19 +37,26 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def spread_loss(
-    model: Any, tokens: Tensor, context: int, scored: int = 64 * 1024, starts: Tensor | None = None
+    model: Any,
+    tokens: Tensor,
+    context: int,
+    scored: int = 64 * 1024,
+    starts: Tensor | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> float:
     """Mean -ln p(next token), in nats, over stretches spread evenly through a stream: a quick look.
 
     tokens: integers [T], T > context
     scored: about how many tokens count
     starts: where documents start, if attention is not to see across; see train.data.PackedRows
+    processes: that share the work, each with the model
     Each stretch is half a context long and follows half a context that is not scored, so that every scored token
     is predicted from that much text at least, where its document has.
     """
     half = context // 2
     stretches = max(1, min((len(tokens) - 1) // context, scored // half))
     firsts = torch.linspace(0, len(tokens) - 1 - context, stretches).long()
+    firsts = firsts[processes.rank :: processes.world]
     total, count, device = 0.0, 0, next(model.parameters()).device
     with evaluating(model):
         for some in firsts.split(_rows(model, context)):
@@ -63,6 +71,7 @@ def spread_loss(
             logits = model(**batch, use_cache=False).logits[:, half:].float()
             total += F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum").item()
             count += int((labels != IGNORED).sum())
+    total, count = processes.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
 
 

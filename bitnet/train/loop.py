@@ -20,6 +20,7 @@ from ..progress import Progress
 from .data import IGNORED, Batches
 from .monitors import Monitor
 from .optimizers import optimizer_state, restore_optimizers
+from .processes import Processes
 from .schedule import Schedule
 from .strength import set_strength
 
@@ -46,6 +47,8 @@ class Loop:
     clip:         the greatest norm of the gradient
     autocast:     a dtype, torch.bfloat16, in which products run where torch.autocast says so
     monitor:      looks at the codes, every so many steps
+    processes:    that train the same model together: each takes one after the other of the micro-batches, so that W of
+                  them make the step of one with W times the accumulation
 
     Evaluation and checkpoints are functions of the loop, called after each step that they say is theirs: see run.
     `step` counts finished steps, `losses` has each one's loss in nats, `seconds` the time that they took.
@@ -63,6 +66,7 @@ class Loop:
         clip: float | None = None,
         autocast: torch.dtype | None = None,
         monitor: Monitor | None = None,
+        processes: Processes = Processes(),  # noqa: B008 (frozen)
     ) -> None:
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, got {accumulation}")
@@ -74,6 +78,7 @@ class Loop:
             autocast,
             monitor,
         )
+        self.processes = processes
         self.device = next(model.parameters()).device
         self.low_bit = any(isinstance(module, BitLayer) for module in model.modules())
         self.peaks = [
@@ -83,7 +88,7 @@ class Loop:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
         self.metrics: list[dict[str, Any]] = []  # what monitor and evaluation found, each with its "step"
-        self.stop = False  # set it, from a signal say, and run returns after the present step
+        self.stop = False  # set it, from a signal say, and run returns after the present step, in all processes
         self._unread: list[Tensor] = []
 
     def one_step(self) -> None:
@@ -100,26 +105,29 @@ class Loop:
                 group["weight_decay"] = most * decay
         if self.monitor is not None:
             self.monitor.before_step(step + 1)
+        rank, world = self.processes.rank, self.processes.world
         first = step * self.accumulation
-        micro = [self._moved(self.batches[first + i]) for i in range(self.accumulation)]
-        labels = [(batch["labels"] != IGNORED).sum() for batch in micro] if len(micro) > 1 else []
+        micro = [self._moved(self.batches[(first + i) * world + rank]) for i in range(self.accumulation)]
+        labels = [(batch["labels"] != IGNORED).sum() for batch in micro] if world * len(micro) > 1 else []
+        in_all: Any = self.processes.sum(torch.stack(labels).sum()) if labels else None
         total: Any = 0
         for i, batch in enumerate(micro):
             with self.autocasting():
                 loss = self.loss(self.model, batch)
             if labels:
-                loss = loss * (labels[i] / torch.stack(labels).sum())
+                loss = loss * (labels[i] / in_all)
             loss.backward()
             total = total + loss.detach()
+        parameters = [p for groups in self.peaks for group, _, _ in groups for p in group["params"]]
+        self.processes.sum_gradients(parameters)
         if self.clip is not None:
-            parameters = [p for groups in self.peaks for group, _, _ in groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        self.tokens += sum(batch["labels"].numel() for batch in micro)
-        self._unread.append(total)
+        self.tokens += world * sum(batch["labels"].numel() for batch in micro)
+        self._unread.append(self.processes.sum(total))
         if self.device.type == "cpu" or len(self._unread) >= FETCH:
             self.fetch()
         if self.monitor is not None and (found := self.monitor.after_step(self.step)):
@@ -142,7 +150,7 @@ class Loop:
         after, began, at_start = list(after), self.seconds, self.tokens
         quiet = console or Console(quiet=True)
         with Progress(label, self.schedule.steps, "steps", quiet, done=self.step) as progress:
-            while self.step < self.schedule.steps and not self.stop:
+            while self.step < self.schedule.steps and not self.processes.any([self.stop])[0]:
                 start = time.perf_counter()
                 self.one_step()
                 self.seconds += time.perf_counter() - start
@@ -171,15 +179,21 @@ class Loop:
         return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a run needs to go on besides the weights: tensors, and what JSON can hold."""
+        """All that a run needs to go on besides the weights: tensors, and what JSON can hold.
+
+        Every process must ask for it.
+        """
         self.fetch()
         tensors, numbers = optimizer_state(self.model, self.optimizers)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
+        for rank, state in enumerate(self.processes.each(torch.get_rng_state())):
+            tensors[_random("cpu", rank)] = state
         if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+            for rank, state in enumerate(self.processes.each(torch.cuda.get_rng_state(self.device))):
+                tensors[_random("cuda", rank)] = state
         return tensors, {
             "step": self.step,
+            "processes": self.processes.world,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -189,13 +203,16 @@ class Loop:
         }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Go on from a state; the weights are the caller's."""
+        """Go on from a state; the weights are the caller's. Raises ValueError for that of more or fewer processes."""
+        rank, world, before = self.processes.rank, self.processes.world, facts.get("processes", 1)
+        if world != before:
+            raise ValueError(f"this run was one of {before} processes, and goes on with as many; here are {world}")
         prefix = "optimizer/"
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         restore_optimizers(self.model, self.optimizers, own, facts["optimizer"])
-        torch.set_rng_state(tensors["random/cpu"])
-        if self.device.type == "cuda" and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        torch.set_rng_state(tensors[_random("cpu", rank)])
+        if self.device.type == "cuda" and _random("cuda", rank) in tensors:
+            torch.cuda.set_rng_state(tensors[_random("cuda", rank)], self.device)
         self.step, self.tokens, self.seconds = facts["step"], facts["tokens"], facts["seconds"]
         self.losses, self.metrics = list(facts["losses"]), list(facts["metrics"])
         if self.monitor is not None:
@@ -203,3 +220,8 @@ class Loop:
 
     def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def _random(kind: str, rank: int) -> str:
+    """Where a state has a process's random numbers."""
+    return f"random/{kind}/{rank}" if rank else f"random/{kind}"

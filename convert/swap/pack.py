@@ -13,7 +13,7 @@ from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding, packed_zeros
 from bitnet.packing import pack_layer, quantize_matrix, to_packed
-from bitnet.quantize import QuantSpec
+from bitnet.quantize import QuantSpec, is_sharded
 
 from ..hub import quantizer, wrappers
 from .report import Report, report_on
@@ -50,6 +50,9 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     """
     if head is not None and head not in HEADS:
         raise ValueError(f"pack: head must be None or one of {', '.join(map(repr, HEADS))}, got {head!r}")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"pack: {name} is sharded; pack what bitnet.gather(model) gives the first process")
     found = None
     if head:
         found = find_head(model, head)
@@ -68,8 +71,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
             values = layer.get_parameter(leaf)
             if type(values.data) is not torch.Tensor:
                 raise ValueError(
-                    f"pack: {name}.{leaf} is sharded ({type(values.data).__name__}); bitnet.save(model, dir) in all "
-                    "processes, and then pack what one of them loads from there"
+                    f"pack: {name}.{leaf} is a {type(values.data).__name__}; only plain tensors are packed"
                 )
             if values.is_meta:
                 raise ValueError(f"pack: {name}.{leaf} is on the meta device and has no values; load the weights first")
