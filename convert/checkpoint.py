@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
 from bitnet.packed import PackedBitLinear
+from bitnet.quantize import is_sharded
 from bitnet.train.fsdp import unwrapped
 
 from .files.folder import CONFIG, WEIGHTS, variant, weight_files
@@ -41,8 +42,6 @@ def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **k
     load(directory, model). Whatever happens, a full disk, an interrupt or a kill, the directory holds the earlier
     save, if there was one, or this one, whole; other files in it stay. Two saves to one directory take turns.
 
-    A model that fully_shard has spread over processes is gathered and written by the first of them; all must call.
-
     weight_bits: of a packed weight in the files: 2; 1.6 for files a fifth smaller; 1 of binary layers (others keep 2).
                  What is not 2 loads only with this package
     kwargs:      passed to save_pretrained, for instance max_shard_size="2GB"
@@ -54,10 +53,11 @@ def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **k
         raise ValueError(f"save: weight_bits={weight_bits} is a form of packed weights; call bitnet.pack(model) first")
     if weight_bits == 1 and "binary" not in kinds:
         raise ValueError("save: weight_bits=1 is a form of binary weights, and this model has none; take 1.6 or 2")
-    directory = Path(directory)
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # a DTensor
-        return _save_shards(model, directory, **kwargs)
     model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"save: {name} is sharded; save what bitnet.gather(model) gives the first process")
+    directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: {directory} is a file")
     with replacing(directory) as new:
@@ -78,27 +78,6 @@ def save(model: nn.Module, directory: str | Path, *, weight_bits: float = 2, **k
             save_file(state, new / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps({"quantization_config": config.to_dict()}, indent=2) + "\n"
             (new / CONFIG).write_text(text)
-    return directory
-
-
-def _save_shards(model: nn.Module, directory: Path, **kwargs: Any) -> Path:
-    """The save of a model in training whose parameters fully_shard has spread over processes."""
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    failure: list[BaseException | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            if not isinstance(model, PreTrainedModel):
-                raise ValueError("save: a sharded model must be a Hugging Face model")
-            with replacing(directory) as new:
-                model.save_pretrained(new, state_dict=state, **kwargs)
-        except Exception as error:  # the others wait for it, and must not wait forever
-            failure[0] = error
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
     return directory
 
 

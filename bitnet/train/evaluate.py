@@ -59,7 +59,7 @@ def spread_loss(
     firsts = firsts[processes.rank :: processes.world]
     total, count, device = 0.0, 0, next(model.parameters()).device
     with evaluating(model):
-        for some in firsts.split(_rows(model, context)):
+        for some in firsts.split(_rows(model, context)) if len(firsts) else ():
             if starts is None:
                 rows = tokens[some[:, None] + torch.arange(context + 1)].long()
                 batch = {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}

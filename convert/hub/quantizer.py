@@ -96,6 +96,14 @@ class BitNetQuantizer(BitNetHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        spread = getattr(model.config, "distributed_config", None)
+        for option in ("tp_size", "ep_size"):
+            if (getattr(spread, option, None) or 1) > 1:
+                raise ValueError(
+                    f"{option}={getattr(spread, option)}: low-bit layers cannot be spread over processes by tensor or "
+                    "expert parallelism, as the scale of a part of a weight is not the weight's; load the model whole "
+                    "in each process, and to train it in many use DistributedDataParallel or fully_shard"
+                )
         if embedding := self.quantization_config.embedding:
             # transformers ties Parameters while loading, and these are buffers: tied afterwards
             self.ties = {t: s for t, s in model.all_tied_weights_keys.items() if s == f"{embedding}.weight"}

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitnet.experts import stacks_of
+from bitnet.quantize import is_sharded
 
 from ..hub.wrappers import outermost
 from .kinds import HEADS, ROUTERS, computes_linear
@@ -61,8 +62,10 @@ def _unfit(module: nn.Module, holders: dict[int, str]) -> str:
         if leaf not in module._parameters:
             return f"its {leaf} is computed before each call (weight or spectral norm, pruning)"
         values = module.get_parameter(leaf)
+        if is_sharded(values):
+            return f"its {leaf} is sharded; swap before fully_shard (tensor parallelism is not supported)"
         if type(values.data) is not torch.Tensor:
-            return f"its {leaf} is a {type(values.data).__name__} (sharded or quantized already)"
+            return f"its {leaf} is a {type(values.data).__name__} (quantized already?)"
         if not values.is_floating_point():
             return f"its {leaf} is {values.dtype}"
         if 0 in values.shape:
