@@ -68,7 +68,7 @@ def test_an_encoder_is_served_as_it_was_trained(monkeypatch, capsys) -> None:  #
     scores = dict(re.findall(r"(rounded|trained|as served) ([\d.]+)", printed))
     assert scores["as served"] == scores["trained"]
     assert float(scores["trained"]) > 0.9
-    assert bitnet.embed("embedding-1.58", ["one", "two"], pooling="mean").shape == (2, 64)
+    assert bitnet.Encoder("embedding-1.58", pooling="mean")(["one", "two"]).shape == (2, 64)
 
 
 def test_lora_learns_beside_packed_weights(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -458,7 +458,7 @@ def test_an_embedding_that_is_none_is_one_error(tmp_path: Path) -> None:
         config["quantization_config"]["bitnet_toolkit"]["embedding"] = name
         (tmp_path / "m" / "config.json").write_text(json.dumps(config))
         for read in (FolderSource, bitnet.load):
-            with pytest.raises(ValueError, match=f"'{name}' is the int8 embedding, but the model has none there"):
+            with pytest.raises(ValueError, match=f"'{name}' is the packed embedding, but the model has none there"):
                 read(tmp_path / "m")
 
 

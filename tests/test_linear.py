@@ -452,7 +452,7 @@ def test_to_dtype_keeps_working() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int2"}, "weights must be 'ternary', 'binary' or 'int8', got 'int2'"),
+        ({"weights": "int2"}, "weights must be 'ternary', 'binary', 'int8' or 'int4', got 'int2'"),
         ({"activation_bits": 5}, "activation_bits must be 16, 8, 4 or None, got 5"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be positive, got nan"),

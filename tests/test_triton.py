@@ -435,9 +435,11 @@ def test_the_training_forward_on_cuda_compiles_without_breaks(monkeypatch: pytes
 
 def proof_of(planes: int) -> str | None:
     like = backends.BACKENDS["triton-base3" if planes == BASE3 else "triton"]
-    prepack, bind = (partial(f, planes=planes) for f in (gpu_layout.prepack, gpu_backend.bind))
+    bind = partial(gpu_backend.bind, planes=planes)
     return proof.fault(
-        proof.layers(prepack, bind, like.weights, like.grouped, like.widths),
+        proof.layers(
+            lambda packed, n, k: gpu_layout.prepack(packed, n, planes), bind, like.weights, like.grouped, like.widths
+        ),
         torch.device(DEVICE),
     )
 
