@@ -66,6 +66,7 @@ def bound(codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int | None, p
     return gpu_backend.bind(*args)
 
 
+@pytest.mark.slow  # minutes
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_everything_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

@@ -55,10 +55,10 @@ def test_every_stored_form_of_a_weight_loads_as_the_same_bytes(form: str) -> Non
 def test_a_stored_scale_that_divides_is_turned_round_and_others_are_not() -> None:
     stored, groups = torch.tensor([4.0]), torch.full((2, 3), 4.0, dtype=torch.float16)
     for config, expected in ((BitNetConfig(), 0.25), (BitNetConfig("autobitlinear"), 4.0)):
-        assert loaded_scale(stored, config).tolist() == [expected]
-        assert loaded_scale(groups, config) is groups
+        assert loaded_scale(stored, "ternary", config).tolist() == [expected]
+        assert loaded_scale(groups, "ternary", config) is groups
     with pytest.raises(ValueError, match="positive and finite"):
-        loaded_scale(torch.tensor([0.0]), BitNetConfig())
+        loaded_scale(torch.tensor([0.0]), "ternary", BitNetConfig())
 
 
 def tokens(model: PreTrainedModel) -> list[int]:
