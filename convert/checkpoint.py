@@ -153,6 +153,28 @@ def load(
     return model.eval()
 
 
+def add_adapter(model: Any, folder: str | Path) -> None:
+    """Put a LoRA adapter that PEFT saved beside the layers of a Hugging Face model, to run.
+
+    Raises ImportError without PEFT, FileNotFoundError for a folder without an adapter, and ValueError for one of
+    another model, where transformers itself would leave out what does not fit.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no adapter there; it must have an adapter_config.json, as PEFT saves it")
+    try:
+        import peft  # noqa: F401  transformers uses it
+    except ImportError:
+        raise ImportError("--adapter needs PEFT: pip install 'bitnet-toolkit[lora]'") from None
+    try:
+        info = model.load_adapter(str(folder))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: cannot go beside this model: {' '.join(str(error).split()):.300}") from None
+    missing, unknown = sorted(info.missing_keys), sorted(info.unexpected_keys)
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model does not"
+        raise ValueError(f"{folder}: an adapter of another model: it {what}")
+
+
 def dtype_to_run(folder: Path, device: str | torch.device) -> str | torch.dtype:
     """What bitnet.load is to be told for a model that is to run: float32 for a float checkpoint on a CPU which has no
     products of bfloat16, where those of many tokens take several times as long; else "auto", the stored one."""

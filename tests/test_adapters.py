@@ -1,5 +1,6 @@
 """LoRA beside packed layers, through PEFT's and transformers' own calls."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import IDS, llama
+from servers import save_model
+from tiny import IDS, llama, mixtral
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import bitnet
+from bitnet.convert.checkpoint import add_adapter
 from bitnet.decode.attach import why_not
 from bitnet.kernels import reference
 from bitnet.packed import PackedBitLinear
@@ -28,10 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def packed(**options: Any) -> nn.Module:
-    model = llama()
+def packed(changes: dict[str, Any] | None = None, head: str | None = None, **options: Any) -> nn.Module:
+    model = llama(**changes or {})
     bitnet.replace_linear(model, **options)
-    bitnet.pack(model)
+    bitnet.pack(model, head=head)
     return model
 
 
@@ -147,20 +150,82 @@ def test_it_does_not_matter_which_is_imported_first(first: str) -> None:
     ("options", "words"),
     [
         ({"use_dora": True}, "use_dora=True needs the norms"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the float weight"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' starts from the float weight"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal' starts from the float weight"),
+        ({"bias": "all"}, "bias='all' trains biases of the layers themselves"),
+        ({"bias": "lora_only"}, "bias='lora_only' trains biases of the layers themselves"),
         ({"modules_to_save": ["k_proj"]}, "k_proj, a packed layer, which cannot be trained"),
+        ({"modules_to_save": ["mlp"]}, "mlp.gate_proj, a packed layer, which cannot be trained"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens, a packed embedding, which cannot be trained"),
+        ({"trainable_token_indices": [1]}, "embed_tokens is an int8 embedding"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is an int8 embedding"),
     ],
 )
-def test_what_needs_the_float_weight_is_refused(options: dict[str, Any], words: str) -> None:
+def test_what_needs_the_float_weight_is_refused_and_leaves_the_model_as_it_was(
+    options: dict[str, Any], words: str
+) -> None:
+    model = packed({"attention_bias": True, "tie_word_embeddings": True}, head="int8")
+    model.model.layers[0].self_attn.q_proj = nn.Linear(16, 16)  # the first target, which PEFT could adapt
+    kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=words):
-        peft.get_peft_model(packed(), config(**options))
+        peft.get_peft_model(model, config(**options))
+    assert [type(module) for module in model.modules()] == kinds
 
 
-def test_merging_by_peft_is_refused() -> None:
-    adapted = peft.get_peft_model(packed(), config())
+@pytest.mark.parametrize("targets", [{"target_modules": ["experts"]}, {"target_parameters": ["experts.gate_up_proj"]}])
+def test_packed_experts_are_refused(targets: dict[str, Any]) -> None:
+    model = mixtral()
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    with pytest.raises(ValueError, match="packed experts, which take no adapters"):
+        peft.get_peft_model(model, config(**targets))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradients_reach_the_adapters_below_and_are_those_of_the_dequantized_weight(options: dict[str, Any]) -> None:
+    model = peft.get_peft_model(packed(**options), config(target_modules=["q_proj"]))
+    disturb(model)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    base = layer.get_base_layer()
+    x, gy = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
+    layer(x).backward(gy)
+    weight = reference.dequantize_weight(base.codes(), base.weight_scale)
+    seen = x.detach().clone().requires_grad_()
+    inner = seen if base.rms_norm is None else base.rms_norm(seen)
+    if base.spec.hadamard:
+        inner = reference.hadamard(inner, base.spec.hadamard, base.signs)
+    a, b = (each["default"].weight.detach() for each in (layer.lora_A, layer.lora_B))
+    (inner @ weight.T + layer.scaling["default"] * seen @ a.T @ b.T).backward(gy)
+    torch.testing.assert_close(x.grad, seen.grad)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name), name
+        assert "lora_" not in name or parameter.grad.abs().sum() > 0, name
+
+
+def test_bfloat16_autocast_trains_and_an_int8_head_takes_an_adapter() -> None:
+    model = peft.get_peft_model(packed(head="int8"), config(target_modules=["q_proj", "lm_head"]))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_merging_by_peft_is_refused_before_it_merges_what_it_could() -> None:
+    model = packed()
+    first = model.model.layers[0].self_attn.q_proj = nn.Linear(16, 16)
+    adapted, before = peft.get_peft_model(model, config()), first.weight.clone()
+    disturb(adapted)
     for merge in (adapted.merge_adapter, adapted.merge_and_unload):
         with pytest.raises(ValueError, match="cannot be merged into a packed weight"):
             merge()
+    assert torch.equal(first.weight, before)
 
 
 @pytest.mark.parametrize("options", [OPTIONS[name] for name in OPTIONS if name != "norm inside"])
@@ -183,7 +248,8 @@ def test_a_merge_is_what_training_would_quantize_and_says_what_came_through(opti
     base = layer.get_base_layer()
     added = layer.get_delta_weight("default").detach()
     before = reference.dequantize_weight(base.codes(), base.weight_scale)
-    row = bitnet.merge_adapter(adapted).layers[0]
+    with pytest.warns(UserWarning, match=r"merging kept -?\d+% of what the adapters add to 2 packed layers"):
+        row = bitnet.merge_adapter(adapted).layers[0]
     moved = reference.dequantize_weight(base.codes(), base.weight_scale) - before
     if base.spec.hadamard:
         added = reference.hadamard(added, 8, base.signs)
@@ -194,10 +260,55 @@ def test_a_merge_is_what_training_would_quantize_and_says_what_came_through(opti
     assert "q_proj" in str(bitnet.convert.swap.merge.MergeReport([row]))
 
 
-def test_a_layer_with_a_norm_inside_is_not_merged() -> None:
-    adapted = peft.get_peft_model(packed(rms_norm=True), config())
-    with pytest.raises(ValueError, match="RMSNorm before its packed weight"):
-        bitnet.merge_adapter(adapted)
+@pytest.mark.parametrize(
+    ("options", "changes", "words"),
+    [
+        ({"rms_norm": True}, {}, "RMSNorm before its packed weight"),
+        ({}, {"lora_bias": True}, "has no bias, and its adapter does"),
+        ({}, {"alora_invocation_tokens": [41]}, "more than B A"),
+        (
+            {"head": "int8", "changes": {"tie_word_embeddings": True}},
+            {"target_modules": ["q_proj", "lm_head"]},
+            "shares",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*", "ignore:.*tie_word_embeddings.*", "ignore:Model has")
+def test_what_no_merge_can_express_is_refused_and_nothing_is_merged(
+    options: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    model = peft.get_peft_model(packed(**options), config(**changes))
+    disturb(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        bitnet.merge_adapter(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("road", ["peft", "transformers"])
+@pytest.mark.filterwarnings("ignore:merging kept", "ignore:.*have invalid shape.*lora_B.bias")  # as biases are
+def test_a_merged_model_has_all_that_was_trained_and_saves_as_one_without_adapters(road: str, tmp_path: Path) -> None:
+    base = packed({"attention_bias": True})
+    bitnet.save(base, tmp_path / "base")
+    changes = {"target_modules": ["q_proj"], "lora_bias": True, "modules_to_save": ["lm_head"]}
+    model = adapted = peft.get_peft_model(base, config(**changes))
+    disturb(adapted)
+    nn.init.normal_(base.lm_head.modules_to_save["default"].weight)
+    head = base.lm_head.modules_to_save["default"].weight.clone()
+    if road == "transformers":
+        adapted.save_pretrained(tmp_path / "adapter")
+        base = model = bitnet.load(tmp_path / "base")
+        add_adapter(model, tmp_path / "adapter")
+    layer = base.model.layers[0].self_attn.q_proj
+    bias = layer.get_base_layer().bias + 2 * layer.lora_B["default"].bias.detach()
+    bitnet.merge_adapter(model)
+    torch.testing.assert_close(base.model.layers[0].self_attn.q_proj.bias, bias)
+    assert torch.equal(base.lm_head.weight, head)
+    bitnet.save(base, tmp_path / "merged")
+    assert torch.equal(logits(bitnet.load(tmp_path / "merged")), logits(base))
+    peft.get_peft_model(base, config())  # and PEFT does not take it for an adapted one
 
 
 @pytest.mark.parametrize("scale", ["tensor", "row", "group"])
@@ -212,3 +323,46 @@ def test_the_gradient_of_the_input_never_expands_a_large_weight(scale: str, monk
     monkeypatch.setattr(reference, "grad_input", lambda *args: (seen.append(len(args[1])), part(*args))[1])
     torch.testing.assert_close(part(gy, codes, scales), wanted)
     assert seen == [8, 8, 8, 8, 5]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A packed checkpoint with its tokenizer, and an adapter that changes its answers."""
+    base, adapter = (tmp_path_factory.mktemp(name) for name in ("base", "adapter"))
+    save_model(base)
+    model = peft.get_peft_model(bitnet.load(base), config(target_modules="all-linear"))
+    disturb(model)
+    model.save_pretrained(adapter)
+    return base, adapter
+
+
+def test_commands_run_a_model_and_its_adapter(
+    served: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bitnet.cli import main
+    from bitnet.serving.run import Options, load_text_model
+
+    base, adapter = map(str, served)
+    wanted = peft.PeftModel.from_pretrained(bitnet.load(base), adapter)
+    model = load_text_model(base, Options(device="cpu", adapter=adapter))
+    assert re.fullmatch(r"transformers \(layers\.0\.self_attn\.q_proj is a PackedLoraLinear, .*\)", model.engine)
+    model.scheduler.drain(0)
+    ids = torch.tensor([model.plain_ids("hi")])
+    with torch.no_grad():
+        made = wanted.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=256)
+    assert main(["generate", base, "hi", "--max-new-tokens", "8", "--adapter", adapter, "--device", "cpu"]) == 0
+    text = model.tokenizer.decode(made[0], skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == text.strip()
+    (tmp_path / "text.txt").write_text("some text to score " * 20)
+    command = ["eval", base, "--text", str(tmp_path / "text.txt"), "--against", base, "--device", "cpu"]
+    assert main([*command, "--adapter", adapter]) == 0
+    printed = capsys.readouterr().out
+    assert f"{base} + {adapter}" in printed  # and the other is the model without
+    assert float(re.findall(r": ([\d.e+-]+) nats a token", printed)[0]) > 0
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}])
+def test_an_adapter_of_another_model_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    peft.get_peft_model(packed(), config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of another model: it (has|lacks) model\.layers|cannot go beside this model"):
+        add_adapter(packed(changes), tmp_path)

@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
         epilog="examples:\n"
         "  bitnet eval my-model-1.58 --text held-out.txt\n"
         "  bitnet eval my-model-1.58 --text held-out.txt --against my-model      what 1.58 bit costs\n"
+        "  bitnet eval my-model-1.58 --adapter DIR --text new.txt --against my-model-1.58      what an adapter gains\n"
         "  bitnet eval my-model-1.58 --tasks arc_easy,hellaswag --limit 200      needs pip install -e '.[eval]'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -25,6 +26,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--column", default="text", metavar="NAME", help="where rows have text (default: %(default)s)")
     parser.add_argument("--against", metavar="OTHER", help="compare with a model: KL(OTHER || MODEL), agreement")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter beside MODEL's layers, as PEFT saves it")
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens of a window (default: the model's, at most 2048)"
     )
@@ -57,14 +59,14 @@ def run(args: argparse.Namespace) -> int:
 
     report: dict[str, Any] = {}
     if args.text:
-        names = ("against", "context", "stride", "column", "device", "backend")
+        names = ("against", "adapter", "context", "stride", "column", "device", "backend")
         options = {name: getattr(args, name) for name in names}
         report = evaluate.evaluate(args.model, args.text, **options, console=Console(stderr=True))
         if not args.json:
             evaluate.show(report, wide())
     if args.tasks:
         tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
-        chosen = {name: getattr(args, name) for name in ("limit", "device", "backend", "batch")}
+        chosen = {name: getattr(args, name) for name in ("limit", "device", "backend", "batch", "adapter")}
         report["tasks"] = evaluate.run_tasks(args.model, tasks, **chosen)
         rows = [
             (task, metric.removesuffix(",none"), f"{value:.4f}")

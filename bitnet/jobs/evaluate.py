@@ -23,6 +23,7 @@ def evaluate(
     files: Sequence[str | Path],
     *,
     against: str | Path | None = None,
+    adapter: str | Path | None = None,
     context: int | None = None,
     stride: int | None = None,
     column: str = "text",
@@ -33,6 +34,7 @@ def evaluate(
     """Perplexity and bits per byte of text, of one checkpoint or of two, and how far the two are apart.
 
     model, against: checkpoint folders, packed or float, or GGUF files; models run as they serve, fully quantized
+    adapter:        a folder with a LoRA adapter for `model`, as PEFT saves them; the model is then "path + adapter"
     files:          see train.texts.documents: text files, .jsonl, .parquet, folders that datasets saved
     context:        tokens that go through a model together; default what it was made for, at most 2048
     stride:         from one window to the next; default half a context: a token has so many before it at least
@@ -49,7 +51,14 @@ def evaluate(
     if not documents:
         raise ValueError("there is no text to score in " + ", ".join(map(str, files)))
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = [runnable(path, device=place, backend=backend) for path in paths]
+    adapters = [adapter, *(None for _ in paths[1:])]  # the other model has none: it may be the same without
+    names = [
+        str(path) if beside is None else f"{path} + {beside}" for path, beside in zip(paths, adapters, strict=True)
+    ]
+    loaded = [
+        runnable(path, device=place, backend=backend, adapter=beside)
+        for path, beside in zip(paths, adapters, strict=True)
+    ]
     limits = [getattr(found.config, "max_position_embeddings", None) or LONGEST for found, _ in loaded]
     context = context or min(LONGEST, *limits)
     if context > min(limits):
@@ -60,11 +69,11 @@ def evaluate(
     for group in [[0, 1]] if one else [[index] for index in range(len(loaded))]:
         rows = [_tokens(loaded[group[0]][1], text) for text in documents]
         rows = [(ids, size) for ids, size in rows if len(ids) > 1]
-        names = " and ".join(str(paths[index]) for index in group)
-        with Progress(names, sum(len(ids) - 1 for ids, _ in rows), "tokens", console, transient=True) as progress:
+        both = " and ".join(names[index] for index in group)
+        with Progress(both, sum(len(ids) - 1 for ids, _ in rows), "tokens", console, transient=True) as progress:
             found = score([loaded[index][0] for index in group], rows, context, stride, progress.advance)
         for at, index in enumerate(group):
-            report["models"][str(paths[index])] = {
+            report["models"][names[index]] = {
                 "perplexity": found.perplexity(at),
                 "bits_per_byte": found.bits_per_byte(at),
                 "nats": found.nats[at],
@@ -98,10 +107,18 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def run_tasks(
-    model: str | Path, tasks: Sequence[str], *, limit: int | None, device: str | None, backend: str, batch: int
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    device: str | None,
+    backend: str,
+    batch: int,
+    adapter: str | Path | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results for a checkpoint, run by our layers: {task: {metric: value}}.
 
+    adapter: as of evaluate
     tasks: names of lm-eval, or .yaml files of tasks of one's own
     limit: documents of each task
     Raises ImportError with the remedy if lm-eval is not installed.
@@ -112,7 +129,7 @@ def run_tasks(
     except ImportError as error:
         raise ImportError(f"--tasks needs lm-eval ({error}): pip install 'bitnet-toolkit[eval]'") from error
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found, tokenizer = runnable(model, device=place, backend=backend)
+    found, tokenizer = runnable(model, device=place, backend=backend, adapter=adapter)
     wrapped = HFLM(pretrained=found, tokenizer=tokenizer, batch_size=batch)
     chosen: list[Any] = [_task(name) if name.endswith((".yaml", ".yml")) else name for name in tasks]
     results = lm_eval.simple_evaluate(model=wrapped, tasks=chosen, limit=limit)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert.checkpoint import dtype_to_run, load
+from ..convert.checkpoint import add_adapter, dtype_to_run, load
 from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
 from ..experts import PackedExperts
@@ -105,11 +105,19 @@ def trainable(name: str | Path) -> Any:
     return model
 
 
-def runnable(name: str | Path, *, device: str | torch.device, **options: Any) -> tuple[Any, Any]:
-    """A checkpoint, packed or float, as a model to run, and its tokenizer; `name` and `options` as of bitnet.load."""
+def runnable(
+    name: str | Path, *, device: str | torch.device, adapter: str | Path | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """A checkpoint, packed or float, as a model to run, and its tokenizer; `name` and `options` as of bitnet.load.
+
+    adapter: a folder with a LoRA adapter for it, as PEFT saves them
+    """
     folder = find_folder(name)
     with without_bars():
-        return load(folder, device=device, dtype=dtype_to_run(folder, device), **options), load_tokenizer(folder)
+        model = load(folder, device=device, dtype=dtype_to_run(folder, device), **options)
+        if adapter is not None:
+            add_adapter(model, adapter)
+        return model, load_tokenizer(folder)
 
 
 def check_causal(model: Any) -> None:

@@ -4,12 +4,11 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..convert.checkpoint import dtype_to_run, load, weight_files
+from ..convert.checkpoint import add_adapter, dtype_to_run, load, weight_files
 from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
 from ..convert.swap.pack import pack
@@ -51,18 +50,6 @@ def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
     if options.adapter is not None:
         add_adapter(model, options.adapter)
     return model.eval(), tokenizer
-
-
-def add_adapter(model: Any, folder: str) -> None:
-    """Put a LoRA adapter that PEFT saved beside the layers of a model."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no adapter there; it must have an adapter_config.json, as PEFT saves it")
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("--adapter needs PEFT: pip install 'bitnet-toolkit[lora]'") from None
-    assert peft
-    model.load_adapter(folder)
 
 
 def load_text_model(checkpoint: str, options: Options) -> Any:
@@ -110,6 +97,8 @@ def serve(
         folder = find_folder(checkpoint)
         weight_files(folder)
         if read_sentences(folder) is not None:
+            if options.adapter is not None:
+                raise ValueError(f"{checkpoint} is a sentence encoder, which --adapter is not for")
             encoder, model = (
                 Encoder(folder, device=options.device or default_device(), backend=options.backend),
                 None,

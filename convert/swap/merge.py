@@ -1,5 +1,6 @@
 """Adapters of PEFT merged into the packed layers they stand beside, which are quantized anew: with loss, reported."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from bitnet import tables
 from bitnet.kernels import rotation
 from bitnet.kernels.reference import dequantize_weight
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.packing import pack_matrix
 
 from ..rounding import latent_weight
+
+LOST = 0.1  # an error of a layer from which on merging warns
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class MergeReport:
 
     layers: list[Merged]
 
+    @property
+    def kept(self) -> float:
+        """The mean of the packed layers'."""
+        return sum(row.kept for row in self.layers) / max(len(self.layers), 1)
+
     def __str__(self) -> str:
         rows = [("layer", "asked", "kept", "error")]
         rows += [(row.name, f"{row.asked:.2%}", f"{row.kept:.1%}", f"{row.error:.2f}") for row in self.layers]
@@ -54,30 +62,65 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     from the packed ones would quantize: latent weights that give the codes back, plus what the adapter adds. Layers
     that are not packed are merged by PEFT.
 
-    Raises ValueError for layers with an RMSNorm inside, before anything changes, and for models without adapters.
+    Warns where more than a tenth of an adapter's change is lost. Raises ValueError, before anything changes, for models
+    without adapters, and for layers that no merge can express: with an RMSNorm inside, whose weight an int8 embedding
+    shares, without a bias where the adapter has one, or with an adapter that is more than B A.
     """
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not found:
         raise ValueError("merge_adapter: the model has no adapters")
+    embeddings = [module.weight for module in model.modules() if isinstance(module, PackedEmbedding)]
     for name, layer in found.items():
-        base = layer.get_base_layer()
-        if isinstance(base, PackedBitLinear) and base.rms_norm is not None:
-            raise ValueError(
-                f"merge_adapter: {name} has an RMSNorm before its packed weight and not before the adapter, so no "
-                "weight can be both"
-            )
+        if why := _why_not(layer, embeddings):
+            raise ValueError(f"merge_adapter: {name} {why}; serve the adapter beside the packed layers")
     rows = []
     for name, layer in found.items():
         base = layer.get_base_layer()
         if isinstance(base, PackedBitLinear):
-            rows.append(_merge(name, base, _added(layer)))
+            rows.append(_merge(name, layer))
         else:
             layer.merge()
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, base)
-    return MergeReport(rows)
+        _replace(model, name, base)
+    for name, module in list(model.named_modules()):  # modules_to_save
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            _replace(model, name, module.unload_and_optionally_merge_module(True, False, None))
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    vars(inner).pop("peft_config", None)
+    if hasattr(inner, "_hf_peft_config_loaded"):
+        inner._hf_peft_config_loaded = False  # else save_pretrained would write adapters
+    report = MergeReport(rows)
+    if any(row.error > LOST for row in rows):
+        warnings.warn(
+            f"merging kept {report.kept:.0%} of what the adapters add to {len(rows)} packed layers (their mean; print "
+            "the report for each); serve the adapter beside the packed layers where that is too little",
+            stacklevel=3,
+        )
+    return report
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _why_not(layer: Any, embeddings: list[Tensor]) -> str | None:
+    base = layer.get_base_layer()
+    if any(getattr(layer, "lora_bias", {}).get(name) for name in layer.active_adapters) and base.bias is None:
+        return "has no bias, and its adapter does"
+    if not isinstance(base, PackedBitLinear):
+        return None
+    if base.rms_norm is not None:
+        return "has an RMSNorm before its packed weight and not before the adapter, so no weight can be both"
+    if any(base.weight is weight for weight in embeddings):
+        return "shares its weight with the input embedding, which the adapter leaves as it is"
+    if kinds := {
+        type(layer.lora_variant[name]).__name__ for name in layer.active_adapters if name in layer.lora_variant
+    }:
+        return f"has an adapter that is more than B A ({', '.join(sorted(kinds))})"
+    return None
 
 
 def _added(layer: Any) -> Tensor:
@@ -90,8 +133,14 @@ def _added(layer: Any) -> Tensor:
     return total
 
 
-def _merge(name: str, layer: PackedBitLinear, added: Tensor) -> Merged:
-    spec = layer.spec
+def _merge(name: str, adapted: Any) -> Merged:
+    layer: PackedBitLinear = adapted.get_base_layer()
+    added, spec = _added(adapted), layer.spec
+    for adapter in adapted.active_adapters:
+        if adapted.lora_bias.get(adapter):
+            assert layer.bias is not None
+            more = adapted.lora_B[adapter].bias * adapted.scaling[adapter]
+            layer.bias = (layer.bias + more).to(layer.bias.dtype)
     if spec.hadamard is not None:
         added = rotation.hadamard(added, spec.hadamard, layer.signs)
     codes, scale = layer.codes(), layer.weight_scale
