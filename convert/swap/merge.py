@@ -91,6 +91,8 @@ def merge_adapter(model: nn.Module) -> MergeReport:
     vars(inner).pop("peft_config", None)
     if hasattr(inner, "_hf_peft_config_loaded"):
         inner._hf_peft_config_loaded = False  # else save_pretrained would write adapters
+    if left := vars(inner).get("_weight_conversions"):  # load_adapter's names, which a save would give the weights
+        inner._weight_conversions = [each for each in left if not _is_adapters(each)]
     report = MergeReport(rows)
     if any(row.error > LOST for row in rows):
         warnings.warn(
@@ -99,6 +101,12 @@ def merge_adapter(model: nn.Module) -> MergeReport:
             stacklevel=3,
         )
     return report
+
+
+def _is_adapters(conversion: Any) -> bool:
+    """Does one of transformers' conversions rename what PEFT stores?"""
+    patterns = [*conversion.source_patterns, *conversion.target_patterns]
+    return any(part in pattern for pattern in patterns for part in ("base_model.", "lora_", "modules_to_save"))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
