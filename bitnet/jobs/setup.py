@@ -52,6 +52,8 @@ def tokenizer_for(options: TrainOptions) -> Any:
 
 def settled(options: TrainOptions) -> TrainOptions:
     """Options whose strengths say when quantization sets in: at once, where the start is low-bit already."""
+    if options.strength_start is not None and options.strength_end is not None:
+        return options  # a run that goes on needs nothing of what it started from
     low_bit = bool(options.reconstruct)
     if options.model is not None and options.weights != "float":
         low_bit |= "quantization_config" in read_json(find_folder(options.model) / CONFIG)
