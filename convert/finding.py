@@ -28,8 +28,7 @@ def find(name: str | Path) -> Path:
     """The folder or GGUF file that a name means; what is on the Hub only is downloaded to its cache.
 
     name: a path; or org/name or org/name@revision on the Hub, whose weights, configs and tokenizer are fetched; or one
-    GGUF
-        file there, org/name/file.gguf. What exists on this machine comes first.
+          GGUF file there, org/name/file.gguf. What exists on this machine comes first.
     Raises FileNotFoundError or ValueError with the reason and the remedy if there is no such thing.
     """
     path = Path(name)

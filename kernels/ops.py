@@ -104,8 +104,7 @@ def ternary_linear(
 
     x:               float32, bfloat16 or float16 [..., K]; any strides; zero tokens are fine
     packed:          uint8 [ceil(N/4), K] in the Hub layout
-    scale:           float32 [1] or [N], or float16 [N, G] for G groups of features (see reference.group_linear);
-                     multiplies
+    scale:           multiplies: float32 [1] or [N], or float16 [N, G] for G groups of features (reference.group_linear)
     bias:            floating [N] or None
     out_features:    N, where it is not a multiple of 4
     activation_bits: 16, 8, 4, or None for float activations

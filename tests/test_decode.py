@@ -41,8 +41,7 @@ def assert_same_but_for_roundings(found: Tensor, expected: Tensor, bits: int = 8
     """Sums in another order move a value by some 1e-7 of itself, and some activations then round to another code.
 
     Of 8 bits hardly a token in a few has one that does, and a code is 1/127 of the largest activation. Of 16 bits
-    nearly
-    each has, and a code is 1/32639.
+    nearly each has, and a code is 1/32639.
     """
     error = (found - expected).abs().amax(-1) / expected.abs().max()
     assert error.quantile(0.1) < (2e-6 if bits == 8 else 1e-4)

@@ -1,13 +1,11 @@
-"""The native step behind a transformers model: generate() and every forward with a cache run on it, unchanged
-otherwise.
+"""The native step behind a transformers model: generate() and every forward with a cache run on it.
 
 What transformers does around the blocks stays its own: sampling, beams, streaming, stop strings, left padding, assisted
 generation, the output head. The base model's forward is stood in for, on that one model object, by NativeForward, which
 runs the blocks of a call that it can compute and hands every other call to transformers: without a cache passed in,
-with
-gradients, with attentions or hidden states asked for, under torch.compile, on other devices, or when a module or
-weight has
-become something that plan.py does not know. A cache that was begun natively is then turned into transformers' own.
+with gradients, with attentions or hidden states asked for, under torch.compile, on other devices, or when a module or
+weight has become something that plan.py does not know. A cache that was begun natively is then turned into
+transformers' own.
 """
 
 import contextlib

@@ -2,8 +2,7 @@
 
 The step (kernels/csrc/step.h) knows one block, that of the Llama line:
 
-    x += [norm](out([norm](attention(q, k, v))))        q, k, v of norm(x); heads of q and k [norm], then rotary
-    positions
+    x += [norm](out([norm](attention(q, k, v))))     q, k, v of norm(x); heads of q and k [norm], then rotary positions
     x += [norm](down([norm](f(gate(norm(x))) * up(norm(x)))))
 
 with what stands in brackets where a model has it. FAMILIES says of which model types that is true of all that their

@@ -45,8 +45,9 @@ def sequences_of(model: Any, slots: int, context: int | None = None) -> tuple[Se
 class TextModel:
     """A causal language model and its tokenizer behind a scheduler.
 
-    model: transformers' class, packed or not; name: as clients know it; slots: sequences at a time; queue: that may
-    wait;
+    model:   transformers' class, packed or not
+    name:    as clients know it
+    slots:   sequences at a time; queue: that may wait
     context: tokens of a sequence, at most the model's
     """
 
