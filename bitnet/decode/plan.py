@@ -60,9 +60,10 @@ def known(base: Any) -> bool:
 class Plan:
     """A model's plan, tied to the tensors and modules it was made from.
 
-    base: the model without its head; cache_type: "float32", "float16" or "int8"; isa: the name of an instruction set,
-    by
-    default the best. Raises Unplanned, with the reason, and ValueError for another cache_type.
+    base:       the model without its head
+    cache_type: "float32", "float16" or "int8"
+    isa:        the name of an instruction set, by default the best
+    Raises Unplanned, with the reason, and ValueError for another cache_type.
     """
 
     def __init__(self, base: Any, cache_type: str = "float16", isa: str | None = None) -> None:

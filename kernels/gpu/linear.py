@@ -269,8 +269,8 @@ def int_linear(
 ) -> Tensor:  # fmt: skip
     """reference.rescale(reference.int_matmul(q, codes), s, scale, bias, dtype) in one kernel: [M, N].
 
-    q: int8 or int16 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N]; bias: [N]
-    or None
+    q: int8 or int16 [M, K]; codes: int8 [N, K], not prepacked; s: float32 [M, 1]; scale: float32 [1] or [N];
+    bias: [N] or None
     """
     y = torch.empty(len(q), len(codes), dtype=dtype, device=q.device)
     if len(q):
