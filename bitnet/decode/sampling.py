@@ -25,8 +25,8 @@ class Sampling:
 
     temperature: 0 takes the likeliest token; min_p: least share of the likeliest's probability; presence and frequency
     penalties: subtracted once, and for each time that a token was generated; repetition_penalty: of tokens in the
-    prompt, too, as transformers has it (arXiv 1909.05858, section 4.1); logit_bias: added; logprobs: how many to report,
-    -1: none
+    prompt, too, as transformers has it (arXiv 1909.05858, section 4.1); logit_bias: added; logprobs: how many to
+    report, -1: none
     """
 
     temperature: float = 1.0
