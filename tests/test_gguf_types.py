@@ -189,12 +189,6 @@ def test_a_vector_of_a_low_bit_type_is_refused(name: str, exported: Path, tmp_pa
         GgufSource(tmp_path / "m.gguf")
 
 
-def test_rotated_weights_are_refused(exported: Path, tmp_path: Path) -> None:
-    file = with_metadata(exported, tmp_path / "m.gguf", **{"prism.hadamard.block_size": 512})
-    with pytest.raises(ValueError, match=r"its weights are rotated \(prism\.hadamard\.block_size\), which is not read"):
-        GgufSource(file)
-
-
 def with_metadata(source: Path, target: Path, **entries: Any) -> Path:
     metadata, tensors = read_header(source)
     first = min(info.offset for info in tensors.values())

@@ -200,8 +200,6 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
 
     Raises ValueError naming the key for what is not understood, or not there.
     """
-    if rotated := next((key for key in metadata if key.startswith("prism.hadamard.")), None):
-        raise ValueError(f"{path}: its weights are rotated ({rotated}), which is not read here")
     arch = metadata.get("general.architecture")
     names = {family.arch: family for family in reversed(FAMILIES.values())}
     names |= dict.fromkeys((*BITNET_CPP.values(), "bitnet-25"), FAMILIES["bitnet"])

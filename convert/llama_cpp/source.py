@@ -29,6 +29,7 @@ from ..swap.kinds import to_training
 from . import tokenizer as gguf_tokenizer
 from .metadata import config_of, without_drafts
 from .places import Place, all_places
+from .rotated import rotation_of
 
 
 class GgufSource(Source):
@@ -36,7 +37,8 @@ class GgufSource(Source):
 
     Its matrices of ternary and binary types are PackedBitLinear layers, stacks of experts whose matrices all have such
     types are PackedExperts; all other tensors count as floats, those of other quantized types as float32. The file does
-    not say which activations the layers take: 8 bits, as llama.cpp.
+    not say which activations the layers take: 8 bits, as llama.cpp. Matrices that were rotated (rotated.py) are layers
+    with `hadamard` and its signs; floats that were are turned back, as float32.
 
     file:       the file
     dequantize: all tensors count as floats, the ternary ones, too, with the +2 that some of them have
@@ -50,6 +52,7 @@ class GgufSource(Source):
     def __init__(self, file: str | Path, *, dequantize: bool = False) -> None:
         self.path = Path(file)
         self.metadata, stored = read_header(self.path)
+        self.rotation = rotation_of(self.path, self.metadata, stored)
         stored = without_drafts(self.metadata, stored)
         self.family, config = config_of(self.path, self.metadata, stored, lambda: self._vector(stored))
         model = skeleton(config, self.path, len(stored))
@@ -72,6 +75,11 @@ class GgufSource(Source):
                     gguf.quants.dequantize(np.zeros((1, ggml.nbytes(info.kind, info.shape[-1:])), np.uint8), kind)
                 except NotImplementedError:
                     raise ValueError(f"{self.path}: tensor {name} is {kind.name}, which is not read here") from None
+        for name in self.rotation.names & known.keys():
+            key, place = known[name]
+            if place.columns is not None and not self.rotation.grouped:
+                raise ValueError(f"{self.path}: {name} is rotated in an order of heads that is not known here")
+            known[name] = key, place._replace(columns=None)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the model's tensors that are here
         self.homes: dict[str, list[tuple[Place, TensorInfo]]] = {}  # and where
         absent = {key for name, (key, _) in known.items() if name not in stored}
@@ -97,6 +105,9 @@ class GgufSource(Source):
             spec, unified = alike(found, [self.shapes[key] for key in keys])
             if all(self._is_binary(key) for key in keys):
                 spec = replace(spec, weights="binary", centered=False)
+            if self._rotated(keys[0]):
+                signs = self.rotation.signs is not None
+                spec = replace(spec, hadamard=self.rotation.block, hadamard_signs=signs)
             self.scales |= dict(zip(keys, unified, strict=True))
             layer = to_packed(to_training(module, spec))
             packed = [f"{name}.{m.packed}" for m in layer.stacks] if isinstance(layer, PackedExperts) else [name]
@@ -120,21 +131,27 @@ class GgufSource(Source):
             for data in _matrices(map_tensor(self.path, info), info)
         )
 
+    def _rotated(self, key: str) -> bool:
+        """Whether a tensor of the model is stored rotated. (Each such one is a matrix of its own in the file.)"""
+        return any(place.name in self.rotation.names for place, _ in self.homes[key])
+
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return self._stored
 
     def _described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         packed = {key: name for name, key in self.packed_keys.items()}
         described = {}
-        for key, homes in self.homes.items():
+        for key in self.homes:
             shape = self.shapes[key]
             if key in packed:
                 rows, scales = layout.packed_rows(shape[-2]), self.scales[key]
                 described[f"{packed[key]}.weight"] = "U8", (*shape[:-2], rows, shape[-1])
                 kind = "F16" if scales[0].ndim > 1 else "F32"
                 described[f"{packed[key]}.weight_scale"] = kind, tuple(_stacked(scales, shape).shape)
+                if self.rotation.signs is not None and self._rotated(key):
+                    described[f"{packed[key]}.signs"] = "I8", shape[-1:]
             else:
-                described[key] = _kind(homes), shape
+                described[key] = self._kind(key), shape
         return described
 
     def tensor(self, key: str) -> Tensor:
@@ -144,10 +161,19 @@ class GgufSource(Source):
         if module in self.packed_keys and leaf == "weight":
             packed = [layout.pack_ternary(found.codes) for found in self.matrices(self._weights[module])]
             return packed[0] if len(self.shapes[self.packed_keys[module]]) == 2 else torch.stack(packed)
-        shape, homes = self.shapes[key], self.homes[key]
-        parts = [place.restored(self._floats(info), shape) for place, info in homes]
+        if module in self.packed_keys and leaf == "signs" and self.rotation.signs is not None:
+            return self.rotation.signs[self.shapes[self.packed_keys[module]][-1]].clone()
+        shape = self.shapes[key]
+        floats = [(place, self.rotation.unrotated(place.name, self._floats(info))) for place, info in self.homes[key]]
+        parts = [place.restored(values, shape) for place, values in floats]
         whole = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=-2)
-        return whole.to(DTYPES[_kind(homes)])
+        return whole.to(DTYPES[self._kind(key)])
+
+    def _kind(self, key: str) -> str:
+        """The dtype of a float tensor, as safetensors spells it: the file's, and float32 for what is computed."""
+        computed = self._rotated(key)
+        kinds = {"F32" if place.values or computed else ggml.NAMES[info.kind] for place, info in self.homes[key]}
+        return kinds.pop() if len(kinds) == 1 and kinds <= ggml.FLOATS.keys() else "F32"
 
     def _floats(self, info: TensorInfo) -> Tensor:
         """A tensor of the file as it is, of quantized types as float32."""
@@ -206,12 +232,6 @@ def _ternary(info: TensorInfo | None) -> bool:
 def _matrices(data: ggml.Bytes, info: TensorInfo) -> list[ggml.Bytes]:
     """The bytes of each matrix of a stack; of a matrix, its own."""
     return np.split(data, math.prod(info.shape[:-2]))
-
-
-def _kind(homes: list[tuple[Place, TensorInfo]]) -> str:
-    """The dtype of a float tensor, as safetensors spells it: the file's, and float32 for what is computed from it."""
-    kinds = {"F32" if place.values else ggml.NAMES[info.kind] for place, info in homes}
-    return kinds.pop() if len(kinds) == 1 and kinds <= ggml.FLOATS.keys() else "F32"
 
 
 def _stacked(scales: list[Tensor], shape: tuple[int, ...]) -> Tensor:
