@@ -18,6 +18,7 @@ from bitnet.kernels.reference import size_of_groups
 from bitnet.packing import to_packed
 from bitnet.quantize import QuantSpec
 
+from ..conversion.heads import module_name, pack_head
 from ..files import ggml
 from ..files.damaged import Damaged
 from ..files.gguf import REMEDY, TensorInfo, map_tensor, read_header, read_tensor
@@ -38,7 +39,8 @@ class GgufSource(Source):
     Its matrices of ternary and binary types are PackedBitLinear layers, stacks of experts whose matrices all have such
     types are PackedExperts; all other tensors count as floats, those of other quantized types as float32. The file does
     not say which activations the layers take: 8 bits, as llama.cpp. Matrices that were rotated (rotated.py) are layers
-    with `hadamard` and its signs; floats that were are turned back, as float32.
+    with `hadamard` and its signs; floats that were are turned back, as float32. Beside such layers an output head in
+    Q4_0 is a 4-bit one, and with it the embedding, if the two are one tensor.
 
     file:       the file
     dequantize: all tensors count as floats, the ternary ones, too, with the +2 that some of them have
@@ -89,6 +91,7 @@ class GgufSource(Source):
                 self.homes.setdefault(key, []).append((place, stored[name]))
         self.scales: dict[str, list[Tensor]] = {}  # of each matrix of a packed weight, by the model's tensor
         self.packed_keys: dict[str, str] = {}  # the module that holds a packed weight: the tensor of the float model
+        self.tied_head = ""  # the name of a 4-bit head whose weight is the embedding's
         if not dequantize:
             self._pack()
         self._stored = self._described()
@@ -112,6 +115,24 @@ class GgufSource(Source):
             layer = to_packed(to_training(module, spec))
             packed = [f"{name}.{m.packed}" for m in layer.stacks] if isinstance(layer, PackedExperts) else [name]
             self.packed_keys |= dict(zip(packed, keys, strict=True))
+        if self.packed_keys:
+            self._pack_head()
+
+    def _pack_head(self) -> None:
+        """Make an output head in Q4_0 a 4-bit one."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        name, tied = module_name(self.model, head), module_name(self.model, embedding)
+        if f"{name}.weight" not in self.homes:
+            name, self.tied_head = tied, name
+        key = f"{name}.weight"
+        ((_, info),) = self.homes[key]
+        if info.kind != ggml.Q4_0 or self._rotated(key):
+            self.tied_head = ""
+            return
+        with naming(f"{self.path}: {key}"):
+            self.scales[key] = [ggml.scales_q4_0(map_tensor(self.path, info), info.shape[0])]
+        self.packed_keys[name] = key
+        pack_head(self.model, "int4")
 
     def _scales(self, key: str) -> list[list[Tensor]]:
         """The scales of a weight's matrices, expert by expert, of each of the file's tensors that make them up."""
@@ -144,22 +165,31 @@ class GgufSource(Source):
         for key in self.homes:
             shape = self.shapes[key]
             if key in packed:
-                rows, scales = layout.packed_rows(shape[-2]), self.scales[key]
-                described[f"{packed[key]}.weight"] = "U8", (*shape[:-2], rows, shape[-1])
-                kind = "F16" if scales[0].ndim > 1 else "F32"
-                described[f"{packed[key]}.weight_scale"] = kind, tuple(_stacked(scales, shape).shape)
+                scales, weights = self.scales[key], "int4" if self._is_head(key) else "ternary"
+                stored = layout.stored_zeros(shape[-2], shape[-1], weights, "meta").shape
+                described[f"{packed[key]}.weight"] = "U8", (*shape[:-2], *stored)
+                scale = "F16" if scales[0].ndim > 1 else "F32", tuple(_stacked(scales, shape).shape)
+                described[f"{packed[key]}.weight_scale"] = scale
+                if self.tied_head and self._is_head(key):
+                    described[f"{self.tied_head}.weight_scale"] = scale
                 if self.rotation.signs is not None and self._rotated(key):
                     described[f"{packed[key]}.signs"] = "I8", shape[-1:]
             else:
                 described[key] = self._kind(key), shape
         return described
 
+    def _is_head(self, key: str) -> bool:
+        """Whether a packed weight is that of a 4-bit head."""
+        return self.homes[key][0][1].kind == ggml.Q4_0
+
     def tensor(self, key: str) -> Tensor:
         module, _, leaf = key.rpartition(".")
+        if module == self.tied_head and leaf == "weight_scale":
+            module = module_name(self.model, self.model.get_input_embeddings())
         if module in self.packed_keys and leaf == "weight_scale":
             return _stacked(self.scales[self.packed_keys[module]], self.shapes[self.packed_keys[module]])
         if module in self.packed_keys and leaf == "weight":
-            packed = [layout.pack_ternary(found.codes) for found in self.matrices(self._weights[module])]
+            packed = [found for found, _ in self.packed(self._weights[module])]
             return packed[0] if len(self.shapes[self.packed_keys[module]]) == 2 else torch.stack(packed)
         if module in self.packed_keys and leaf == "signs" and self.rotation.signs is not None:
             return self.rotation.signs[self.shapes[self.packed_keys[module]][-1]].clone()
@@ -193,6 +223,10 @@ class GgufSource(Source):
 
     def matrices(self, weight: Weight) -> Iterator[Quantized]:
         key = self.packed_keys[weight.name]
+        if self._is_head(key):
+            ((_, info),) = self.homes[key]
+            yield Quantized(ggml.unpack_q4_0(read_tensor(self.path, info), info.shape[0]), *self.scales[key])
+            return
         homes = [(place, info, _matrices(read_tensor(self.path, info), info)) for place, info in self.homes[key]]
         for expert, scale in enumerate(self.scales[key]):
             parts = []
