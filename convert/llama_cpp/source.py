@@ -24,12 +24,13 @@ from ..files.damaged import Damaged
 from ..files.gguf import REMEDY, TensorInfo, map_tensor, read_header, read_tensor
 from ..files.safetensors import DTYPES
 from ..hub.models import skeleton
+from ..hub.sentences import write_sentences
 from ..rounding import Quantized
 from ..source import Source, Weight, naming
 from ..swap.kinds import to_training
 from . import tokenizer as gguf_tokenizer
-from .metadata import config_of, without_drafts
-from .places import Place, all_places
+from .metadata import POOLINGS, config_of, without_drafts
+from .places import INNER_NORM, Place, all_places, places
 from .rotated import rotation_of
 
 
@@ -59,6 +60,7 @@ class GgufSource(Source):
         self.family, config = config_of(self.path, self.metadata, stored, lambda: self._vector(stored))
         model = skeleton(config, self.path, len(stored))
         super().__init__(self.path, json.loads(config.to_json_string()), model, report=None)
+        inner = self._add_inner_norms(stored, config)
         shapes = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
         known = all_places(shapes.items(), config, self.family)
         for name, info in stored.items():
@@ -94,8 +96,25 @@ class GgufSource(Source):
         self.tied_head = ""  # the name of a 4-bit head whose weight is the embedding's
         if not dequantize:
             self._pack()
+        if floats := [name for name in inner if name not in self.packed_keys]:
+            raise ValueError(
+                f"{self.path}: {floats[0]} has an RMSNorm in front of it, which no plain model can express, and its "
+                "weights are to be floats; read it packed, or the checkpoint that it was made from"
+            )
         self._stored = self._described()
         self._weights = super().weights()
+
+    def _add_inner_norms(self, stored: dict[str, TensorInfo], config: Any) -> list[str]:
+        """Give the projections of the skeleton that have a norm in front of them here one; returns their names."""
+        found = []
+        for name, module in list(self.model.named_modules()):
+            key = f"{name}{INNER_NORM}.weight"
+            if isinstance(module, nn.Linear) and any(
+                place.name in stored for place in places(key, (module.in_features,), config, self.family)
+            ):
+                module.rms_norm = nn.RMSNorm(module.in_features, config.rms_norm_eps, device="meta")
+                found.append(name)
+        return found
 
     def _pack(self) -> None:
         """Make layers of the skeleton packed; their scales are read now, for the layers' options depend on them."""
@@ -108,6 +127,8 @@ class GgufSource(Source):
             spec, unified = alike(found, [self.shapes[key] for key in keys])
             if all(self._is_binary(key) for key in keys):
                 spec = replace(spec, weights="binary", centered=False)
+            if (norm := getattr(module, "rms_norm", None)) is not None:
+                spec = replace(spec, rms_norm=True, rms_norm_eps=norm.eps)
             if self._rotated(keys[0]):
                 signs = self.rotation.signs is not None
                 spec = replace(spec, hadamard=self.rotation.block, hadamard_signs=signs)
@@ -242,10 +263,13 @@ class GgufSource(Source):
                 gguf_tokenizer.tokenizer_of(self.metadata)
 
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
-        """Write the tokenizer; raises ValueError for one that is not known here."""
+        """Write the tokenizer, and what sentence-transformers reads of an embedding model, which is normalized at the
+        end, as llama.cpp's commands do. Raises ValueError for a tokenizer that is not known here."""
         if tokenizer:
             with naming(str(self.path)):
                 gguf_tokenizer.save_tokenizer(self.metadata, folder)
+        if pooling := POOLINGS.get(self.metadata.get(f"{self.metadata['general.architecture']}.pooling_type", 0)):
+            write_sentences(folder, pooling, self.model.config.hidden_size)
 
     def fingerprint(self) -> Any:
         stat = self.path.stat()
