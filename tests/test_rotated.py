@@ -8,7 +8,7 @@ import gguf_models
 import numpy as np
 import pytest
 import torch
-from ggml_blocks import retyped
+from ggml_blocks import IDS, PACKERS, matrix, retyped
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -38,26 +38,31 @@ def signs_of(width: int) -> Any:
 
 def folded(source: Path, target: Path, kind: str = "PQ2_0", signed: bool = True, **keys: Any) -> dict[str, Any]:
     """A file of another type whose matrices, those of embedding and head too, are rotated; returns all of them as they
-    were before, float64 by name, and the codes and scales of those that are packed.
+    were before, float64 by name, and the codes and scales of those that become layers. With Q1_0 embedding and head are
+    floats.
 
     keys: entries of prism.hadamard.* that are to be others, or not there (None)
     """
     stored = retyped(source, target, kind)
     metadata, tensors = read_header(target)
     signs = {width: signs_of(width) if signed else np.ones(width) for width in (256, 512)}
-    before: dict[str, Any] = {}
-    parts, infos, end = [], {}, 0
+    rng, before, parts, infos, end = np.random.default_rng(1), {}, [], {}, 0
     for name, info in tensors.items():
-        data, part = read_tensor(target, info), name.split(".")[-2]
-        if name in stored:
-            codes, scales = stored[name]
+        data, part = read_tensor(target, info).tobytes(), name.split(".")[-2]
+        if name in ("token_embd.weight", "output.weight") and kind == "Q1_0":
+            before[name] = np.frombuffer(data, np.float32).reshape(info.shape).astype(np.float64)
+            data = (before[name] @ rotation(256, signs[256]).T).astype(np.float32).tobytes()
+        elif name in stored or name in ("token_embd.weight", "output.weight"):
+            codes, scales = stored[name] if name in stored else matrix(kind, *info.shape, rng)
             values = (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape).astype(np.float64)
-            before[name] = values @ rotation(values.shape[1], signs[values.shape[1]]) if part in FOLDED else values
-        elif name in ("token_embd.weight", "output.weight"):
-            values = data.view(np.float32).reshape(info.shape).astype(np.float64)
-            before[name] = values
-            data = (values @ rotation(256, signs[256]).T).astype(np.float32).reshape(-1).view(np.uint8)
-        parts.append(data.tobytes().ljust(padded(info.nbytes), b"\0"))
+            folds = part in (*FOLDED, "token_embd")
+            before[name] = values @ rotation(values.shape[1], signs[values.shape[1]]) if folds else values
+            if name not in stored:
+                data = PACKERS[kind](codes, scales)
+                info = info._replace(kind=IDS[kind], nbytes=len(data))
+            if name == "output.weight":
+                stored[name] = codes, scales
+        parts.append(data.ljust(padded(info.nbytes), b"\0"))
         infos[name] = info._replace(offset=end)
         end += len(parts[-1])
     contract: dict[str, Any] = {
