@@ -222,6 +222,20 @@ def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
     assert np.array_equal(gptq.sweep(w, h, codes, gptq.columns(scale, None)).numpy(), slow)
 
 
+def test_documents_of_a_jsonl_file_follow_each_other_behind_the_end_of_text_token(text: Path, tmp_path: Path) -> None:
+    lines = text.read_text().splitlines()[:40]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    tokenizer = build_tokenizer()
+    (tmp_path / "joined.txt").write_text(tokenizer.eos_token.join(lines))
+    (tmp_path / "one.txt").write_text("\n".join(lines))
+
+    def read(name: str) -> Tensor:
+        return torch.cat(read_text(tmp_path / name, tokenizer, 4, 16, 0))
+
+    assert torch.equal(read("own.jsonl"), read("joined.txt"))
+    assert not torch.equal(read("own.jsonl"), read("one.txt"))
+
+
 def perplexity(model: PreTrainedModel, texts: Tensor) -> float:
     with torch.no_grad():
         losses = [F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:]).item() for ids in texts]

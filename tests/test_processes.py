@@ -9,6 +9,7 @@ All checks run in one pair of processes, which write down what the tests look at
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -118,6 +119,35 @@ def fsdp(rank: int, folder: Path) -> dict[str, Any]:
                 alone[str(options)] = expected
             found[case] = losses, packed_bytes(whole), *alone[str(options)]
     return found
+
+
+class Muons:
+    """Muon for a model's matrices and AdamW for the rest, as one optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.optimizers = make_optimizers(model, lr=1e-2)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def muon(rank: int, folder: Path) -> dict[str, Any]:
+    """Muon orthogonalizes whole matrices, of which each process has a part."""
+    model = small(torch.float64)
+    steppers = Muons(sharded(model))
+    losses = trained(model, rank, WORLD, optimizer=lambda *_, **__: steppers)
+    whole = bitnet.gather(model)
+    if whole is None:
+        return {}
+    one = small(torch.float64)
+    steppers = Muons(one)
+    alone = trained(one, parts=WORLD, optimizer=lambda *_, **__: steppers)
+    return {"losses": losses, "alone": alone, "packed": packed_bytes(whole), "packed alone": packed_bytes(one)}
 
 
 def whole_batches(rank: int, folder: Path) -> dict[str, Any]:
@@ -249,6 +279,12 @@ def options(folder: Path, name: str, **changes: Any) -> TrainOptions:
     return TrainOptions(**chosen | changes)
 
 
+def reconstructed(folder: Path) -> dict[str, Any]:
+    """Options for a model in training that follows the float model with its weights."""
+    start = {"architecture": None, "model": str(folder / "start"), "teacher": str(folder / "float"), "steps": 2}
+    return start | {"reconstruct": 16, "reconstruct_lr": 1e-2}
+
+
 def command(rank: int, folder: Path) -> dict[str, Any]:
     """`bitnet train`, once through, and once with dropout, stopped in one process and resumed in both."""
     if rank == 0:
@@ -280,6 +316,14 @@ def command(rank: int, folder: Path) -> dict[str, Any]:
         facts.write_text(json.dumps(json.loads(facts.read_text()) | {"processes": 3}))
     dist.barrier()
     found["other world"] = refusal(lambda: job.resume(folder / "resumed", QUIET))
+    if rank == 0:
+        for name in ("start", "float"):
+            shutil.copytree(folder / "through" / "checkpoints" / "step-00000012", folder / name)
+        config = json.loads((folder / "float" / "config.json").read_text())
+        del config["quantization_config"]
+        (folder / "float" / "config.json").write_text(json.dumps(config))
+    dist.barrier()
+    found["blocks"] = job.train(options(folder, "blocks", **reconstructed(folder)), QUIET)
     found["dry run"] = refusal(lambda: job.rehearse(options(folder, "dry"), QUIET))
     found["writes"] = sorted(path.name for path in (folder / "through").rglob("*"))
     return found
@@ -307,7 +351,7 @@ def unequal(rank: int, folder: Path) -> dict[str, Any]:
     return {"losses": losses, "gradients": (used.grad, unused.grad, none.grad), "scores": scores, "alone": alone}
 
 
-CHECKS = (fsdp, whole_batches, ddp, mixed, outside, tensor_parallel, trainer, command, unequal)
+CHECKS = (fsdp, muon, whole_batches, ddp, mixed, outside, tensor_parallel, trainer, command, unequal)
 
 
 def run(rank: int, folder: str) -> None:
@@ -328,10 +372,15 @@ def run(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("processes")
+def found(folder: Path) -> dict[str, Any]:
     torch.multiprocessing.spawn(run, (str(folder),), nprocs=WORLD)
     return {str(rank): torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(WORLD)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes write."""
+    return tmp_path_factory.mktemp("processes")
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -347,6 +396,14 @@ def test_fsdp_trains_what_one_process_trains_that_accumulates_the_shares(found: 
     assert len(losses) == STEPS
     assert losses == losses_alone
     assert same(packed, packed_alone)
+
+
+def test_muon_trains_shards_as_it_does_whole_matrices(found: dict[str, Any]) -> None:
+    muon = found["0"]["muon"]
+    assert muon["losses"] == pytest.approx(muon["alone"], abs=1e-9)
+    codes = {name: t for name, t in muon["packed"].items() if t.dtype == torch.uint8}
+    assert len(codes) == 7
+    assert same(codes, {name: muon["packed alone"][name] for name in codes})
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -456,6 +513,17 @@ def test_the_command_stops_all_processes_and_goes_on_with_as_many(found: dict[st
     assert command["resumed"]["bits_per_byte"] == command["dropout"]["bits_per_byte"]
     assert "one of 3 processes, and goes on with as many; here are 2" in command["other world"]
     assert "--dry-run measures one process" in command["dry run"]
+
+
+def test_blocks_that_the_first_process_reconstructs_are_all_processes_blocks(
+    found: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    two = found["0"]["command"]["blocks"]
+    assert two == found["1"]["command"]["blocks"]
+    one = job.train(options(tmp_path, "alone", **reconstructed(folder / "command")), QUIET)
+    assert two["metrics"][1]["blocks"][0]["after"] < 0.9 * two["metrics"][1]["blocks"][0]["before"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["logits_difference"] == 0
 
 
 def test_rows_that_processes_cannot_share_evenly_are_refused(tmp_path: Path) -> None:

@@ -200,3 +200,34 @@ def test_trl_fine_tunes_unchanged(tmp_path: Path) -> None:
     bitnet.pack(model)
     bitnet.save(model, tmp_path / "packed")
     assert isinstance(bitnet.load(tmp_path / "packed").model.layers[0].mlp.up_proj, bitnet.PackedBitLinear)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"), [("adamw_bnb_8bit", "bitsandbytes"), ("galore_adamw", "galore_torch")]
+)
+def test_optimizers_that_keep_less_train_unchanged(optimizer: str, package: str, tmp_path: Path) -> None:
+    """bitsandbytes keeps AdamW's moments in 8 bits, GaLore those of a gradient of low rank."""
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    bitnet.replace_linear(model)
+    text = torch.arange(24) + torch.arange(16)[:, None]
+    options = {"optim": optimizer, "learning_rate": 1e-2, "max_steps": 12, "logging_steps": 1}
+    if optimizer == "galore_adamw":
+        options |= {"optim_target_modules": ["attn", "mlp"], "optim_args": "rank=8, update_proj_gap=5"}
+    trainer = Trainer(
+        model, arguments(tmp_path, **options), train_dataset=[{"input_ids": t, "labels": t} for t in text]
+    )  # type: ignore[arg-type]
+    trainer.train()
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert losses[-1] < losses[0] - 1
+    kept = list(trainer.optimizer.optimizer.state.values())
+    if optimizer == "galore_adamw":
+        assert any("projector" in state for state in kept)
+    else:
+        assert any(value.dtype == torch.uint8 for state in kept for value in state.values() if torch.is_tensor(value))
+    with torch.no_grad():
+        trained = model.eval()(text[:1]).logits
+        bitnet.pack(model)
+        assert model(text[:1]).logits.equal(trained)

@@ -92,7 +92,11 @@ def add(commands: Any) -> None:
         "change least; prints each layer's signal-to-noise ratio and the perplexity\non held-out parts of TEXT, both "
         "ways. With --to latent, the weights become a start for\ntraining.",
     )
-    calibrate.add_argument("--calibrate", metavar="TEXT", help="a UTF-8 text file like what the model will be used on")
+    calibrate.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="a text file like what the model will be used on, or the .jsonl file that bitnet write had it write",
+    )
     calibrate.add_argument(
         "--samples", type=int, default=128, metavar="N", help="stretches of it (default: %(default)s)"
     )

@@ -9,6 +9,7 @@ start from latent_weight: absmean rounding would make a smaller scale of codes *
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from bitnet import tables
 from bitnet.kernels import layout, reference
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
+from bitnet.train.texts import documents
 
 from ..rounding import Quantized
 from ..source import Source
@@ -97,7 +99,8 @@ def calibrate(
     """Round the low-bit layers of a float checkpoint, calibrated on a text; results go to `store`.
 
     source:   a float checkpoint; its layers' options (weights, per_row, activation_bits, ...) decide what is computed
-    text:     a UTF-8 file of (samples + samples / 4) * length tokens or more; stretches are drawn from all of it
+    text:     of (samples + samples / 4) * length tokens or more, in a file that train.texts.documents reads; stretches
+              are drawn from all of it
     store:    a directory for one file per decoder block, which `calibrated` reads
     samples:  stretches to calibrate on; a quarter as many others are held out for the scores
     length:   of a stretch in tokens, at most what the model was trained on
@@ -191,14 +194,14 @@ def _check(source: Source, samples: int, length: int) -> None:
 
 def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Stretches of a text as ids, [samples, length] to calibrate on and ceil(samples / 4) others."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error}); convert it, or name another file") from None
+    texts = [text for text, _ in documents([file])]
     start = tokenizer("").input_ids[:1]
     start = start if start and start[0] == tokenizer.bos_token_id else []  # models with such a token never miss it
     own = length - len(start)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    # between documents the end-of-text token
+    ids = torch.tensor(list(itertools.chain(*rows[:1], *(end + row for row in rows[1:]))), dtype=torch.long)
     wanted = samples + -(-samples // 4)
     count = len(ids) // own
     if count < wanted:
