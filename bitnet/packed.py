@@ -304,9 +304,13 @@ class PackedBitLinear(Packed):
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self.options()}, backend={self.backend}"
+
+    def options(self) -> str:
+        """Its options in a few words, and how float activations run here where they do not stay floats."""
         bits = self.activation_bits
         run = f" run as int{bits}" if self.spec.activation_bits is None and bits is not None else ""
-        return f"{shape}, {describe(self.spec)}{run}, backend={self.backend}"
+        return f"{describe(self.spec)}{run}"
 
 
 class _Prepacked(NamedTuple):

@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from bitnet import tables
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import describe
+from bitnet.packed import PackedBitLinear
 from bitnet.progress import track
+from bitnet.quantize import QuantSpec
 
 from .files.safetensors import DTYPES
 from .hub.sentences import read_sentences
@@ -47,6 +50,7 @@ class Inspection:
     matrices: list[MatrixReport] = field(default_factory=list)
     other_bytes: int = 0  # norms, biases and other vectors
     problems: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)  # how each kind of low-bit layer runs on this machine
     sentences: str = ""  # what makes embeddings of it, in words, where the folder says it
 
     def __str__(self) -> str:
@@ -60,7 +64,7 @@ class Inspection:
             entropy = "" if m.entropy is None else f"{m.entropy:.3f}"
             shape = "x".join(map(str, m.shape))
             lines.append((m.name, m.kind, shape, f"{m.weight_bits:.3g}", scale, *shares, entropy, m.what))
-        return f"{tables.text(lines, right=range(3, 9))}\n{self.totals()}\n{self.verdict()}"
+        return "\n".join([tables.text(lines, right=range(3, 9)), self.totals(), *self.runs, self.verdict()])
 
     def totals(self) -> str:
         """Weights and bytes by kind, in a line each."""
@@ -121,6 +125,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
     found.problems += [*source.problems, *source.mismatches()]
+    found.runs = runs_here(weights.values())
     try:
         found.sentences = str(read_sentences(source.path) or "")
     except (ValueError, OSError) as error:
@@ -143,6 +148,24 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     packed = [m for m in found.matrices if m.kind == "packed" and m.shares]
     found.problems += scale_problems({m.name: m.scale for m in packed if m.scale})
     return found
+
+
+def runs_here(weights: Iterable[Weight]) -> list[str]:
+    """Which backend multiplies by low-bit weights of each kind on this machine, once packed, and how activations run.
+
+    Nothing is read for it: a layer with a few rows of zeros is asked.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds: dict[QuantSpec, list[Weight]] = {}
+    for weight in weights:
+        kinds.setdefault(weight.spec, []).append(weight)
+    lines = []
+    for spec, some in kinds.items():
+        layer = PackedBitLinear(max(weight.in_features for weight in some), 4, False, device, **asdict(spec))
+        count = sum(weight.experts or 1 for weight in some)
+        where = f"{count:,} {'matrices run' if count > 1 else 'matrix runs'} on {device}, backend {layer.prepack()[1]}"
+        lines.append(f"{where}: {layer.options()}")
+    return lines
 
 
 def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport:

@@ -46,15 +46,20 @@ def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
     return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard)
 
 
-def latent_weight(codes: Tensor, scale: Tensor, like: Tensor | None = None) -> Tensor:
-    """Float weights that absmean rounding takes to these codes and, but for the last bits, this scale.
+def latent_weight(codes: Tensor, scale: Tensor, like: Tensor | None = None, spec: QuantSpec | None = None) -> Tensor:
+    """Float weights that plain rounding takes to these codes and, but for the last bits, this scale.
 
     codes: ternary [N, K]; scale: float32 [1] or [N], or float16 [N, G] of groups, which comes back bit for bit (but for
     groups of zeros alone, whose scale means nothing); returns float32 [N, K]
     like:  float [N, K]: where each weight is to lie within the bin of its code, as far as the mean of all sizes allows,
-           which is the scale: those that were close to a threshold change first in training. Without it, all zeros lie
-           at 0, and all others are of one size
+           which is the scale: those that were close to a threshold change first in training. Without it, and with
+           centered binary weights, whose thresholds are their mean, zeros lie at 0, and all others are of one size
+    spec:  says whether they are ternary, as without it, or binary
     """
+    binary = spec is not None and spec.weights == "binary"
+    outer = 0.0 if binary else OUTER
+    if binary and spec is not None and spec.centered:
+        like = None
     sign = codes.float()
     like = torch.zeros_like(sign) if like is None else like.float()
     if scale.ndim == 2:
@@ -68,10 +73,10 @@ def latent_weight(codes: Tensor, scale: Tensor, like: Tensor | None = None) -> T
         count = torch.tensor(codes.shape[1], device=codes.device)
     s, used = scale.float()[..., None], sign.count_nonzero(-1)[..., None]
     zeros = torch.where((sign == 0) & (used > 0), torch.minimum(torch.maximum(like, -INNER * s), INNER * s), 0.0)
-    above = sign.abs() * (torch.minimum(torch.maximum(sign * like - OUTER * s, FLAT * s), 2 * s))
-    left = count * s.double() - zeros.abs().sum(-1, True, dtype=torch.float64) - OUTER * s.double() * used
+    above = sign.abs() * (torch.minimum(torch.maximum(sign * like - outer * s, FLAT * s), 2 * s))
+    left = count * s.double() - zeros.abs().sum(-1, True, dtype=torch.float64) - outer * s.double() * used
     stretch = left / above.sum(-1, True, dtype=torch.float64).clamp(min=1e-30)
-    latent = zeros + sign * (OUTER * s + (stretch * above).float())
+    latent = zeros + sign * (outer * s + (stretch * above).float())
     return latent.flatten(1)[:, : codes.shape[1]] if scale.ndim == 2 else latent.view(codes.shape)
 
 

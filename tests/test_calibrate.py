@@ -30,13 +30,14 @@ from transformers import (
 )
 
 import bitnet
-from bitnet import BitLinear, PackedBitLinear, cli
+from bitnet import BitLinear, PackedBitLinear, QuantSpec, cli
 from bitnet.convert.calibration import gptq
 from bitnet.convert.calibration.calibrate import calibrate, calibrated, read_text
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.rounding import latent_weight
 from bitnet.kernels import layout, reference
+from bitnet.packing import quantize_matrix
 from bitnet.train.data import build_tokenizer
 
 TEXT = "".join(f"def f{i}(x):\n    return {i * i} * x + {i}\n\n\n" for i in range(60))
@@ -99,9 +100,16 @@ def output_error(w: Tensor, x: Tensor, y: Tensor, codes: Tensor, scale: Tensor, 
 
 SCALES = {"row": {"per_row": True}, "tensor": {"per_row": False}, "groups": {"per_row": False, "group_size": 32}}
 scales = pytest.mark.parametrize("options", SCALES.values(), ids=SCALES)
+BINARY: dict[str, dict[str, Any]] = {
+    "binary tensor": {"weights": "binary"},
+    "binary row": {"weights": "binary", "per_row": True, "centered": False},
+    "binary groups": {"weights": "binary", "group_size": 32, "centered": False},
+    "binary groups, centered": {"weights": "binary", "group_size": 32},
+}
+ALL = SCALES | BINARY
 
 
-@scales
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 @pytest.mark.parametrize(("n", "k", "tokens"), [(8, 24, 64), (5, 200, 40), (3, 130, 400), (1, 1, 4), (24, 4, 1)])
 def test_outputs_are_never_further_off_than_with_plain_rounding(
     n: int, k: int, tokens: int, options: dict[str, Any]
@@ -110,11 +118,13 @@ def test_outputs_are_never_further_off_than_with_plain_rounding(
         w, x, y = layer(n, k, tokens, seed)
         w[0] *= 10  # a row that spoils the scale of all
         h, c = y.T @ y, y.T @ x
-        codes, scale = gptq.ternarize(w, h, c, **options)
-        plain_codes, plain_scale = reference.quantize_weight(w, **options)
+        spec = QuantSpec(**options)
+        codes, scale = gptq.round_matrix(w, h, c, spec)
+        plain_codes, plain_scale = quantize_matrix(w, spec)
         assert codes.dtype == torch.int8
         assert (scale.shape, scale.dtype) == (plain_scale.shape, plain_scale.dtype)
         assert bool((scale > 0).all())
+        assert spec.weights == "ternary" or bool(codes.all())
         damping = gptq.DAMPING * h.diagonal().mean().item()
         ours = output_error(w, x, y, codes, scale, damping)
         plain = output_error(w, x, y, plain_codes, plain_scale, damping)
@@ -130,7 +140,7 @@ def test_groups_fit_better_than_rows() -> None:
     w *= (torch.arange(192) // 32 + 1.0) ** 2  # features whose sizes differ
     damping = gptq.DAMPING * (y.T @ y).diagonal().mean().item()
     sums = {
-        name: output_error(w, x, y, *gptq.ternarize(w, y.T @ y, y.T @ x, **options), damping).sum()
+        name: output_error(w, x, y, *gptq.round_matrix(w, y.T @ y, y.T @ x, QuantSpec(**options)), damping).sum()
         for name, options in SCALES.items()
     }
     assert sums["groups"] < 0.9 * sums["row"] < sums["tensor"]
@@ -143,7 +153,7 @@ def test_a_ternary_matrix_comes_back_as_it_was(options: dict[str, Any]) -> None:
     _, wanted = reference.quantize_weight(torch.rand(12, 150) + 0.1, **options)
     _, x, _ = layer(1, 150, 100)
     weight = reference.dequantize_weight(codes.to(torch.int8), wanted)
-    found, scale = gptq.ternarize(weight, x.T @ x, x.T @ x, **options)
+    found, scale = gptq.round_matrix(weight, x.T @ x, x.T @ x, QuantSpec(**options))
     assert torch.equal(found, codes.to(torch.int8))
     used = torch.arange(12) != 3 if len(scale) > 1 else torch.tensor([True])
     torch.testing.assert_close(scale[used], wanted[used], rtol=1e-3 if scale.ndim > 1 else 1e-5, atol=0)
@@ -167,12 +177,12 @@ def test_scales_of_groups_are_the_best_for_their_codes() -> None:
 def test_columns_and_layers_without_input_are_rounded_by_their_weights() -> None:
     w, x, y = layer(8, 32)
     x[:, 5] = y[:, 5] = 0
-    codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, True)
+    codes, scale = gptq.round_matrix(w, y.T @ y, y.T @ x, QuantSpec(per_row=True))
     size = (w[:, 5] / scale).abs()
     clear = (size < 0.45) | (size > 0.55)  # the scale was refitted after the codes
     assert int(clear.sum()) > 5
     assert torch.equal(codes[clear, 5].float(), (w[:, 5] / scale).round().clamp(-1, 1)[clear])
-    codes, scale = gptq.ternarize(w, torch.zeros(32, 32), torch.zeros(32, 32), True)
+    codes, scale = gptq.round_matrix(w, torch.zeros(32, 32), torch.zeros(32, 32), QuantSpec(per_row=True))
     torch.testing.assert_close(scale, gptq.first_scale(w, torch.ones(32), True))
     assert torch.equal(codes.float(), (w / scale[:, None]).round().clamp(-1, 1))
 
@@ -294,9 +304,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     finished = (store / "block-00000.safetensors").stat().st_mtime_ns
     with monkeypatch.context() as patched:
         solved = []
-        solve = gptq.ternarize
+        solve = gptq.round_matrix
         patched.setattr(
-            "bitnet.convert.calibration.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args)
+            "bitnet.convert.calibration.calibrate.round_matrix", lambda *args: solved.append(args) or solve(*args)
         )
         resumed = calibrate(FolderSource(folder), text, store, resume=True, **OPTIONS)
         assert len(solved) == 7  # the second block's layers
@@ -407,19 +417,43 @@ def test_latent_weights_made_from_codes_round_back_to_them() -> None:
         w, x, y = layer(n, k)
         w[0] = 0.001 * w[0]
         w[1, 3] = 40.0
-        for options in SCALES.values():
-            codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, **options)
+        w[2, :32] = w[2, :32].abs() + 1
+        for options in ALL.values():
+            spec = QuantSpec(**options)
+            codes, scale = gptq.round_matrix(w, y.T @ y, y.T @ x, spec)
             for like in (None, w):
-                latent = latent_weight(codes, scale, like)
-                again, scale_again = reference.quantize_weight(latent, **options)
+                latent = latent_weight(codes, scale, like, spec)
+                again, scale_again = quantize_matrix(latent, spec)
                 assert torch.equal(again, codes)
                 exact = {"rtol": 0, "atol": 0} if scale.ndim > 1 else {}
                 torch.testing.assert_close(scale_again, scale, **exact)
 
 
+@pytest.mark.parametrize("options", BINARY.values(), ids=BINARY)
+def test_centered_binary_codes_are_never_all_positive(options: dict[str, Any]) -> None:
+    """No float weights round to that: one is above their mean only if another is not."""
+    w, x, y = layer(4, 64, 200)
+    w = w.abs() + 1
+    codes, _ = gptq.round_matrix(w, y.T @ y, y.T @ x, QuantSpec(**options))
+    rows = codes.flatten()[None] if options == BINARY["binary tensor"] else codes
+    assert bool((reference.grouped(rows, 32 if "group_size" in options else rows.shape[1]) == 1).all(-1).any()) == (
+        "centered" in options
+    )
+
+
+def test_binary_latent_weights_keep_their_order_and_sizes() -> None:
+    w, x, y = layer(8, 64)
+    spec = QuantSpec("binary", group_size=32, centered=False)
+    codes, scale = gptq.round_matrix(w, y.T @ y, y.T @ x, spec)
+    latent = latent_weight(codes, scale, w, spec)
+    kept = w.sign() == codes
+    assert 0.5 < kept.float().mean() < 1
+    assert torch.corrcoef(torch.stack([latent[kept], w[kept]]))[0, 1] > 0.9
+
+
 def test_latent_weights_keep_their_order_within_a_bin() -> None:
     w, x, y = layer(8, 32)
-    codes, scale = gptq.ternarize(w, y.T @ y, y.T @ x, True)
+    codes, scale = gptq.round_matrix(w, y.T @ y, y.T @ x, QuantSpec(per_row=True))
     latent = latent_weight(codes, scale, w)
     threshold = 0.5 * scale[:, None]
     for row in range(8):
@@ -440,29 +474,35 @@ def test_a_row_of_zeros_stays_one() -> None:
 # In a conversion
 
 
-@scales
+CONVERTED = SCALES | {"binary groups": BINARY["binary groups"]}
+
+
+@pytest.mark.parametrize("options", CONVERTED.values(), ids=CONVERTED)
 def test_a_conversion_writes_what_was_calibrated(
     folder: Path, text: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
     shape = options
-    calibrate(FolderSource(folder, **shape), text, tmp_path / "store", **OPTIONS)
+    result = calibrate(FolderSource(folder, **shape), text, tmp_path / "store", **OPTIONS)
+    assert all(row.calibrated > row.plain for row in result.layers)
     expected = {name: read() for name, read in calibrated(tmp_path / "store").items()}
     options = {"calibrate": text, "console": Console(quiet=True), **shape, **OPTIONS}
     models = {}
-    for to in ("hub", "base3", "latent", "bf16"):
+    packed, others = (["binary"], ["latent"]) if "weights" in shape else (["hub", "base3"], ["latent", "bf16"])
+    for to in (*packed, *others):
         models[to] = bitnet.load(convert_checkpoint(folder, tmp_path / to, to, **options))
     for name, (codes, scale) in expected.items():
-        for to in ("hub", "base3"):
+        for to in packed:
             layer = models[to].get_submodule(name)
             assert torch.equal(layer.codes(), codes)
             assert torch.equal(layer.weight_scale, scale)
-        again, scale_again = reference.quantize_weight(models["latent"].get_submodule(name).weight, **shape)
+        again, scale_again = quantize_matrix(models["latent"].get_submodule(name).weight, QuantSpec(**shape))
         assert torch.equal(again, codes)
         torch.testing.assert_close(scale_again, scale)
-        weight = models["bf16"].get_submodule(name).weight
-        assert torch.equal(weight, reference.dequantize_weight(codes, scale, torch.bfloat16))
+        for to in {"bf16"}.intersection(others):
+            weight = models[to].get_submodule(name).weight
+            assert torch.equal(weight, reference.dequantize_weight(codes, scale, torch.bfloat16))
     assert len(expected) == 14
-    assert {path.name for path in tmp_path.iterdir()} == {"store", "hub", "base3", "latent", "bf16"}
+    assert {path.name for path in tmp_path.iterdir()} == {"store", *packed, *others}
 
 
 def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
@@ -472,7 +512,7 @@ def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
     mine.write_bytes(text.read_bytes())
     options = {"calibrate": mine, "console": Console(quiet=True), **OPTIONS}
     whole = convert_checkpoint(folder, tmp_path / "whole", **options)
-    solve, solved = gptq.ternarize, []
+    solve, solved = gptq.round_matrix, []
 
     def failing(*args: Any) -> Any:
         solved.append(args)
@@ -480,7 +520,7 @@ def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
             raise KeyboardInterrupt
         return solve(*args)
 
-    monkeypatch.setattr("bitnet.convert.calibration.calibrate.ternarize", failing)
+    monkeypatch.setattr("bitnet.convert.calibration.calibrate.round_matrix", failing)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -495,7 +535,7 @@ def test_a_conversion_that_was_killed_in_calibration_goes_on_there(
     mine.write_bytes(text.read_bytes())
     solved.clear()
     monkeypatch.setattr(
-        "bitnet.convert.calibration.calibrate.ternarize", lambda *args: solved.append(args) or solve(*args)
+        "bitnet.convert.calibration.calibrate.round_matrix", lambda *args: solved.append(args) or solve(*args)
     )
     convert_checkpoint(folder, tmp_path / "out", **options, resume=True)
     assert len(solved) == 7  # the second block's layers; the first block was finished

@@ -6,17 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import gguf_models
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertModel, Gemma3TextConfig, Gemma3TextModel, Qwen3Config, Qwen3Model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
+from bitnet.convert.files.gguf import TensorInfo, padded
 from bitnet.convert.hub.sentences import read_sentences
+from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
+from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.packed import PackedBitLinear
 
 IDS = torch.tensor([[3, 41, 5, 17, 60]])
@@ -38,16 +51,21 @@ def random(model: Any) -> Any:
 # BitNet-embedding
 
 
-def bitnet_embedding(folder: Path, family: str) -> Tensor:
+def bitnet_embedding(folder: Path, family: str, **sizes: Any) -> Tensor:
     """A checkpoint as microsoft/bitnet-embedding-* are, and the hidden states that their layers make of IDS.
 
     After the description in microsoft/BitNet: RMSNorm(x) * norm.weight, 8-bit activations, absmean ternary weights.
     """
     build: dict[str, Any] = {
-        "qwen3": lambda: Qwen3Model(Qwen3Config(**DECODER, bos_token_id=1, eos_token_id=0)),
-        "gemma3": lambda: Gemma3TextModel(Gemma3TextConfig(**DECODER, query_pre_attn_scalar=12, sliding_window=4)),
+        "qwen3": lambda: Qwen3Model(Qwen3Config(**DECODER | {"bos_token_id": 1, "eos_token_id": 0} | sizes)),
+        "gemma3": lambda: Gemma3TextModel(
+            Gemma3TextConfig(**DECODER | {"query_pre_attn_scalar": 12, "sliding_window": 4} | sizes)
+        ),
     }
     model = random(build[family]())
+    for parameter in model.parameters():  # to what float16 holds, in which GGUF has them, Gemma's norms as 1 + weight
+        shift = float(parameter.ndim == 1)
+        parameter.data = (parameter + shift).half().float() - shift
     model.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
 
@@ -62,7 +80,7 @@ def bitnet_embedding(folder: Path, family: str) -> Tensor:
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            state[f"{name}.norm.weight"] = 1 + 0.3 * torch.randn(module.in_features)
+            state[f"{name}.norm.weight"] = (1 + 0.3 * torch.randn(module.in_features)).half().float()
             module.forward = forward(module, state[f"{name}.norm.weight"])
     assert sum(name.endswith("_proj.norm.weight") for name in state) == 14
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -93,6 +111,129 @@ def test_norms_in_front_of_projections_are_computed(to: str, family: str, tmp_pa
     assert len(layers) == 14
     assert all(layer.spec.rms_norm and layer.rms_norm is not None for layer in layers)
     assert all(isinstance(layer, PackedBitLinear) == (to in ("hub", "base3")) for layer in layers)
+
+
+# 128 features are a block of I2_S; the published Gemma has one rotary base
+FULL = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 128, "vocab_size": 512}
+BASES = {f"{kind}_attention": {"rope_type": "default", "rope_theta": 1e4} for kind in ("full", "sliding")}
+GGUF_SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": FULL,
+    "gemma3": FULL | {"query_pre_attn_scalar": 128, "sliding_window": 512, "rope_parameters": BASES},
+}
+GGUF_NAMES = {  # utils/convert-bitnet-embedding-to-gguf.py of microsoft/BitNet
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj.norm": "attn_q_norm_in",
+    "self_attn.k_proj.norm": "attn_k_norm_in",
+    "self_attn.v_proj.norm": "attn_v_norm_in",
+    "self_attn.o_proj.norm": "attn_output_norm_in",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_proj.norm": "ffn_gate_norm_in",
+    "mlp.up_proj.norm": "ffn_up_norm_in",
+    "mlp.down_proj.norm": "ffn_down_norm_in",
+}
+GGUF_NORMS = {
+    "qwen3": {"post_attention_layernorm": "ffn_norm"},
+    "gemma3": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+
+
+def i2_s(w: Any) -> bytes:
+    """A matrix as that script packs it: 128 weights in 32 bytes, then the scale in 32."""
+    scale = np.float32(np.abs(w).mean())
+    fields = (np.round(w / scale).clip(-1, 1) + 1).astype(np.uint8).reshape(-1, 4, 32)
+    packed = fields[:, 0] << 6 | fields[:, 1] << 4 | fields[:, 2] << 2 | fields[:, 3]
+    return packed.tobytes() + scale.tobytes() + bytes(28)
+
+
+def embedding_gguf(source: Path, file: Path, family: str, ternary: bool = True, **keys: Any) -> Path:
+    """What bitnet.cpp's converter makes of such a checkpoint; keys: metadata of the architecture that are to differ."""
+    names = GGUF_NAMES | GGUF_NORMS[family]
+    infos, data = {}, b""
+    for key, tensor in load_file(source / "model.safetensors").items():
+        module, values = key.removesuffix(".weight"), tensor.float().numpy()
+        if module.startswith("layers."):
+            _, number, module = module.split(".", 2)
+            name = f"blk.{number}.{names[module]}.weight"
+        else:
+            name = {"embed_tokens": "token_embd", "norm": "output_norm"}[module] + ".weight"
+        if ternary and values.ndim == 2 and name != "token_embd.weight":
+            kind, part = 36, i2_s(values)
+        else:  # norms of Gemma itself multiply by 1 + weight
+            values = values + (family == "gemma3" and values.ndim == 1 and "norm_in" not in name)
+            kind, part = 1, values.astype(np.float16).tobytes()
+        infos[name] = TensorInfo(kind, values.shape, len(data), len(part))
+        data += part.ljust(padded(len(part)), b"\0")
+    config = json.loads((source / "config.json").read_text())
+    own = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "vocab_size": config["vocab_size"],
+        "rope.dimension_count": config["head_dim"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "rope.freq_base": 10000.0,
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "pooling_type": 3,
+    }
+    metadata = {"general.architecture": family, "general.file_type": 40}
+    metadata |= {f"{family}.{key}": value for key, value in (own | keys).items()}
+    gguf_models.tokenizer().save_pretrained(source)
+    metadata |= gguf_tokenizer.metadata_of(source, AutoConfig.from_pretrained(source))
+    file.write_bytes(header_bytes(metadata, infos) + data)
+    return file
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_bitnet_cpps_files_of_such_models_are_read(family: str, tmp_path: Path) -> None:
+    expected = bitnet_embedding(tmp_path / "source", family, **GGUF_SIZES[family])
+    file = embedding_gguf(tmp_path / "source", tmp_path / "m.gguf", family)
+    model = bitnet.load(file, dtype=torch.float32).base_model
+    with torch.no_grad():
+        assert apart(model(IDS).last_hidden_state, expected) < 1 / 127, "more than a step of an activation"
+    direct = bitnet.load(convert(tmp_path / "source", tmp_path / "direct"))
+    for name, layer in direct.named_modules():
+        if isinstance(layer, PackedBitLinear):
+            found = model.get_submodule(name)
+            assert isinstance(found, PackedBitLinear)
+            assert found.spec == layer.spec
+            assert torch.equal(found.codes(), layer.codes())
+            torch.testing.assert_close(found.weight_scale, layer.weight_scale, rtol=1e-6, atol=0)
+            assert torch.equal(found.rms_norm.weight, layer.rms_norm.weight)
+    assert bitnet.inspect_checkpoint(file, Console(quiet=True)).problems == []
+    folder = convert(file, tmp_path / "hub")
+    assert str(read_sentences(folder)) == "a sentence-transformers folder: Transformer, Pooling (lasttoken), Normalize"
+    vector = bitnet.embed(folder, TEXTS[0])
+    assert torch.equal(bitnet.embed(file, TEXTS[0]), vector)
+    assert vector.norm().item() == pytest.approx(1)
+
+
+def test_what_a_file_of_such_a_model_cannot_be_is_named(tmp_path: Path) -> None:
+    bitnet_embedding(tmp_path / "source", "qwen3", **FULL)
+    file = embedding_gguf(tmp_path / "source", tmp_path / "m.gguf", "qwen3")
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has an RMSNorm in front of it, which no plain"):
+        convert(file, tmp_path / "bf16", "bf16")
+    with pytest.raises(ValueError, match="has an RMSNorm in front of it, which no plain model can express"):
+        bitnet.load(embedding_gguf(tmp_path / "source", tmp_path / "f16.gguf", "qwen3", ternary=False))
+    with pytest.raises(ValueError, match=r"not understood here: qwen3\.pooling_type"):
+        bitnet.load(embedding_gguf(tmp_path / "source", tmp_path / "rank.gguf", "qwen3", pooling_type=4))
+    plain = convert(embedding_gguf(tmp_path / "source", tmp_path / "n.gguf", "qwen3", pooling_type=0), tmp_path / "hub")
+    assert read_sentences(plain) is None
 
 
 def test_saved_again_they_have_our_names(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import ggml_blocks
+import gguf
 import gguf_models
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.files import ggml
 from bitnet.convert.files.damaged import Damaged
-from bitnet.convert.files.gguf import TensorInfo, padded, read_header
+from bitnet.convert.files.gguf import TensorInfo, padded, read_header, read_tensor
 from bitnet.convert.inspection import inspect_checkpoint
 from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.source import GgufSource
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 QUIET = Console(quiet=True)
 IDS = torch.tensor([[3, 41, 5, 17, 200, 511]])
@@ -189,10 +190,72 @@ def test_a_vector_of_a_low_bit_type_is_refused(name: str, exported: Path, tmp_pa
         GgufSource(tmp_path / "m.gguf")
 
 
-def test_rotated_weights_are_refused(exported: Path, tmp_path: Path) -> None:
-    file = with_metadata(exported, tmp_path / "m.gguf", **{"prism.hadamard.block_size": 512})
-    with pytest.raises(ValueError, match=r"its weights are rotated \(prism\.hadamard\.block_size\), which is not read"):
-        GgufSource(file)
+def with_head(source: Path, target: Path, name: str) -> Any:
+    """The file with its output head quantized to Q4_0 by the `gguf` package; returns the blocks, [N, K / 32, 18]."""
+    metadata, tensors = read_header(source)
+    infos, data = {}, b""
+    for key, info in tensors.items():
+        part = read_tensor(source, info)
+        if key == name:
+            assert info.kind == 0
+            part = gguf.quants.quantize(part.view(np.float32).reshape(info.shape), gguf.GGMLQuantizationType.Q4_0)
+            blocks = part.reshape(info.shape[0], -1, 18)
+            info = info._replace(kind=2, nbytes=part.nbytes)
+        infos[key] = info._replace(offset=len(data))
+        data += part.tobytes().ljust(padded(info.nbytes), b"\0")
+    target.write_bytes(header_bytes(metadata, infos) + data)
+    return blocks
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_head_in_q4_0_is_a_4_bit_one(tied: bool, tmp_path: Path) -> None:
+    """Bit for bit, with the embedding where they are one tensor, and back."""
+    gguf_models.checkpoint(tmp_path / "hf", num_hidden_layers=1, vocab_size=512, tie_word_embeddings=tied)
+    first = convert_checkpoint(tmp_path / "hf", tmp_path / "first.gguf", "gguf-q2_0", console=QUIET)
+    name = "token_embd.weight" if tied else "output.weight"
+    blocks = with_head(first, tmp_path / "m.gguf", name)
+    floats = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)).view(512, 256)
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "hub", console=QUIET)
+    model = bitnet.load(tmp_path / "hub")
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert isinstance(head, PackedBitLinear)
+    assert (head.spec.weights, head.spec.group_size) == ("int4", 32)
+    assert np.array_equal(head.weight.numpy(), blocks[..., 2:])
+    assert np.array_equal(head.weight_scale.numpy(), blocks[..., :2].copy().view(np.float16)[..., 0])
+    assert torch.equal(bitnet.kernels.reference.dequantize_weight(head.codes(), head.weight_scale), floats)
+    assert isinstance(embedding, PackedEmbedding) is tied
+    if tied:
+        assert torch.equal(embedding(IDS), floats[IDS])
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+    for source in ("hub", "m.gguf"):
+        again = convert_checkpoint(tmp_path / source, tmp_path / f"{source}.back.gguf", "gguf-tq2_0", console=QUIET)
+        info = read_header(again)[1][name]
+        assert (info.kind, read_tensor(again, info).tobytes()) == (2, blocks.tobytes())
+    report = inspect_checkpoint(tmp_path / "m.gguf", QUIET)
+    assert report.problems == []
+    assert sum("int4" in m.what for m in report.matrices) == 1
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "bf16", "bf16", console=QUIET)
+    key = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert torch.equal(load_file(tmp_path / "bf16" / "model.safetensors")[key], floats.bfloat16())
+
+
+def test_a_head_in_q4_0_of_a_float_model_is_floats(tmp_path: Path) -> None:
+    gguf_models.checkpoint(tmp_path / "hf", num_hidden_layers=1, vocab_size=512)
+    first = convert_checkpoint(tmp_path / "hf", tmp_path / "first.gguf", "gguf-bf16", console=QUIET)
+    with_head(first, tmp_path / "m.gguf", "output.weight")
+    source = GgufSource(tmp_path / "m.gguf")
+    assert source.weights() == {}
+    assert source.stored()["lm_head.weight"] == ("F32", (512, 256))
+
+
+def test_a_head_in_q4_0_whose_scales_are_no_numbers_is_named(exported: Path, tmp_path: Path) -> None:
+    with_head(exported, tmp_path / "m.gguf", "output.weight")
+    data, info = bytearray((tmp_path / "m.gguf").read_bytes()), read_header(tmp_path / "m.gguf")[1]["output.weight"]
+    data[info.offset : info.offset + 2] = np.float16("nan").tobytes()
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"m\.gguf: lm_head\.weight: its scales must be finite"):
+        GgufSource(tmp_path / "m.gguf")
 
 
 def with_metadata(source: Path, target: Path, **entries: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 import bitnet
 from bitnet import cli
 from bitnet.convert.conversion.convert import convert_checkpoint
-from bitnet.convert.inspection import diff_checkpoints, inspect_checkpoint
+from bitnet.convert.inspection import diff_checkpoints, inspect_checkpoint, runs_here
+from bitnet.convert.opening import open_source
 
 QUIET = Console(quiet=True)
 UP, NORM = "model.layers.1.mlp.up_proj", "model.norm.weight"
@@ -75,6 +77,39 @@ def test_all_bytes_of_the_weights_are_accounted_for(forms: Path) -> None:
         found = inspect_checkpoint(forms / form, QUIET)
         size = sum(math.prod(m.shape) * m.weight_bits / 8 for m in found.matrices) + found.other_bytes
         assert size == pytest.approx(sum(t.nbytes for t in load_file(forms / form / "model.safetensors").values()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"group_size": 32, "activation_bits": None}, {"weights": "binary", "per_row": True, "activation_bits": 16}],
+    ids=["8 bits", "groups, floats", "binary, 16 bits"],
+)
+def test_what_runs_each_kind_of_layer_is_what_runs_it_once_loaded(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = llama()
+    bitnet.replace_linear(model, **options)
+    bitnet.pack(model, head="int4")
+    bitnet.save(model, tmp_path / "m")
+    layers = [m for m in bitnet.load(tmp_path / "m").modules() if isinstance(m, bitnet.PackedBitLinear)]
+    counts = Counter((layer.prepack()[1], layer.options()) for layer in layers)
+    expected = {
+        f"{n} {'matrices run' if n > 1 else 'matrix runs'} on cpu, backend {backend}: {options}"
+        for (backend, options), n in counts.items()
+    }
+    found = inspect_checkpoint(tmp_path / "m", QUIET)
+    assert set(found.runs) == expected
+    assert len(expected) == 2
+    assert all(line in str(found).splitlines() for line in expected)
+
+
+def test_asking_what_runs_a_layer_reads_no_weight(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(forms / "hub")
+    for name in ("tensor", "pieces", "quantized"):
+        monkeypatch.setattr(type(source), name, lambda *args: pytest.fail("a tensor was read"))
+    (line,) = runs_here(source.weights().values())
+    assert "14 matrices run on" in line
 
 
 def poke(value: float) -> Any:

@@ -57,6 +57,11 @@ def add(commands: Any) -> None:
     swap.add_argument("--include", action="append", metavar="REGEX", help="only these layers")
     swap.add_argument("--weights", choices=["ternary", "binary"], help="-1, 0 and 1, or -1 and 1 (default: ternary)")
     swap.add_argument(
+        "--centered",
+        action=argparse.BooleanOptionalAction,
+        help="of binary weights: whether the mean is taken off before the sign (default: yes)",
+    )
+    swap.add_argument(
         "--activation-bits",
         choices=["16", "8", "4", "none"],
         help="of the layers' inputs; none keeps them float (default: 8)",
@@ -107,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     if args.per_row is None:
         options["per_row"] = args.calibrate is not None and args.group_size is None
-    if options.pop("weights") is not None:
-        options["weights"] = args.weights
+    for name in ("weights", "centered"):
+        if options[name] is None:
+            del options[name]
     if (bits := options.pop("activation_bits")) is not None:
         options["activation_bits"] = None if bits == "none" else int(bits)
     convert_checkpoint(**options)

@@ -10,7 +10,8 @@ def add(commands: Any) -> None:
         "inspect",
         help="what is in a checkpoint, layer by layer, and what is wrong with it",
         description="Reads a checkpoint once and prints, for every matrix, its shape, bits a weight, scale, the shares "
-        "of -1, 0 and +1 and their entropy; then the totals and the problems found (exit status 1 if there are any).",
+        "of -1, 0 and +1 and their entropy; then the totals, which backend runs each kind of layer here, and "
+        "the problems found (exit status 1 if there are any).",
     )
     parser.add_argument("checkpoint", metavar="PATH", help="a checkpoint folder, MLX's too, or a GGUF file")
     parser.add_argument("--plot", metavar="FILE.png", help="draw shares, entropies and scales by depth")

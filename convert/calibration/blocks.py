@@ -3,7 +3,7 @@
 What the model does before, between and after its decoder blocks is learned by running it with the blocks replaced; the
 blocks then run alone, called as the model called them.
 
-Three versions run side by side, the streams: with float weights; with plain absmean rounding; and with calibrated
+Three versions run side by side, the streams: with float weights; with plain rounding; and with calibrated
 rounding. The last two quantize activations and multiply exactly as served.
 """
 
@@ -272,7 +272,7 @@ class BlockModel:
         groups: list[list[ObservedLinear]] = []
         last = None
         for layer in self.layers(index):
-            if layer.spec.weights != "ternary":
+            if layer.spec.wide:
                 reasons[layer] = f"{layer.spec.weights} weights"
             elif self.names[layer] in self.source.ternary:
                 reasons[layer] = "ternary already"

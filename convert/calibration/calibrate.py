@@ -1,4 +1,4 @@
-"""Ternary rounding of a trained checkpoint, calibrated on text: block by block, with the model never whole in memory.
+"""Low-bit rounding of a trained checkpoint, calibrated on text: block by block, with the model never whole in memory.
 
 Each decoder block is loaded alone, its low-bit layers are rounded so that their outputs on the text change least
 (gptq.py has the arithmetic), and its outputs become the inputs of the next block. Within a block, layers are rounded in
@@ -37,7 +37,7 @@ from ..rounding import Quantized
 from ..source import Source
 from ..writing import write_whole
 from .blocks import CALIBRATED, FLOAT, PLAIN, STREAMS, BlockModel, ObservedLinear
-from .gptq import ternarize
+from .gptq import round_matrix
 
 SETTINGS = "calibration.json"
 
@@ -96,9 +96,9 @@ def calibrate(
     resume: bool = False,
     console: Console | None = None,
 ) -> Calibration:
-    """Round the low-bit layers of a float checkpoint to ternary, calibrated on a text; results go to `store`.
+    """Round the low-bit layers of a float checkpoint, calibrated on a text; results go to `store`.
 
-    source:   a float checkpoint; its layers' options (per_row, activation_bits) decide what is computed
+    source:   a float checkpoint; its layers' options (weights, per_row, activation_bits, ...) decide what is computed
     text:     of (samples + samples / 4) * length tokens or more, in a file that train.texts.documents reads; stretches
               are drawn from all of it
     store:    a directory for one file per decoder block, which `calibrated` reads
@@ -286,9 +286,7 @@ def _round_block(
             raise ValueError(f"calibrate: {model.names[leader]}: its inputs are NaN or too large to square in float32")
         for layer in group:
             try:
-                layer.rounded[CALIBRATED] = Quantized(
-                    *ternarize(layer.weight, h, c, layer.spec.per_row, layer.spec.group_size)
-                )
+                layer.rounded[CALIBRATED] = Quantized(*round_matrix(layer.weight, h, c, layer.spec))
             except ValueError as error:
                 raise ValueError(f"calibrate: {model.names[layer]}: {error}") from None
         advance(1 / (len(groups) + 1))

@@ -1,4 +1,4 @@
-"""Ternary rounding of one matrix that accounts for the inputs it gets.
+"""Ternary or binary rounding of one matrix that accounts for the inputs it gets.
 
 Let X [T, K] be what the layer sees in the float model, Y [T, K] what it will see in the rounded one, W its weight and V
 the rounded one. What is to be small is
@@ -18,25 +18,26 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import reference
+from bitnet.quantize import QuantSpec
 
 DAMPING = 0.1  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
 SWEEPS = 8
 BLOCK = 128  # columns whose errors are moved on together
 
 
-def ternarize(
-    weight: Tensor, h: Tensor, c: Tensor, per_row: bool, group_size: int | None = None
-) -> tuple[Tensor, Tensor]:
+def round_matrix(weight: Tensor, h: Tensor, c: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Codes and scale of a matrix, given its inputs before and after the rounding of earlier layers.
 
     weight:  float32 [N, K]
     h, c:    float32 [K, K]: Y^T Y and Y^T X
-    per_row: one scale a row instead of one for all; group_size: one for each row and so many features
-    returns: codes int8 [N, K] and scale float32 [N] or [1], or float16 [N, G] of groups
+    spec:    ternary or binary weights, and what shares a scale: all, a row (per_row) or a group of it (group_size)
+    returns: codes int8 [N, K] and scale float32 [1] or [N], or float16 [N, G] of groups
 
     The sum above is at most that of plain rounding (of each row, but for a scale for all), which takes over where it is
-    smaller. Raises ValueError where float32 does not hold the sums.
+    smaller. Codes are ones that the layer's own quantizer can make: centered binary ones are never all +1 where they
+    share a mean. Raises ValueError where float32 does not hold the sums.
     """
+    binary, per_row, group_size = spec.weights == "binary", spec.per_row, spec.group_size
     order = h.diagonal().argsort(descending=True, stable=True)
     mean = h.diagonal().mean()
     damping = DAMPING * mean if mean > 0 else 1.0
@@ -50,24 +51,26 @@ def ternarize(
 
     group_of = None if group_size is None else order // group_size
     if group_size is None:
-        scale = first_scale(target, h.diagonal(), per_row)
+        scale = first_scale(target, h.diagonal(), per_row, binary)
     else:
         back, d = order.argsort(), h.diagonal().expand_as(target)
         sizes, masses = (reference.grouped(t[:, back], group_size) for t in (target, d))
-        scale = first_scale(sizes.flatten(0, 1), masses.flatten(0, 1), per_row=True).view(sizes.shape[:2])
-    codes = gptq(target, u, columns(scale, group_of))
+        scale = first_scale(sizes.flatten(0, 1), masses.flatten(0, 1), True, binary).view(sizes.shape[:2])
+    codes = gptq(target, u, columns(scale, group_of), binary)
     for _ in range(SWEEPS):
         scale = refit(target, h, codes, scale) if group_of is None else refit_groups(target, h, codes, scale, group_of)
-        before, codes = codes, sweep(target, h, codes, columns(scale, group_of))
+        before, codes = codes, sweep(target, h, codes, columns(scale, group_of), binary)
         if torch.equal(codes, before):
             break
     if group_of is None:
         scale = 1 / (1 / refit(target, h, codes, scale))  # as 1 / inv, like trained scales: Hub files store inv
     else:  # codes have the last word, because scales are stored as float16
         scale = refit_groups(target, h, codes, scale, group_of).clamp(min=reference.EPS).half()
-        codes = sweep(target, h, codes, columns(scale, group_of))
+        codes = sweep(target, h, codes, columns(scale, group_of), binary)
+    if binary and spec.centered:
+        turn_one(target, h, codes, columns(scale, group_of), group_of, per_row)
 
-    plain, plain_scale = reference.quantize_weight(weight, per_row=per_row, group_size=group_size)
+    plain, plain_scale = reference.quantize_weight(weight, spec.weights, per_row, group_size, spec.centered)
     plain = plain[:, order]
     worse = errors(target, h, codes, columns(scale, group_of))
     worse -= errors(target, h, plain.float(), columns(plain_scale, group_of))
@@ -76,6 +79,20 @@ def ternarize(
     worse = worse >= 0 if per_row or group_of is not None else worse.sum(0, keepdim=True) >= 0
     codes = torch.where(worse[:, None], plain, codes.to(torch.int8))
     return codes[:, order.argsort()], torch.where(worse if scale.ndim == 1 else worse[:, None], plain_scale, scale)
+
+
+def turn_one(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, group_of: Tensor | None, per_row: bool) -> None:
+    """Where all codes that share a mean are +1, make the one -1 that costs least, in place; scale: from columns()."""
+    scale = scale.expand_as(w)
+    cost = scale * (scale * h.diagonal() + (w - codes * scale) @ h)
+    if group_of is None and not per_row:
+        codes, cost = codes.view(1, -1), cost.view(1, -1)
+    groups = [slice(None)] if group_of is None else [(group_of == g).nonzero()[:, 0] for g in group_of.unique()]
+    for group in groups:
+        part = codes[:, group]
+        rows = (part == 1).all(1).nonzero()[:, 0]
+        part[rows, cost[rows][:, group].argmin(1)] = -1
+        codes[:, group] = part
 
 
 def columns(scale: Tensor, group_of: Tensor | None) -> Tensor:
@@ -91,19 +108,24 @@ def inverse_factor(h: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
 
 
-def first_scale(w: Tensor, d: Tensor, per_row: bool) -> Tensor:
+def first_scale(w: Tensor, d: Tensor, per_row: bool, binary: bool = False) -> Tensor:
     """A scale that is the best for its own codes, in the sum of d (w - scale * code)^2: [N], or [1]; d: [K] or [N,
     K]."""
     size, dims = w.abs(), 1 if per_row else (0, 1)
     scale = reference.EPS + size.mean(dims, keepdim=True)
-    for _ in range(20):  # codes for the scale (1 above half of it), scale for the codes
-        used = (size > scale / 2) * d
+    for _ in range(1 if binary else 20):  # codes for the scale (1 above half of it, or all), scale for the codes
+        used = d.expand_as(size) if binary else (size > scale / 2) * d
         scale = (used * size).sum(dims, keepdim=True) / used.sum(dims, keepdim=True)
         scale = scale.nan_to_num(0).clamp(min=reference.EPS)
     return scale.reshape(-1)
 
 
-def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+def nearest(v: Tensor, binary: bool) -> Tensor:
+    """The codes that are closest to v, which is changed."""
+    return torch.where(v > 0, 1.0, -1.0) if binary else v.round_().clamp_(-1, 1)
+
+
+def gptq(w: Tensor, u: Tensor, scale: Tensor, binary: bool = False) -> Tensor:
     """Codes (as float32) of w [N, K], column by column, with errors moved to later columns; u from inverse_factor.
 
     scale: from columns()
@@ -115,7 +137,7 @@ def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
         moved = torch.empty_like(part)
         for j in range(end - start):
             own = scale[:, start + j]
-            code = (part[:, j] / own).round_().clamp_(-1, 1)
+            code = nearest(part[:, j] / own, binary)
             error = (part[:, j] - code * own) / corner[j, j]
             part[:, j:] -= error[:, None] * corner[j, j:]
             codes[:, start + j], moved[:, j] = code, error
@@ -123,7 +145,7 @@ def gptq(w: Tensor, u: Tensor, scale: Tensor) -> Tensor:
     return codes
 
 
-def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, binary: bool = False) -> Tensor:
     """New codes: each column's in turn the best ones, given those of all others; scale: from columns()."""
     codes, scale = codes.clone(), scale.expand_as(w)
     slope = (w - codes * scale) @ h  # of the error along each column, negative and halved
@@ -133,7 +155,7 @@ def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         change = torch.empty_like(part)
         for j in range(end - start):
             old, own = codes[:, start + j], scale[:, start + j]
-            new = (old + part[:, j] / (corner[j, j] * own)).round_().clamp_(-1, 1)
+            new = nearest(old + part[:, j] / (corner[j, j] * own), binary)
             change[:, j] = (new - old) * own
             part -= change[:, j, None] * corner[j]
             codes[:, start + j] = new

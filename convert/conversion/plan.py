@@ -136,7 +136,8 @@ def _latent(source: Source, weight: Weight) -> Job:
                 rotated(floats.mT.contiguous(), weight.spec).mT if weight.transposed else rotated(floats, weight.spec)
             )
         if weight.name in source.calibrated:
-            return [(latent_weight(*matrix, floats).to(DTYPES[dtype]) for matrix in source.matrices(weight))]
+            matrices = source.matrices(weight)
+            return [(latent_weight(*matrix, floats, weight.spec).to(DTYPES[dtype]) for matrix in matrices)]
         found = exact(floats, weight.spec) if weight.name in source.ternary else None
         return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
 

@@ -40,7 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitnet.kernels.layout import pack_int4
+from bitnet.kernels.layout import BLOCK, pack_int4, unpack_int4
 from bitnet.kernels.reference import size_of_groups
 
 from .scales import coarsest
@@ -225,6 +225,20 @@ def pack_q4_0(codes: Tensor, scale: Tensor) -> Bytes:
     """A 4-bit matrix as Q4_0: blocks of a float16 scale and 32 codes. codes int8 [N, K], scale float16 [N, K / 32]."""
     d, blocks = scale.reshape(-1, 1).numpy().view(np.uint8), pack_int4(codes).view(-1, 16).numpy()
     return np.concatenate([d, blocks], axis=1).reshape(-1)
+
+
+def unpack_q4_0(data: Bytes, rows: int) -> Tensor:
+    """The codes int8 [N, K] of a matrix in Q4_0, uint8 [nbytes]; rows: N."""
+    blocks = data.reshape(rows, -1, 2 + BLOCK // 2)
+    return unpack_int4(torch.from_numpy(np.ascontiguousarray(blocks[..., 2:])), blocks.shape[1] * BLOCK)
+
+
+def scales_q4_0(data: Bytes, rows: int) -> Tensor:
+    """Its scales, float16 [N, K / 32]. Raises ValueError for some that are not finite."""
+    d = np.ascontiguousarray(data.reshape(rows, -1, 2 + BLOCK // 2)[..., :2]).view(np.float16)
+    if not np.isfinite(d).all():
+        raise ValueError("its scales must be finite; it is corrupt")
+    return torch.from_numpy(d[..., 0])
 
 
 # Types of the matrices whose codes are not -1, 0 and 1, by what QuantSpec calls them.

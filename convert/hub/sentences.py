@@ -1,5 +1,6 @@
 """Folders of sentence-transformers: modules.json says what makes an embedding of a model's tokens."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -70,6 +71,23 @@ def read_sentences(directory: Path) -> Sentences | None:
         own.get("do_lower_case") is True,
         prompt,
     )
+
+
+def write_sentences(directory: Path, pooling: str, features: int) -> None:
+    """Write to a checkpoint's folder that a text's embedding is pooled from its tokens' and divided by its length.
+
+    pooling: one of POOLINGS
+    """
+    homes = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(homes.items())
+    ]
+    (directory / homes["Pooling"]).mkdir(exist_ok=True)
+    modes = {f"pooling_mode_{mode}": mode == pooling for mode in POOLINGS}
+    config = {"word_embedding_dimension": features} | modes
+    (directory / homes["Pooling"] / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / MODULES).write_text(json.dumps(modules, indent=2) + "\n")
 
 
 def _modules(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:

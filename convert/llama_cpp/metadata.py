@@ -25,6 +25,7 @@ GEMMA3_PERIOD = 6  # every sixth layer attends to everything, where no key says 
 QWEN35_PERIOD = 4
 DRAFTS = "nextn_predict_layers"
 MROPE = [11, 11, 10, 0]  # Qwen3.5's sections; a text's positions are the same in all of them
+POOLINGS = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken"}  # pooling_type, as sentence-transformers calls them
 L2_EPS = 1e-6  # transformers' for the queries and keys of gated delta nets, whatever rms_norm_eps is
 
 
@@ -200,8 +201,6 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
 
     Raises ValueError naming the key for what is not understood, or not there.
     """
-    if rotated := next((key for key in metadata if key.startswith("prism.hadamard.")), None):
-        raise ValueError(f"{path}: its weights are rotated ({rotated}), which is not read here")
     arch = metadata.get("general.architecture")
     names = {family.arch: family for family in reversed(FAMILIES.values())}
     names |= dict.fromkeys((*BITNET_CPP.values(), "bitnet-25"), FAMILIES["bitnet"])
@@ -259,6 +258,8 @@ def config_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo
         options |= _read_mixture(keys, options)
     if family.arch == "qwen35":
         options |= _read_delta_net(keys, options)
+    if keys.own.get("pooling_type") in POOLINGS:
+        del keys.own["pooling_type"]
     wrong += [key for key, value in keys.own.items() if value]
     if rope["rope_type"] not in known or wrong:
         raise ValueError(

@@ -3,6 +3,7 @@
     all            norms that multiply by 1 + weight in transformers are stored as that sum
     llama          rows of q and k in the order of llama.cpp's rotary embedding
     mixtures       gate and up, one stack in transformers, are two tensors; the router is float32
+    BitNet-embedding   the norm in front of a projection has the projection's name and _norm_in
     qwen35         -exp(A_log) instead of A_log; no middle dimension in conv1d; value heads in the order in which ggml
                    repeats key heads: those of the first value head of every key head, then of the second, ...
 
@@ -20,6 +21,8 @@ from bitnet.kernels.reference import size_of_groups
 from .families import Family, head_dim_of
 
 FLOAT32 = ("ffn_gate_inp", "ssm_conv1d")  # as llama.cpp's own files have them, whatever the model's dtype
+
+INNER_NORM = ".rms_norm"  # of our layers
 
 SMALLEST_BLOCK = 64  # features with a scale of their own, in any ternary type
 
@@ -99,7 +102,9 @@ def places(key: str, shape: tuple[int, ...], config: Any, family: Family) -> lis
             Place(name.format(number), kept, part, rows, values=values) for name, part in zip(names, parts, strict=True)
         ]
     module, _, leaf = pattern.rpartition(".")
-    name = family.modules.get(module)
+    name = family.modules.get(module.removesuffix(INNER_NORM))
+    if name is not None and module.endswith(INNER_NORM):
+        return [Place(f"{name.format(number)}_norm_in.weight", shape)]
     if name is None or not (leaf == "weight" or (leaf == "bias" and name.rpartition(".")[2] in family.biases)):
         return []
     theirs = name.rpartition(".")[2]

@@ -47,6 +47,8 @@ def _group_size(source: Source, weight: Weight) -> int:
     spec, where = weight.spec, f"convert: {source.path}: {weight.name}"
     if spec.wide:
         raise ValueError(f"{where} has {spec.weights[3:]}-bit codes, which are not written for mlx")
+    if spec.hadamard is not None:
+        raise ValueError(f"{where} rotates its activations (hadamard), which mlx's layers do not; take bf16")
     if spec.rms_norm or weight.experts is not None or weight.transposed:
         raise ValueError(f"{where} has a norm inside, or is no plain linear layer, which mlx cannot express")
     for size in mlx.GROUP_SIZES:

@@ -1,0 +1,110 @@
+"""Matrices that PrismML rotated before they were quantized (Bonsai 2), as a GGUF file's metadata describe them.
+
+A folded matrix is one of transformed features, y = W (H S x): S are signs, H is the normalized Walsh-Hadamard transform
+in Sylvester's order, in blocks of features. Layers with hadamard=BLOCK compute that. What is no packed layer is turned
+back when it is read. Keys, all of them behind `prism.hadamard.`:
+
+    version                   1, or 2 with tied_output
+    block_size                features of a block
+    transform, axis           TRANSFORM and AXIS
+    sign_mode                 "identity", or "explicit" with
+    sign_widths, sign_values  for each number of features of folded matrices, as many values of 1 and -1
+    weight_names              the folded matrices
+    inverse_weight_names      the embedding, where its rows are rotated: a token's is S H z
+    tied_output               these rows are the output head's, too
+    gdn_v_grouped             features of a folded ssm_out stand in transformers' order of heads, not in ggml's
+
+Source: PrismML-Eng/llama.cpp, pull requests 120 and 121.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels import rotation
+
+from ..files.damaged import Damaged
+from ..files.gguf import REMEDY, TensorInfo
+
+PREFIX = "prism.hadamard."
+TRANSFORM, AXIS = "normalized-sylvester-walsh-hadamard", "input-last-dimension"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+class Rotation(NamedTuple):
+    """Which tensors of a file are rotated, and how."""
+
+    block: int
+    signs: dict[int, Tensor] | None  # int8, by number of features; None: none
+    names: frozenset[str]  # of the matrices and of the embedding
+    grouped: bool  # gdn_v_grouped
+
+    def unrotated(self, name: str, values: Tensor) -> Tensor:
+        """The values [N, K] of a tensor, as float32, as they were before they were rotated, if they were."""
+        if name not in self.names:
+            return values
+        signs = None if self.signs is None else self.signs[values.shape[-1]]
+        return rotation.unrotate(values.float(), self.block, signs)
+
+
+def rotation_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo]) -> Rotation:
+    """What a file's metadata say; nothing is rotated where they say nothing.
+
+    Raises ValueError naming the key for what is not known here, and Damaged for what contradicts itself.
+    """
+    own: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+    if not own:
+        return Rotation(1, None, frozenset(), False)
+    tied, grouped = own.pop("tied_output", False), own.pop("gdn_v_grouped", False)
+    for key, known in {
+        "version": (2,) if tied else (1,),
+        "transform": (TRANSFORM,),
+        "axis": (AXIS,),
+        "sign_mode": ("identity", "explicit"),
+    }.items():
+        if own.get(key) not in known:
+            raise ValueError(
+                f"{path}: its weights are rotated, and {PREFIX}{key} is {own.get(key, 'missing')!r:.80}"
+                f"{' with tied_output' * (key == 'version' and bool(tied))}; known here: {', '.join(map(str, known))}"
+            )
+    block: Any = own.get("block_size")
+    explicit = own["sign_mode"] == "explicit"
+    try:
+        rotation.check_block(block)
+    except ValueError as error:
+        raise ValueError(f"{path}: {PREFIX}block_size: {error}") from None
+    names, inverse = (own.get(key, []) for key in ("weight_names", "inverse_weight_names"))
+    lists = [own.get(key, []) for key in ("sign_widths", "sign_values")]
+    if not all(isinstance(item, list) for item in (names, inverse, *lists)) or not names:
+        raise Damaged(path, f"{PREFIX}weight_names, or another list beside it, is none", REMEDY)
+    used = {"version", "transform", "axis", "sign_mode", "block_size", "weight_names", "inverse_weight_names"}
+    used |= {"sign_widths", "sign_values"} if explicit else set()
+    if unknown := sorted(own.keys() - used):
+        raise ValueError(f"{path}: its weights are rotated, and {PREFIX}{unknown[0]} is not known here")
+    if not set(inverse) <= {EMBEDDING} or EMBEDDING in names:
+        raise ValueError(f"{path}: {PREFIX}inverse_weight_names are {inverse!r:.80}; {EMBEDDING} alone is known here")
+    if bool(tied) != (EMBEDDING in inverse and HEAD not in stored):
+        raise Damaged(
+            path, f"{PREFIX}tied_output is {tied}, which its tensors and inverse_weight_names are not", REMEDY
+        )
+    signs = _signs(path, *lists) if explicit else None
+    for name in (*names, *inverse):
+        info = stored.get(name)
+        if info is None or len(info.shape) != 2:
+            raise Damaged(path, f"{PREFIX}weight_names have {name}, which is no matrix of the file", REMEDY)
+        if info.shape[1] % block or (signs is not None and info.shape[1] not in signs):
+            what = f"block_size is {block}" if info.shape[1] % block else "sign_widths lack that"
+            raise Damaged(path, f"{name} has {info.shape[1]} features, but {PREFIX}{what}", REMEDY)
+    return Rotation(block, signs, frozenset((*names, *inverse)), bool(grouped))
+
+
+def _signs(path: Path, widths: list[int], values: list[int]) -> dict[int, Tensor]:
+    if not all(type(width) is int and width > 0 for width in widths) or sum(widths) != len(values):
+        raise Damaged(path, f"{PREFIX}sign_values are {len(values):,}, but sign_widths {widths!r:.80}", REMEDY)
+    if len(set(widths)) != len(widths) or not set(values) <= {1, -1}:
+        what = "values, others than 1 and -1" if len(set(widths)) == len(widths) else "widths, one of them twice"
+        raise Damaged(path, f"has {PREFIX}sign_{what}", REMEDY)
+    parts = torch.tensor(values, dtype=torch.int8).split(widths)
+    return dict(zip(widths, parts, strict=True))
