@@ -479,7 +479,7 @@ def test_a_model_with_a_packed_head_can_learn_new_tokens(tied: bool, head: str, 
 def test_a_head_of_many_rows_is_quantized_as_one(head: str) -> None:
     """pack takes a few rows at a time."""
     weight = torch.randn(4099, 513, dtype=torch.bfloat16)
-    assert len(swap_pack._rows(weight)) > 2
+    assert len(list(swap_pack._rows(weight))) > 2
     spec = swap_pack.head_spec(nn.Sequential(), head)
     stored, scale, change = swap_pack._packed_rows(weight, spec)
     codes, whole = quantize_matrix(weight, spec)

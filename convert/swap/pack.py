@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
+from bitnet.kernels.cpu import pages
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding, packed_zeros
@@ -57,7 +59,7 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     if head:
         found = find_head(model, head)
         weight = found[1].weight
-        if weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(weight)):
+        if weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(weight.detach())):
             raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLayer)}
     if not layers and not head:
@@ -110,9 +112,12 @@ def _packed_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, float
     return stored, scale, (moved / max(size, 1e-300)) ** 0.5
 
 
-def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Of about a million values each."""
-    return matrix.split(max(1, (1 << 20) // matrix.shape[1]))
+def _rows(matrix: Tensor) -> Iterator[Tensor]:
+    """Of about a million values each. Of a matrix in a mapped file only those in use stay in memory."""
+    for rows in matrix.split(max(1, (1 << 20) // matrix.shape[1])):
+        yield rows
+        if rows.is_cpu and rows.is_contiguous():
+            pages.drop(rows)
 
 
 def find_head(model: nn.Module, kind: str) -> tuple[str, nn.Linear, nn.Embedding | None]:
