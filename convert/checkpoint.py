@@ -30,6 +30,7 @@ from .hub.models import model_config, refusals, skeleton
 from .hub.names import forget_names
 from .hub.quantizer import attach
 from .hub.values import stored_state
+from .swap.pack import pack
 from .writing import replacing
 
 
@@ -91,6 +92,7 @@ def load(
     backend: str = "auto",
     weight_bits: float = 2,
     activation_bits: int | str | None = "auto",
+    head: str | None = None,
 ) -> Any:
     """Read what save wrote, or any Hugging Face `bitnet` checkpoint; returns the model in evaluation mode.
 
@@ -101,6 +103,8 @@ def load(
     backend:   of the packed layers (see bitnet.backends)
     weight_bits: a packed weight takes in the backend's memory: 2, or 1.6 or 1 where it can (see PackedBitLinear)
     activation_bits: how layers run whose options say float activations: see PackedBitLinear.set_backend
+    head:      the output head in fewer bits, and layers in training packed: pack(model, head=...). Its rows are taken
+               from the files a few at a time, so that a float head is never in memory (on a CPU, in the stored dtype)
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the
     config, where transformers itself would fill the gap with random values.
@@ -144,6 +148,8 @@ def load(
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
         finish_loading(model, settings)
+    if head is not None:
+        pack(model, head=head)
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
             module.set_backend(backend, weight_bits, activation_bits)

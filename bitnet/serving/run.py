@@ -11,7 +11,6 @@ import torch
 from ..convert.checkpoint import add_adapter, dtype_to_run, load, weight_files
 from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
-from ..convert.swap.pack import pack
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -42,11 +41,10 @@ def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
         dtype=dtype_to_run(folder, device),
         backend=options.backend,
         activation_bits=options.activation_bits,
+        head=options.head,
     )
     if not hasattr(model, "generate"):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}, which does not generate text")
-    if options.head is not None:
-        pack(model, head=options.head)
     if options.adapter is not None:
         add_adapter(model, options.adapter)
     return model.eval(), tokenizer

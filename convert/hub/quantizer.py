@@ -135,6 +135,9 @@ class BitNetQuantizer(BitNetHfQuantizer):
         attach_if_known(model)
         return model
 
+    def get_load_operations(self) -> dict[str, Any]:
+        return {}  # transformers' own are not used, and importing them takes seconds: they are compiled by torch
+
     def get_weight_conversions(self) -> list[Any]:
         # else our layers' buffers have the names and the contents of the stored tensors
         return [WeightRenaming(f"^{re.escape(old)}$", new) for old, new in self.inner_norms.items()]

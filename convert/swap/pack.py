@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
+from bitnet.kernels.cpu import pages
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding, packed_zeros
@@ -56,9 +58,8 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     found = None
     if head:
         found = find_head(model, head)
-        weight = found[1].weight
-        if weight.is_meta or not all(bool(rows.isfinite().all()) for rows in _rows(weight)):
-            raise ValueError("pack: the output head holds NaN or Inf (or nothing yet, on the meta device)")
+        if found[1].weight.is_meta:
+            raise ValueError("pack: the output head holds nothing yet, on the meta device; load the weights first")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLayer)}
     if not layers and not head:
         raise ValueError(
@@ -83,8 +84,11 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     if found and head:
         name, linear, embedding = found
         spec = head_spec(model, head)
-        layers[name] = bit_head = BitLinear.from_linear(linear, spec)
-        stored, scale, change = _packed_rows(bit_head.weight.detach(), spec)
+        try:
+            stored, scale, change = _packed_rows(linear.weight.detach(), spec)
+        except ValueError as error:
+            raise ValueError(f"pack: the output head, {name}: {error}") from None
+        layers[name] = BitLinear.from_linear(linear, spec)
         packed[name] = [(stored, scale)]
         costs[name] = f"its weights move by {100 * change:.2g} % (rms)"
         if embedding is not None:
@@ -104,15 +108,22 @@ def _packed_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, float
         codes, found = quantize_matrix(rows, spec)
         layout.put_rows(stored, at, codes)
         scale[at : at + len(rows)] = found
-        moved += (dequantize_weight(codes, found) - rows).double().square().sum().item()
-        size += rows.double().square().sum().item()
+        moved += _squares(dequantize_weight(codes, found) - rows)
+        size += _squares(rows)
         at += len(rows)
     return stored, scale, (moved / max(size, 1e-300)) ** 0.5
 
 
-def _rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Of about a million values each."""
-    return matrix.split(max(1, (1 << 20) // matrix.shape[1]))
+def _squares(rows: Tensor) -> float:
+    return torch.linalg.vector_norm(rows, dtype=torch.float64).item() ** 2
+
+
+def _rows(matrix: Tensor) -> Iterator[Tensor]:
+    """Of about a million values each. Of a matrix in a mapped file only those in use stay in memory."""
+    for rows in matrix.split(max(1, (1 << 20) // matrix.shape[1])):
+        yield rows
+        if rows.is_cpu and rows.is_contiguous():
+            pages.drop(rows)
 
 
 def find_head(model: nn.Module, kind: str) -> tuple[str, nn.Linear, nn.Embedding | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import BLOCK, check_rows, check_stored
 from ..reference import MOST_16, size_of_groups
+from . import pages
 from .arena import arena
 from .library import BASE3, EIGHT_BITS, FLOATS, FOUR_BITS, ONE_BIT, TWO_BITS, TYPES, check, isa_index, native
 
@@ -56,13 +57,17 @@ def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) 
     exactly and for any N and K.
 
     k: where 4-bit weights' is not a multiple of 32
+    Of a stored weight in a mapped file no page stays in memory: see pages.drop.
     Raises ValueError for the form ONE_BIT if a code is 0.
     """
     form = form_of(packed, form)
     _, features = check_stored(packed, n, k)
     shape = form_shape(n, features, form)
     weight = arena.empty(*shape[:2], 128).view(form_dtype(form))
-    return _prepack(packed, False, n, features, form, weight)
+    weight = _prepack(packed, False, n, features, form, weight)
+    if packed.is_contiguous():
+        pages.drop(packed)
+    return weight
 
 
 def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tensor:

@@ -30,6 +30,27 @@ struct Avx2Wide : Avx2 {  // sums are 8 x int32
   static INLINE Vec total(Sum sum) { return sum; }
 };
 
+// What takes half as many instructions: vpmaddubsw of |w| and of the code with w's sign, whose two products fit 16 bits
+// unless a code is -128, which has no opposite.
+struct Avx2Signed : Avx2Wide {
+  static INLINE void dot(Sum& sum, Vec u, Vec s) {
+    const Vec w = _mm256_xor_si256(u, _mm256_set1_epi8(-128));
+    const Vec products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  }
+};
+struct SignedBytes : EightBits<Avx2Signed> {
+  static constexpr int kZero = 0;
+};
+
+void gemm_bytes(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
+                int32_t y_type) {
+  const int64_t codes = panels.tokens * ((layer.k + 3) / 4 * 4);
+  bool lowest = false;
+  for (int64_t i = 0; i < codes; ++i) lowest |= panels.codes[i] == -128;
+  (lowest ? gemm<EightBits<Avx2Wide>> : gemm<SignedBytes>)(layer, first, last, panels, scratch, y, y_type);
+}
+
 bool supported() {
   static const bool answer = __builtin_cpu_supports("avx2") && f16c_supported();
   return answer;
@@ -39,5 +60,9 @@ bool supported() {
 
 const Isa kAvx2 = make_isa<Avx2>("avx2", supported);
 const Isa kAvx2Binary = make_isa<OneBit<Avx2, FourSums<Avx2>>>("avx2", supported);
-const Isa kAvx2Int8 = make_isa<EightBits<Avx2Wide>>("avx2", supported);
+const Isa kAvx2Int8 = [] {
+  Isa isa = make_isa<EightBits<Avx2Wide>>("avx2", supported);
+  isa.gemm = gemm_bytes;
+  return isa;
+}();
 const Isa kAvx2Int4 = make_isa<FourBits<Avx2>>("avx2", supported);

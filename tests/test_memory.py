@@ -1,0 +1,165 @@
+"""What of a loaded model is in memory: the backend's own layout, and not the files' bytes beside it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import llama
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import bitnet
+from bitnet.kernels import backends
+from bitnet.kernels.cpu import library, pages
+from bitnet.packed import PackedBitLinear, PackedEmbedding
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/proc/self/pagemap").exists(), reason="reads what Linux says of pages"
+)
+native = pytest.mark.skipif(isinstance(library.load(), str), reason="there is no native library")
+PAGE = 4096
+SIZES = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 4096}
+
+
+def mapped(file: Path, size: int, offset: int = 0) -> Tensor:
+    """Bytes of a file, mapped as a checkpoint's are."""
+    storage = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, offset, (size,))
+
+
+def resident(file: Path) -> int:
+    """Bytes of a file's mappings that are in this process's memory."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            counts = words[-1] == str(file)
+        elif counts and words[0] == "Rss:":
+            total += 1024 * int(words[1])
+    return total
+
+
+def present(tensor: Tensor, start: int | None = None) -> int:
+    """How many pages of a tensor are in memory, or of what lies from `start` on to its end."""
+    first, last = (start or tensor.data_ptr()) // PAGE, (tensor.data_ptr() + tensor.nbytes) // PAGE
+    with open("/proc/self/pagemap", "rb") as table:
+        table.seek(8 * first)
+        return sum(byte >> 7 for byte in table.read(8 * (last - first))[7::8])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(torch.randint(256, (1 << 20,), dtype=torch.uint8).numpy().tobytes())
+    return path
+
+
+def test_what_was_only_read_leaves_memory_and_is_still_there(file: Path) -> None:
+    expected = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    for offset in (0, 1000):
+        tensor = mapped(file, (1 << 20) - offset, offset)
+        assert tensor.equal(expected[offset:])
+        assert resident(file) >= 1 << 20
+        assert pages.drop(tensor) == (1 << 20) - (PAGE if offset else 0)
+        assert resident(file) <= 2 * PAGE
+        assert tensor.equal(expected[offset:])
+
+
+def test_what_was_written_stays() -> None:
+    """Fails if changes are thrown away with the pages that hold them."""
+    for tensor in (torch.ones(1 << 20), torch.ones(5), torch.ones(0)):
+        before = tensor.clone()
+        assert pages.drop(tensor) == 0
+        assert tensor.equal(before)
+
+
+def test_one_written_byte_of_a_mapped_file_stays(file: Path) -> None:
+    tensor = mapped(file, 1 << 20)
+    value = int(tensor[70_000])
+    tensor[70_000] = 255 - value
+    assert pages.drop(tensor) == 0
+    assert tensor[70_000] == 255 - value
+    assert pages.drop(tensor[1 << 19 :]) == 1 << 19
+
+
+def checkpoint(folder: Path, **options: Any) -> Path:
+    """Of a packed model whose head is float."""
+    model = llama(**SIZES | options).bfloat16()
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    return bitnet.save(model, folder)
+
+
+@native
+@pytest.mark.parametrize("load", [bitnet.load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"])
+def test_stored_bytes_are_not_in_memory_beside_the_prepacked_and_come_back_whole(load: Any, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    model = load(folder)
+    model(torch.tensor([[1, 2]]))
+    layers = [module for module in model.modules() if isinstance(module, PackedBitLinear)]
+    assert max(layer.weight.nbytes for layer in layers) == 64 * PAGE
+    assert max(present(layer.weight) for layer in layers) <= 32  # Linux maps 16 pages at a touch, here at both ends
+    bitnet.save(model, tmp_path / "again")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(again[key].equal(stored[key]) for key in stored)
+
+
+@native
+@pytest.mark.parametrize(("head", "tied"), [("int8", True), ("int4", False), ("ternary", True)])
+def test_a_head_packed_by_load_is_that_of_pack_and_its_float_rows_leave_memory(
+    head: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "model", tie_word_embeddings=tied, vocab_size=16384)
+    ids = torch.tensor([[5, 17, 3000]])
+    expected = bitnet.load(folder)
+    bitnet.pack(expected, head=head)
+    starts: list[int] = []
+    counts: list[int] = []  # of the float head's pages that are in memory, block after block
+    drop = pages.drop
+
+    def watching(rows: Tensor) -> int:
+        if rows.is_floating_point():
+            starts.append(rows.data_ptr())
+            counts.append(present(rows, starts[0]))
+        return drop(rows)
+
+    monkeypatch.setattr(pages, "drop", watching)
+    model = bitnet.load(folder, head=head)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert isinstance(model.lm_head, PackedBitLinear)
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding) == tied
+    state, same = model.state_dict(), expected.state_dict()
+    assert all(state[key].equal(same[key]) for key in same)
+    assert len(counts) == 4
+    assert 0 < max(counts) <= 2 * (2 << 20) // PAGE  # of four blocks of 2 MB
+
+
+def test_a_packed_head_is_not_packed_again(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    bitnet.save(bitnet.load(folder, head="int8"), tmp_path / "packed")
+    with pytest.raises(ValueError, match="output head that is still float, but found PackedBitLinear"):
+        bitnet.load(tmp_path / "packed", head="int8")
+
+
+@native
+def test_every_layer_and_the_head_are_prepacked_once_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "model")
+    name = backends.choose_backend("auto", torch.device("cpu"))
+    backend, calls = backends.BACKENDS[name], []
+    monkeypatch.setitem(
+        backends.BACKENDS,
+        name,
+        backend._replace(prepack=lambda packed, n, k: calls.append(n) or backend.prepack(packed, n, k)),
+    )
+    model = bitnet.load(folder, head="int8")
+    layers = sum(isinstance(module, PackedBitLinear) for module in model.modules())
+    assert len(calls) == layers == 15
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0)
+    assert len(calls) == layers
