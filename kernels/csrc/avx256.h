@@ -43,9 +43,8 @@ struct Avx256 {
   static INLINE Vec nibble(Vec w) {
     return _mm256_and_si256(J ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(15));
   }
-  static INLINE void add_scaled(float* to, Vec i, const float* scale) {
-    const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(i), _mm256_loadu_ps(scale));
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), y));
+  static INLINE void add_scaled(float* to, Vec i, __m256 scale) {
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(_mm256_cvtepi32_ps(i), scale)));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 8) store_float(values + i, load_half(half + i));
@@ -94,9 +93,12 @@ constexpr Picks kPicks = make_picks();
 
 // Form F on the primitives of an instruction set. For one token, four weights of each of 32 rows are looked up at once
 // (T-MAC, arXiv 2407.00088): their four bits select one of the 16 sums that the four codes can make. Here exactly: a code is
-// 16 high + low, -8 <= high <= 7 and 0 <= low <= 15, and each part has a table of bytes. As 30 is taken off the sums of low
-// parts, those of four look-ups fit bytes: -128 to 112 and -120 to 120. They are widened to 16 bits, which hold the sums of
-// 256 codes.
+// 16 high + low with high in -8..7 and low in 0..15, and each part has a table of bytes. As kBias is taken off the sums of
+// low parts, those of four look-ups fit bytes, -128..112 and -120..120. They are then widened to 16 bits, which hold the sums
+// of kPlaneSteps, 256 codes, once the bias is back: -32768..32512. On the way there they may wrap around.
+//
+// 32 bytes take 13 vector operations; masks and vpmaddubsw take 25. For many tokens the bytes are transposed
+// back, and multiplied like those of other forms.
 template <class I>
 struct OneBitTables : I {
   using typename I::Vec;
@@ -131,44 +133,42 @@ struct OneBitTables : I {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // As multiply_planes.
+  // As multiply_planes, for up to kPlaneSteps.
   template <int kLimbs, class Take>
   static INLINE void look_up(const uint8_t* w, const int8_t* tables, int64_t steps, const Take& take) {
     const Vec weights = _mm256_set1_epi16(16 << 8 | 1);
-    Vec total[4][kLimbs] = {};
-    for (int64_t left = steps; left > 0; left -= kPlaneSteps) {
-      const int64_t here = smaller(left, kPlaneSteps);
-      Vec sum[kLimbs][2];  // 16 bits
-      UNROLL for (auto& rows : sum) rows[0] = rows[1] = _mm256_set1_epi16(short(here * 8 * kBias));
-      for (int64_t step = 0; step < here; ++step, w += kStepBytes, tables += kLimbs * 8 * kTable) {
-        __builtin_prefetch(w + 8192);
-        __builtin_prefetch(w + 8192 + 64);
-        UNROLL for (int half = 0; half < 2; ++half) {
-          Vec nibble[4];
-          UNROLL for (int b = 0; b < 4; ++b) nibble[b] = half ? I::template nibble<1>(I::load(w + 32 * b)) : I::template nibble<0>(I::load(w + 32 * b));
-          UNROLL for (int l = 0; l < kLimbs; ++l) {
-            Vec low, high;
-            UNROLL for (int b = 0; b < 4; ++b) {
-              const int8_t* t = tables + ((l * 2 + half) * 4 + b) * kTable;
-              const Vec some_low = _mm256_shuffle_epi8(table(t), nibble[b]);
-              const Vec some_high = _mm256_shuffle_epi8(table(t + kTable / 2), nibble[b]);
-              low = b ? _mm256_add_epi8(low, some_low) : some_low;
-              high = b ? _mm256_add_epi8(high, some_high) : some_high;
-            }
-            const Vec first = _mm256_maddubs_epi16(weights, _mm256_unpacklo_epi8(low, high));
-            const Vec second = _mm256_maddubs_epi16(weights, _mm256_unpackhi_epi8(low, high));
-            sum[l][0] = _mm256_add_epi16(sum[l][0], first);
-            sum[l][1] = _mm256_add_epi16(sum[l][1], second);
+    Vec sum[kLimbs][2], total[4][kLimbs];  // of 16 and of 32 bits
+    UNROLL for (auto& rows : sum) rows[0] = rows[1] = _mm256_set1_epi16(short(steps * 8 * kBias));
+    for (; steps > 0; --steps, w += kStepBytes, tables += kLimbs * 8 * kTable) {
+      for (int byte = 0; byte < kStepBytes; byte += 64) __builtin_prefetch(w + 4096 + byte);
+      UNROLL for (int half = 0; half < 2; ++half) {
+        Vec nibble[4];
+        UNROLL for (int b = 0; b < 4; ++b) {
+          const Vec bytes = I::load(w + 32 * b);
+          nibble[b] = half ? I::template nibble<1>(bytes) : I::template nibble<0>(bytes);
+        }
+        UNROLL for (int l = 0; l < kLimbs; ++l) {
+          Vec low, high;
+          UNROLL for (int b = 0; b < 4; ++b) {
+            const int8_t* t = tables + ((l * 2 + half) * 4 + b) * kTable;
+            const Vec some_low = _mm256_shuffle_epi8(table(t), nibble[b]);
+            const Vec some_high = _mm256_shuffle_epi8(table(t + kTable / 2), nibble[b]);
+            low = b ? _mm256_add_epi8(low, some_low) : some_low;
+            high = b ? _mm256_add_epi8(high, some_high) : some_high;
           }
+          const Vec first = _mm256_maddubs_epi16(weights, _mm256_unpacklo_epi8(low, high));
+          const Vec second = _mm256_maddubs_epi16(weights, _mm256_unpackhi_epi8(low, high));
+          sum[l][0] = _mm256_add_epi16(sum[l][0], first);
+          sum[l][1] = _mm256_add_epi16(sum[l][1], second);
         }
       }
-      UNROLL for (int l = 0; l < kLimbs; ++l)
-        UNROLL for (int i = 0; i < 2; ++i) {
-          const Vec sign = _mm256_srai_epi16(sum[l][i], 15);
-          total[2 * i][l] = I::add32(total[2 * i][l], _mm256_unpacklo_epi16(sum[l][i], sign));
-          total[2 * i + 1][l] = I::add32(total[2 * i + 1][l], _mm256_unpackhi_epi16(sum[l][i], sign));
-        }
     }
+    UNROLL for (int l = 0; l < kLimbs; ++l)
+      UNROLL for (int i = 0; i < 2; ++i) {
+        const Vec sign = _mm256_srai_epi16(sum[l][i], 15);
+        total[2 * i][l] = _mm256_unpacklo_epi16(sum[l][i], sign);
+        total[2 * i + 1][l] = _mm256_unpackhi_epi16(sum[l][i], sign);
+      }
     UNROLL for (int v = 0; v < 4; ++v) take(v, total[v]);
   }
 

@@ -38,7 +38,7 @@ struct PreparedWeight {
   const void* scale;      // multiplies. float32 [1], or [n] if per_row; with group_size float16 [ceil(n/32), groups, 32]
   const void* bias;       // [n] of bias_type, or null
   int64_t n, k;
-  int64_t group_size;     // features that share a scale in a row, a multiple of 32 that divides 1024; 0: all
+  int64_t group_size;     // features that share a scale in a row, a multiple of 32 that divides 256; 0: all
   int32_t per_row;
   int32_t bias_type;
   int32_t form;

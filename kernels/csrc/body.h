@@ -4,7 +4,7 @@
 //   load, store, splat        splat repeats 4 bytes
 //   Int, load32, store32, splat32, add32, sub32, times256    vectors of int32
 //   widen                     a block's scales, from float16 to float32
-//   add_scaled(to, i, scale)  float32 [vector]: to += i * scale, rounded twice
+//   add_scaled(to, i, scale)  float32 [vector]: to += i * scale, a Float, rounded twice
 //   kForm, kFields          the form of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumSteps            a partial accumulator, and how many steps it holds before it could overflow
@@ -99,13 +99,12 @@ void gemv_groups(const PreparedWeight& layer, int64_t first, int64_t last, const
     Sums<kBlockRows> sums = {};
     const int8_t* q = token.codes;
     for (int64_t g = 0; g < groups.count; ++g, scale += kBlockRows) {
-      alignas(64) float values[kBlockRows];
-      I::widen(scale, values);
       __builtin_prefetch(scale + 2048);
       const auto off = I::splat32(I::kZero * token.sums[g]);
       multiply_steps<I, kLimbs>(layer.weight + (block * steps + groups.first(g)) * kStepBytes, q, groups.steps(g),
                                 [&](int v, const auto& sum) INLINE_LAMBDA {
-                                  I::add_scaled(sums.part + v * kLanes, join<I, kLimbs>(sum, off), values + v * kLanes);
+                                  const auto values = I::load_half(scale + v * kLanes);
+                                  I::add_scaled(sums.part + v * kLanes, join<I, kLimbs>(sum, off), values);
                                 });
       q += groups.steps(g) * kTokenStep<I, kLimbs>;
       if (groups.span_ends(g)) end_span(sums.part, sums.total, kBlockRows);
@@ -126,15 +125,17 @@ void gemv(const PreparedWeight& layer, int64_t first, int64_t last, const Token&
   if constexpr (I::kForm != kFourBits) gemv_rows<I, 1>(layer, first, last, token, y, y_type);
 }
 
-// A few tokens by their tables: a block's weights stay in the first cache.
+// A few tokens by their tables, which stay in the first cache for some blocks, as these do in the second for all tokens.
+constexpr int64_t kTableBlocks = 4;
+
 template <class I>
 void gemv_each(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* y, int32_t y_type) {
   const Groups groups(layer, step_features(I::kForm));
   const int64_t bytes = groups.all_steps() * groups.step * panels.limbs * kTableBytes;
-  for (; first < last; ++first)
+  for (; first < last; first += kTableBlocks)
     for (int64_t t = 0; t < panels.tokens; ++t) {
       const Token token{panels.codes + t * bytes, panels.sums + t * groups.count, panels.s[t], panels.limbs, t};
-      gemv<I>(layer, first, first + 1, token, y, y_type);
+      gemv<I>(layer, first, smaller(first + kTableBlocks, last), token, y, y_type);
     }
 }
 
@@ -235,7 +236,8 @@ struct ToGroups {
       UNROLL for (int r = 0; r < R; ++r) {
         typename I::Int limbs[L];
         UNROLL for (int l = 0; l < L; ++l) limbs[l] = I::total(sum[r][t * L + l]);
-        I::add_scaled(part + (t * V + v + r) * I::kBytes / 4, join<I, L>(limbs, off), scale + (v + r) * I::kBytes / 4);
+        const auto values = I::load_float(scale + (v + r) * I::kBytes / 4);
+        I::add_scaled(part + (t * V + v + r) * I::kBytes / 4, join<I, L>(limbs, off), values);
       }
     }
   }

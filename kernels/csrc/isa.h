@@ -8,6 +8,7 @@ constexpr int64_t kBlockRows = 32;    // rows of a block
 constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at once
 constexpr int64_t kStepBytes = 128;   // bytes of one block and step: a 32-bit lane for each row
 constexpr int64_t kTableBytes = 8;    // of the tables that form F takes for codes, for each code
+constexpr int64_t kMaxGroup = 256;    // features that may share a scale in a row
 constexpr int64_t kSpan = 1024;       // features whose groups are summed before the sum goes to the total
 constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
 constexpr int64_t kMaxHadamard = 8192;  // features of the largest block of a Walsh-Hadamard transform
