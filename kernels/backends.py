@@ -145,19 +145,20 @@ def _triton_quantizers(device: torch.device) -> proof.Results:
             yield f"codes in groups of {size} times {bits}-bit codes", found, expected
 
 
-def _cpu(form: int) -> Backend:
+def _cpu(name: str, weights: tuple[str, ...]) -> Backend:
+    form = partial(cpu_library.form_of_backend, name)
     return Backend(
-        partial(cpu_library.description, form),
-        missing=partial(cpu_library.missing, form=form),
-        prepack=lambda packed, n, k: torch.ops.bitnet.cpu_prepack(packed, n, form, k),
-        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form),
-        bind=partial(cpu_linear.bind, form=form),
-        check=partial(cpu_linear.check_prepacked, form=form),
-        weights={cpu_library.BASE3: ("ternary",), cpu_library.ONE_BIT: ("binary",)}.get(form, (*_KINDS, "int4")),
+        lambda: cpu_library.description(form()),
+        missing=lambda device, activation_bits, groups: cpu_library.missing(device, activation_bits, groups, form()),
+        prepack=lambda packed, n, k: torch.ops.bitnet.cpu_prepack(packed, n, form(), k),
+        unprepack=lambda weight, n, k: torch.ops.bitnet.cpu_unprepack(weight, n, k, form()),
+        bind=lambda weight, scale, bias, n, k, bits: cpu_linear.bind(weight, scale, bias, n, k, bits, form()),
+        check=lambda weight, scale, bias, n, k: cpu_linear.check_prepacked(weight, scale, bias, n, k, form()),
+        weights=weights,
         grouped=True,
         widths=(8, 16),
-        hardware=lambda device: cpu_library.isas(form)[0],
-        others=_cpu_quantizers if form == cpu_library.TWO_BITS else lambda device: iter(()),
+        hardware=lambda device: cpu_library.isas(form())[0],
+        others=_cpu_quantizers if name == "cpu" else lambda device: iter(()),
     )
 
 
@@ -181,9 +182,9 @@ def _triton(planes: int) -> Backend:
 # In the order in which "auto" prefers them. NAME-base3 and NAME-binary store 1.6 bits a weight and 1: by name only.
 _SUFFIXES = {1.6: "-base3", 1: "-binary"}  # by weight_bits
 BACKENDS = {
-    "cpu": _cpu(cpu_library.TWO_BITS),
-    "cpu-base3": _cpu(cpu_library.BASE3),
-    "cpu-binary": _cpu(cpu_library.ONE_BIT),
+    "cpu": _cpu("cpu", (*_KINDS, "int4")),
+    "cpu-base3": _cpu("cpu-base3", ("ternary",)),
+    "cpu-binary": _cpu("cpu-binary", ("binary",)),
     "triton": _triton(gpu_layout.TWO_BITS),
     "triton-base3": _triton(gpu_layout.BASE3),
     "torch": Backend(

@@ -22,7 +22,12 @@ from bitnet.kernels.reference import GROUP_SIZES, MAX_16
 MISSING = cpu_library.missing(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-FORMS = {"ternary": cpu_library.TWO_BITS, "base3": cpu_library.BASE3, "binary": cpu_library.ONE_BIT}
+FORMS = {
+    "ternary": cpu_library.TWO_BITS,
+    "base3": cpu_library.BASE3,
+    "binary": cpu_library.ONE_BIT,
+    "binary_tables": cpu_library.ONE_BIT_TABLES,
+}
 TARGETS = [] if MISSING else [(name, isa) for name, form in FORMS.items() for isa in cpu_library.isas(form)]
 each_isa = pytest.mark.parametrize(("kind", "isa"), TARGETS, ids=[f"{name}-{isa}" for name, isa in TARGETS])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -31,7 +36,7 @@ each_width = pytest.mark.parametrize("bits", [8, 16])
 
 def draw_codes(kind: str, n: int, k: int) -> Tensor:
     codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
-    return torch.where(codes == 0, 1, codes) if kind == "binary" else codes
+    return torch.where(codes == 0, 1, codes) if kind.startswith("binary") else codes
 
 
 def bind(codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, kind: str, isa: str):
@@ -94,6 +99,10 @@ def test_nothing_overflows_at_the_extremes(kind: str, isa: str, m: int) -> None:
             x[0] = -1
             y = bind(codes, scale, None, bits, kind, isa)(x)
             assert torch.equal(y, oracle.grouped(x, codes.numpy().astype(np.int64), scale.numpy(), size, None, bits))
+        q, s, scale = torch.full((m, k), -128, dtype=torch.int8), torch.ones(m, 1), torch.ones(3, k // 256).half()
+        layer = cpu_linear.prepared(weight, scale, None, 3, k, FORMS[kind], isa)
+        expected = reference.group_linear(q, s, codes, scale, None, torch.float32)
+        assert torch.equal(cpu_linear._multiply(layer, q, s, torch.float32), expected)
 
 
 @each_isa
@@ -151,8 +160,8 @@ def test_any_number_of_threads_gives_the_same(threads: int, m: int) -> None:
     x, codes, scale = torch.randn(m, 1100), draw_codes("binary", 1000, 1100), torch.rand(1000, 9).half()
     try:
         torch.set_num_threads(threads)
-        for kind in ("ternary", "binary"):
-            y = bind(codes, scale, None, 16, kind, cpu_library.isas(FORMS[kind])[0])(x)
+        for kind, isa in dict(reversed(TARGETS)).items():  # the best of each
+            y = bind(codes, scale, None, 16, kind, isa)(x)
             assert torch.equal(y, reference.ternary_linear(x, codes, scale, None, 16))
     finally:
         torch.set_num_threads(before)
@@ -161,34 +170,39 @@ def test_any_number_of_threads_gives_the_same(threads: int, m: int) -> None:
 # Forms
 
 
+each_binary = pytest.mark.parametrize("form", [cpu_library.ONE_BIT, cpu_library.ONE_BIT_TABLES])
+
+
+@each_binary
 @pytest.mark.parametrize("from_codes", [False, True])
-def test_unpacking_inverts_prepacking_of_binary_weights(from_codes: bool) -> None:
+def test_unpacking_inverts_prepacking_of_binary_weights(form: int, from_codes: bool) -> None:
     for _, n, k in shapes(60):
         codes = draw_codes("binary", n, k)
         if from_codes:
-            weight = cpu_linear.prepack_codes(codes, False, cpu_library.ONE_BIT)
+            weight = cpu_linear.prepack_codes(codes, False, form)
         else:
-            weight = cpu_linear.prepack(pack_ternary(codes), n, cpu_library.ONE_BIT)
+            weight = cpu_linear.prepack(pack_ternary(codes), n, form)
         assert weight.shape == (-(-n // 32), -(-k // 32), 128)
-        assert torch.equal(cpu_linear.unprepack(weight, n, k, cpu_library.ONE_BIT), codes)
+        assert torch.equal(cpu_linear.unprepack(weight, n, k, form), codes)
 
 
+@each_binary
 @pytest.mark.parametrize("place", [(0, 0), (69, 99), (35, 31), (35, 96)])
-def test_a_zero_among_binary_weights_is_refused(place: tuple[int, int]) -> None:
+def test_a_zero_among_binary_weights_is_refused(form: int, place: tuple[int, int]) -> None:
     """Wherever it is: Hub bytes pad rows with zeros, which are none of the weight's."""
     codes = draw_codes("binary", 70, 100)
     codes[place] = 0
     with pytest.raises(ValueError, match="1 bit a weight holds the codes -1 and 1 only, and this weight has zeros"):
-        cpu_linear.prepack(pack_ternary(codes), 70, cpu_library.ONE_BIT)
+        cpu_linear.prepack(pack_ternary(codes), 70, form)
     with pytest.raises(ValueError, match="store it in 2 bits"):
-        cpu_linear.prepack_codes(codes, False, cpu_library.ONE_BIT)
+        cpu_linear.prepack_codes(codes, False, form)
 
 
 def test_fakes_have_the_shapes_of_forms() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     packed = pack_ternary(draw_codes("binary", 70, 100))
-    for form in (cpu_library.TWO_BITS, cpu_library.ONE_BIT):
+    for form in (cpu_library.TWO_BITS, cpu_library.ONE_BIT, cpu_library.ONE_BIT_TABLES):
         weight = torch.ops.bitnet.cpu_prepack(packed, 70, form)
         with FakeTensorMode() as mode:
             fake = torch.ops.bitnet.cpu_prepack(mode.from_tensor(packed), 70, form)

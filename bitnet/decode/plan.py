@@ -41,7 +41,6 @@ FAMILIES = {
 }
 
 _GATES = {"silu": "silu", "swish": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
-_FORMS = {"cpu": library.TWO_BITS, "cpu-base3": library.BASE3, "cpu-binary": library.ONE_BIT}
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose tables do not depend on how long a text is
 
 
@@ -148,7 +147,7 @@ class Plan:
         if module.transposed or (bits := module.activation_bits) is None:
             raise Unplanned(f"{name} takes float activations or is transposed")
         weight, backend = module.prepack()
-        if (form := _FORMS.get(backend)) is None:
+        if (form := library.form_of_backend(backend)) is None:
             raise Unplanned(f"{name} runs on backend {backend!r}")
         self._watch(module, "weight", "weight_scale", "bias", "signs")
         shape = module.out_features, module.in_features

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 13  # bitnet_abi() of a library built from these sources
+_ABI = 14  # bitnet_abi() of a library built from these sources
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}
@@ -27,7 +27,7 @@ _ZEROS = 5  # status of a weight with codes of 0 that is to be stored in 1 bit
 
 
 # Forms; 8-bit and 4-bit weights get their own whichever is asked for.
-TWO_BITS, BASE3, EIGHT_BITS, ONE_BIT, FOUR_BITS = 0, 1, 2, 3, 4
+TWO_BITS, BASE3, EIGHT_BITS, ONE_BIT, FOUR_BITS, ONE_BIT_TABLES = 0, 1, 2, 3, 4, 5
 
 
 def missing(
@@ -46,11 +46,23 @@ def missing(
 
 def description(form: int = TWO_BITS) -> str:
     """What runs here, in words."""
-    bits = {TWO_BITS: "2 bits", BASE3: "1.6 bits", ONE_BIT: "1 bit"}[form]
+    bits = {TWO_BITS: "2 bits", BASE3: "1.6 bits"}.get(form, "1 bit")
     wanted = torch.get_num_threads()
     threads = native().bitnet_threads(wanted)
     used = f"{threads} thread{'s' * (threads > 1)}" + (f", not {wanted}: this process was forked" * (threads < wanted))
     return f"native kernels, {bits} a weight ({isas(form)[0]}, {used})"
+
+
+@torch.compiler.assume_constant_result  # run it while tracing, do not trace into it
+def form_of_backend(name: str) -> int | None:
+    """The form in which a backend keeps ternary or binary weights here; None if it is none of these.
+
+    Of the forms of 1 bit, ONE_BIT_TABLES is faster where vectors have 256 bits, and other ones take ONE_BIT.
+    """
+    if name != "cpu-binary":
+        return {"cpu": TWO_BITS, "cpu-base3": BASE3}.get(name)
+    tables = not isinstance(load(), str) and isas(ONE_BIT_TABLES) and isas(ONE_BIT)[:1] in ([], ["scalar"])
+    return ONE_BIT_TABLES if tables else ONE_BIT
 
 
 def isas(form: int = TWO_BITS) -> list[str]:

@@ -1,6 +1,7 @@
 """The `cpu` backend: weights in its own forms, and products with them.
 
-The forms, of 2, of 1.6 ("base3"), of 1 ("binary"), of 8 and of 4 bits a weight, are described in csrc/bitnet_cpu.h.
+The forms, of 2, of 1.6 ("base3"), of 1 ("binary", two of them), of 8 and of 4 bits a weight, are described in
+csrc/bitnet_cpu.h.
 """
 
 import ctypes
@@ -13,7 +14,19 @@ from ..layout import BLOCK, check_rows, check_stored
 from ..reference import MOST_16, size_of_groups
 from . import pages
 from .arena import arena
-from .library import BASE3, EIGHT_BITS, FLOATS, FOUR_BITS, ONE_BIT, TWO_BITS, TYPES, check, isa_index, native
+from .library import (
+    BASE3,
+    EIGHT_BITS,
+    FLOATS,
+    FOUR_BITS,
+    ONE_BIT,
+    ONE_BIT_TABLES,
+    TWO_BITS,
+    TYPES,
+    check,
+    isa_index,
+    native,
+)
 
 
 class PreparedWeight(ctypes.Structure):
@@ -32,7 +45,8 @@ class PreparedWeight(ctypes.Structure):
     )
 
 
-_STEPS = {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, EIGHT_BITS: 4, FOUR_BITS: 8}  # features of 32 bits
+# features of 32 bits
+_STEPS = {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, ONE_BIT_TABLES: 32, EIGHT_BITS: 4, FOUR_BITS: 8}
 
 
 def form_shape(n: int, k: int, form: int = TWO_BITS) -> tuple[int, int, int]:
@@ -58,7 +72,7 @@ def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) 
 
     k: where 4-bit weights' is not a multiple of 32
     Of a stored weight in a mapped file no page stays in memory: see pages.drop.
-    Raises ValueError for the form ONE_BIT if a code is 0.
+    Raises ValueError for the forms of 1 bit if a code is 0.
     """
     form = form_of(packed, form)
     _, features = check_stored(packed, n, k)

@@ -8,7 +8,6 @@ struct Avx2 : Avx256 {  // sums are 16 x int16
   // A step adds at most 4 planes * 2 products * 2 * 128 = 2^11; 16 of them reach -2^15, and 127 stays below 2^15.
   // Of two sums the odd one grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a step.
   static constexpr int64_t kSumSteps = 16, kPlaneSteps = 8;
-  // Of 1-bit weights' four sums, the last grows by at most 2 planes * 2 products * 8 * 128 = 2^12 a step, too.
   using Planes = TwoSums<Avx2>;
 
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
@@ -59,7 +58,7 @@ bool supported() {
 }  // namespace
 
 const Isa kAvx2 = make_isa<Avx2>("avx2", supported);
-const Isa kAvx2Binary = make_isa<OneBit<Avx2, FourSums<Avx2>>>("avx2", supported);
+const Isa kAvx2Binary = make_isa<OneBitTables<Avx2>>("avx2", supported);
 const Isa kAvx2Int8 = [] {
   Isa isa = make_isa<EightBits<Avx2Wide>>("avx2", supported);
   isa.gemm = gemm_bytes;

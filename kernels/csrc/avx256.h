@@ -43,9 +43,8 @@ struct Avx256 {
   static INLINE Vec nibble(Vec w) {
     return _mm256_and_si256(J ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(15));
   }
-  static INLINE void add_scaled(float* to, Vec i, const float* scale) {
-    const __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(i), _mm256_loadu_ps(scale));
-    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), y));
+  static INLINE void add_scaled(float* to, Vec i, __m256 scale) {
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(_mm256_cvtepi32_ps(i), scale)));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 8) store_float(values + i, load_half(half + i));
@@ -77,22 +76,114 @@ struct TwoSums {
   INLINE __m256i total() const { return I::add32(I::total(even), _mm256_srai_epi32(I::total(odd), 2)); }
 };
 
-// The same for 1-bit weights: bits j and j + 4 a sum, times 2^j.
+// Which of 16 codes the entries of a table are the sums of: entry i has code 4j where bit j of i is set. Bytes with the
+// highest bit set pick none. Both halves of a vector have the same.
+struct Picks {
+  alignas(32) uint8_t code[4][32];
+};
+
+constexpr Picks make_picks() {
+  Picks picks{};
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 32; ++i) picks.code[j][i] = uint8_t(i >> j & 1 ? 4 * j : 128);
+  return picks;
+}
+
+constexpr Picks kPicks = make_picks();
+
+// Form F on the primitives of an instruction set. For one token, four weights of each of 32 rows are looked up at once
+// (T-MAC, arXiv 2407.00088): their four bits select one of the 16 sums that the four codes can make. Here exactly: a code is
+// 16 high + low with high in -8..7 and low in 0..15, and each part has a table of bytes. As kBias is taken off the sums of
+// low parts, those of four look-ups fit bytes, -128..112 and -120..120. They are then widened to 16 bits, which hold the sums
+// of kPlaneSteps, 256 codes, once the bias is back: -32768..32512. On the way there they may wrap around.
+//
+// 32 bytes take 13 vector operations; masks and vpmaddubsw take 25. For many tokens the bytes are transposed
+// back, and multiplied like those of other forms.
 template <class I>
-struct FourSums {
-  __m256i sum[4];
-  INLINE void add(__m256i w, const __m256i (&s)[8]) {
-    const __m256i v = _mm256_srli_epi16(w, 4);
-    UNROLL for (int j = 0; j < 4; ++j) {
-      const __m256i mask = _mm256_set1_epi8(char(1 << j));
-      I::dot(sum[j], _mm256_and_si256(w, mask), s[j]);
-      I::dot(sum[j], _mm256_and_si256(v, mask), s[j + 4]);
-    }
+struct OneBitTables : I {
+  using typename I::Vec;
+  struct Packed {
+    Vec lanes;
+  };
+  static constexpr int kForm = kOneBitTables, kFields = 8, kFactor = 2, kZero = 1;
+  static constexpr int kStoredPanels = 0, kFewTokens = 16;
+  static constexpr int64_t kPlaneSteps = 8;
+  static constexpr int kTable = 32, kBias = 30;  // bytes: the sums of low parts, then of high ones
+
+  static void make_tables(const int8_t* codes, int64_t count, int limbs, int8_t* tables) {
+    const Vec bias = _mm256_setr_m128i(_mm_set1_epi8(-kBias), _mm_setzero_si128());
+    const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (int64_t at = 0; at < count; at += 32, tables += (limbs - 1) * 8 * kTable)
+      for (int half = 0; half < 2; ++half) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + at + 16 * half));
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), mask);
+        const Vec parts = _mm256_setr_m128i(_mm_and_si128(x, mask), _mm_sub_epi8(_mm_xor_si128(high, eight), eight));
+        for (int b = 0; b < 4; ++b, tables += kTable) {
+          Vec sums = bias;
+          for (const auto& code : kPicks.code) {
+            const Vec pick = _mm256_add_epi8(I::load(code), _mm256_set1_epi8(char(b)));
+            sums = _mm256_add_epi8(sums, _mm256_shuffle_epi8(parts, pick));
+          }
+          I::store(tables, sums);
+        }
+      }
   }
-  INLINE __m256i total() const {
-    const __m256i low = I::add32(I::total(sum[0]), _mm256_srai_epi32(I::total(sum[1]), 1));
-    const __m256i high = I::add32(I::total(sum[2]), _mm256_srai_epi32(I::total(sum[3]), 1));
-    return I::add32(low, _mm256_srai_epi32(high, 2));
+
+  static INLINE Vec table(const int8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  // As multiply_planes, for up to kPlaneSteps.
+  template <int kLimbs, class Take>
+  static INLINE void look_up(const uint8_t* w, const int8_t* tables, int64_t steps, const Take& take) {
+    const Vec weights = _mm256_set1_epi16(16 << 8 | 1);
+    Vec sum[kLimbs][2], total[4][kLimbs];  // of 16 and of 32 bits
+    UNROLL for (auto& rows : sum) rows[0] = rows[1] = _mm256_set1_epi16(short(steps * 8 * kBias));
+    for (; steps > 0; --steps, w += kStepBytes, tables += kLimbs * 8 * kTable) {
+      for (int byte = 0; byte < kStepBytes; byte += 64) __builtin_prefetch(w + 4096 + byte);
+      UNROLL for (int half = 0; half < 2; ++half) {
+        Vec nibble[4];
+        UNROLL for (int b = 0; b < 4; ++b) {
+          const Vec bytes = I::load(w + 32 * b);
+          nibble[b] = half ? I::template nibble<1>(bytes) : I::template nibble<0>(bytes);
+        }
+        UNROLL for (int l = 0; l < kLimbs; ++l) {
+          Vec low, high;
+          UNROLL for (int b = 0; b < 4; ++b) {
+            const int8_t* t = tables + ((l * 2 + half) * 4 + b) * kTable;
+            const Vec some_low = _mm256_shuffle_epi8(table(t), nibble[b]);
+            const Vec some_high = _mm256_shuffle_epi8(table(t + kTable / 2), nibble[b]);
+            low = b ? _mm256_add_epi8(low, some_low) : some_low;
+            high = b ? _mm256_add_epi8(high, some_high) : some_high;
+          }
+          const Vec first = _mm256_maddubs_epi16(weights, _mm256_unpacklo_epi8(low, high));
+          const Vec second = _mm256_maddubs_epi16(weights, _mm256_unpackhi_epi8(low, high));
+          sum[l][0] = _mm256_add_epi16(sum[l][0], first);
+          sum[l][1] = _mm256_add_epi16(sum[l][1], second);
+        }
+      }
+    }
+    UNROLL for (int l = 0; l < kLimbs; ++l)
+      UNROLL for (int i = 0; i < 2; ++i) {
+        const Vec sign = _mm256_srai_epi16(sum[l][i], 15);
+        total[2 * i][l] = _mm256_unpacklo_epi16(sum[l][i], sign);
+        total[2 * i + 1][l] = _mm256_unpackhi_epi16(sum[l][i], sign);
+      }
+    UNROLL for (int v = 0; v < 4; ++v) take(v, total[v]);
+  }
+
+  static INLINE void transpose(const uint8_t* w, Packed (&rows)[4]) {
+    const Vec even = I::load(w), odd = I::load(w + 32), even2 = I::load(w + 64), odd2 = I::load(w + 96);
+    const Vec first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpacklo_epi8(even2, odd2);
+    const Vec third = _mm256_unpackhi_epi8(even, odd), fourth = _mm256_unpackhi_epi8(even2, odd2);
+    rows[0].lanes = _mm256_unpacklo_epi16(first, second);
+    rows[1].lanes = _mm256_unpackhi_epi16(first, second);
+    rows[2].lanes = _mm256_unpacklo_epi16(third, fourth);
+    rows[3].lanes = _mm256_unpackhi_epi16(third, fourth);
+  }
+  template <int J>
+  static INLINE Vec field(const uint8_t*, Packed packed) {
+    return I::template bit<J>(packed.lanes);
   }
 };
 

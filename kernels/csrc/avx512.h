@@ -40,9 +40,8 @@ struct Avx512 {
   static INLINE Vec nibble(Vec w) {
     return _mm512_and_si512(J ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(15));
   }
-  static INLINE void add_scaled(float* to, Vec i, const float* scale) {
-    const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(i), _mm512_loadu_ps(scale));
-    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), y));
+  static INLINE void add_scaled(float* to, Vec i, __m512 scale) {
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(_mm512_cvtepi32_ps(i), scale)));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 16)

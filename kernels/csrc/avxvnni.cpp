@@ -27,6 +27,6 @@ bool supported() {
 }  // namespace
 
 const Isa kAvxVnni = make_isa<AvxVnni>("avx-vnni", supported);
-const Isa kAvxVnniBinary = make_isa<OneBit<AvxVnni, FourSums<AvxVnni>>>("avx-vnni", supported);
+const Isa kAvxVnniBinary = make_isa<OneBitTables<AvxVnni>>("avx-vnni", supported);
 const Isa kAvxVnniInt8 = make_isa<EightBits<AvxVnni>>("avx-vnni", supported);
 const Isa kAvxVnniInt4 = make_isa<FourBits<AvxVnni>>("avx-vnni", supported);

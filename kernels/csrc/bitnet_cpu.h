@@ -18,6 +18,10 @@
 // bits of byte 4r + b of block i are feature b of row 32i + r, the high ones feature 4 + b, as code + 8. It takes scales of
 // groups of 32 features only.
 //
+// Form F, 1 bit a weight for look-ups of four at a time: form D whose 128 bytes of a step are transposed. Byte 4r + b there
+// is byte 32b + (r / 8 * 4 + r % 4 + r / 4 % 2 * 16) here: a 256-bit vector holds two look-ups for each row, and what is
+// then widened within its halves, bytes to 16 bits to 32, comes out in the order of rows.
+//
 // bitnet_step runs the decoder blocks of a model over some tokens of some sequences, and keeps their keys and values.
 #pragma once
 #include <stdint.h>
@@ -25,7 +29,7 @@
 #define BITNET_EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status { kOk = 0, kBadType = 1, kBadShape = 2, kBadIsa = 3, kNoMemory = 4, kBadCode = 5 };
-enum Form { kTwoBits = 0, kBase3 = 1, kEightBits = 2, kOneBit = 3, kFourBits = 4 };
+enum Form { kTwoBits = 0, kBase3 = 1, kEightBits = 2, kOneBit = 3, kFourBits = 4, kOneBitTables = 5 };
 enum Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4, kInt16 = 5 };
 
 // One layer, filled in by the caller and only read here.
@@ -34,7 +38,7 @@ struct PreparedWeight {
   const void* scale;      // multiplies. float32 [1], or [n] if per_row; with group_size float16 [ceil(n/32), groups, 32]
   const void* bias;       // [n] of bias_type, or null
   int64_t n, k;
-  int64_t group_size;     // features that share a scale in a row, a multiple of 32 that divides 1024; 0: all
+  int64_t group_size;     // features that share a scale in a row, a multiple of 32 that divides 256; 0: all
   int32_t per_row;
   int32_t bias_type;
   int32_t form;
@@ -120,7 +124,7 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
 // for form C, codes int8 [n, k]; for form E without from_codes [n, ceil(k/32), 16] bytes in the order of llama.cpp's Q4_0.
-// Form D fails with kBadCode if a code is 0.
+// Forms D and F fail with kBadCode if a code is 0.
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t form,

@@ -4,7 +4,7 @@
 //   load, store, splat        splat repeats 4 bytes
 //   Int, load32, store32, splat32, add32, sub32, times256    vectors of int32
 //   widen                     a block's scales, from float16 to float32
-//   add_scaled(to, i, scale)  float32 [vector]: to += i * scale, rounded twice
+//   add_scaled(to, i, scale)  float32 [vector]: to += i * scale, a Float, rounded twice
 //   kForm, kFields          the form of the weights and how many fields of 4 features a lane of it has
 //   Packed, unpack(p)         what is made once of a packed vector, for field<j>(p, packed): its field j
 //   Sum, kSumSteps            a partial accumulator, and how many steps it holds before it could overflow
@@ -15,6 +15,9 @@
 //   kFewVecs, kFewTokens      the same where all tokens fit one panel, from kMaxTokens on
 //   Float, load_float, load_half, load_byte, splat_float, store_float    vectors of float32, from float16 and int8
 //   kFactor, kZero            a weight is kFactor times what its field holds, minus kZero
+//
+// Those of form F have look_up(w, tables, steps, take) in place of Planes, make_tables, and transpose(w, rows) in place of
+// unpack: the 32-bit lanes of a step's rows, of which field<j>(w, packed) is a field.
 #pragma once
 #include "attention.h"
 #include "finish.h"
@@ -54,6 +57,19 @@ INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, co
   }
 }
 
+template <class I>
+constexpr bool kTables = I::kForm == kOneBitTables;
+
+// Bytes that a step takes of a token.
+template <class I, int kLimbs>
+constexpr int64_t kTokenStep = 4 * I::kFields * kLimbs * (kTables<I> ? kTableBytes : 1);
+
+template <class I, int kLimbs, class Take>
+INLINE void multiply_steps(const uint8_t* w, const int8_t* q, int64_t steps, const Take& take) {
+  if constexpr (kTables<I>) I::template look_up<kLimbs>(w, q, steps, take);
+  else multiply_planes<I, kLimbs>(w, q, steps, take);
+}
+
 template <class I, int kLimbs>
 void gemv_rows(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type) {
   constexpr int kStep = 4 * I::kFields, kLanes = I::kBytes / 4;
@@ -61,15 +77,15 @@ void gemv_rows(const PreparedWeight& layer, int64_t first, int64_t last, const T
   for (int64_t block = first; block < last; ++block) {
     alignas(64) int32_t acc[kLimbs][kBlockRows] = {};
     for (int64_t at = 0; at < steps; at += I::kPlaneSteps)
-      multiply_planes<I, kLimbs>(layer.weight + (block * steps + at) * kStepBytes, token.codes + at * kStep * kLimbs,
-                                 smaller(steps - at, I::kPlaneSteps), [&](int v, const auto& sum) INLINE_LAMBDA {
-                                   UNROLL for (int l = 0; l < kLimbs; ++l) {
-                                     int32_t* a = acc[l] + v * kLanes;
-                                     I::store32(a, I::add32(I::load32(a), sum[l]));
-                                   }
-                                 });
+      multiply_steps<I, kLimbs>(layer.weight + (block * steps + at) * kStepBytes, token.codes + at * kTokenStep<I, kLimbs>,
+                                smaller(steps - at, I::kPlaneSteps), [&](int v, const auto& sum) INLINE_LAMBDA {
+                                  UNROLL for (int l = 0; l < kLimbs; ++l) {
+                                    int32_t* a = acc[l] + v * kLanes;
+                                    I::store32(a, I::add32(I::load32(a), sum[l]));
+                                  }
+                                });
     join_rows<I, kLimbs, kBlockRows>(acc[0], token.sums[0]);
-    finish<kBlockRows>(layer, acc[0], token.s, block * kBlockRows, y, block * kBlockRows, y_type);
+    finish<kBlockRows>(layer, acc[0], token.s, block * kBlockRows, y, token.row * layer.n + block * kBlockRows, y_type);
   }
 }
 
@@ -83,18 +99,18 @@ void gemv_groups(const PreparedWeight& layer, int64_t first, int64_t last, const
     Sums<kBlockRows> sums = {};
     const int8_t* q = token.codes;
     for (int64_t g = 0; g < groups.count; ++g, scale += kBlockRows) {
-      alignas(64) float values[kBlockRows];
-      I::widen(scale, values);
       __builtin_prefetch(scale + 2048);
       const auto off = I::splat32(I::kZero * token.sums[g]);
-      multiply_planes<I, kLimbs>(layer.weight + (block * steps + groups.first(g)) * kStepBytes, q, groups.steps(g),
-                                 [&](int v, const auto& sum) INLINE_LAMBDA {
-                                   I::add_scaled(sums.part + v * kLanes, join<I, kLimbs>(sum, off), values + v * kLanes);
-                                 });
-      q += groups.steps(g) * kStep * kLimbs;
+      multiply_steps<I, kLimbs>(layer.weight + (block * steps + groups.first(g)) * kStepBytes, q, groups.steps(g),
+                                [&](int v, const auto& sum) INLINE_LAMBDA {
+                                  const auto values = I::load_half(scale + v * kLanes);
+                                  I::add_scaled(sums.part + v * kLanes, join<I, kLimbs>(sum, off), values);
+                                });
+      q += groups.steps(g) * kTokenStep<I, kLimbs>;
       if (groups.span_ends(g)) end_span(sums.part, sums.total, kBlockRows);
     }
-    finish_groups<kBlockRows>(layer, sums.total, token.s, block * kBlockRows, y, block * kBlockRows, y_type);
+    finish_groups<kBlockRows>(layer, sums.total, token.s, block * kBlockRows, y, token.row * layer.n + block * kBlockRows,
+                              y_type);
   }
 }
 
@@ -107,6 +123,20 @@ void gemv(const PreparedWeight& layer, int64_t first, int64_t last, const Token&
     if (token.limbs == 2) return gemv_rows<I, 2>(layer, first, last, token, y, y_type);
   }
   if constexpr (I::kForm != kFourBits) gemv_rows<I, 1>(layer, first, last, token, y, y_type);
+}
+
+// A few tokens by their tables, which stay in the first cache for some blocks, as these do in the second for all tokens.
+constexpr int64_t kTableBlocks = 4;
+
+template <class I>
+void gemv_each(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* y, int32_t y_type) {
+  const Groups groups(layer, step_features(I::kForm));
+  const int64_t bytes = groups.all_steps() * groups.step * panels.limbs * kTableBytes;
+  for (; first < last; first += kTableBlocks)
+    for (int64_t t = 0; t < panels.tokens; ++t) {
+      const Token token{panels.codes + t * bytes, panels.sums + t * groups.count, panels.s[t], panels.limbs, t};
+      gemv<I>(layer, first, smaller(first + kTableBlocks, last), token, y, y_type);
+    }
 }
 
 // Many tokens. A slice of V vectors of rows goes through K in chunks. Where there are several panels of tokens, the weights
@@ -206,7 +236,8 @@ struct ToGroups {
       UNROLL for (int r = 0; r < R; ++r) {
         typename I::Int limbs[L];
         UNROLL for (int l = 0; l < L; ++l) limbs[l] = I::total(sum[r][t * L + l]);
-        I::add_scaled(part + (t * V + v + r) * I::kBytes / 4, join<I, L>(limbs, off), scale + (v + r) * I::kBytes / 4);
+        const auto values = I::load_float(scale + (v + r) * I::kBytes / 4);
+        I::add_scaled(part + (t * V + v + r) * I::kBytes / 4, join<I, L>(limbs, off), values);
       }
     }
   }
@@ -228,7 +259,14 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
                            int64_t all_steps, uint8_t* unpacked, const Take& take) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields;
   const bool stored = !kUnpacks<I> || panels.count <= I::kStoredPanels;
-  if constexpr (kUnpacks<I>)
+  if constexpr (kTables<I>)
+    for (int64_t step = 0; step < steps; ++step) {
+      typename I::Packed rows[V];
+      I::transpose(w + step * kStepBytes, rows);
+      UNROLL for (int v = 0; v < V; ++v)
+        unpack_fields<I, V, 0>(nullptr, rows[v], unpacked + step * Unpacked<I, V>::kStride + v * I::kBytes);
+    }
+  else if constexpr (kUnpacks<I>)
     for (int64_t step = 0; !stored && step < steps; ++step)
       for (int v = 0; v < V; ++v) {
         const uint8_t* from = w + v / kBlockVecs * block_bytes + step * kStepBytes + v % kBlockVecs * I::kBytes;
@@ -237,10 +275,11 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t token = panels.first(p), limbs = (panels.first(p + 1) - token) * L;
     const int8_t* q = panels.codes + (token * L * all_steps + done * limbs) * kStep;
-    if (stored) {
-      multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(token));
-      continue;
-    }
+    if constexpr (!kTables<I>)
+      if (stored) {
+        multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(token));
+        continue;
+      }
     if constexpr (kUnpacks<I>)
       multiply_panel<I, Unpacked<I, V>, V, I::kMaxTokens / L * L>(unpacked, kBlockVecs * I::kBytes, steps, q, int(limbs),
                                                                   take(token));
@@ -318,6 +357,8 @@ void gemm_limbs(const PreparedWeight& layer, int64_t first, int64_t last, const 
 template <class I>
 void gemm(const PreparedWeight& layer, int64_t first, int64_t last, const Panels& panels, void* scratch, void* y,
           int32_t y_type) {
+  if constexpr (kTables<I>)
+    if (panels.tables) return gemv_each<I>(layer, first, last, panels, y, y_type);
   if constexpr (I::kForm != kEightBits && I::kForm != kFourBits)
     if (panels.limbs == 2) return gemm_limbs<I, 2>(layer, first, last, panels, scratch, y, y_type);
   gemm_limbs<I, 1>(layer, first, last, panels, scratch, y, y_type);
@@ -412,8 +453,10 @@ struct FourBits : I {
 
 template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
+  void (*make_tables)(const int8_t*, int64_t, int, int8_t*) = nullptr;
+  if constexpr (kTables<I>) make_tables = I::make_tables;
   return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, I::kStoredPanels, quantize, sum_groups, split,
-          hadamard, ternary_codes, pack_ternary, magnitude, gemv<I>, gemm<I>, between<I>()};
+          hadamard, ternary_codes, pack_ternary, magnitude, make_tables, gemv<I>, gemm<I>, between<I>()};
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding,
     for (uint32_t& word : pair) word = (word & 0x0f0f0f0f) ^ 0x08080808;  // from two's complement to code + 8
     return pair[0] | pair[1] << 4;
   }
-  if (form == kOneBit) copy_padded<32>(t, from, here, padding);
+  if (is_one_bit(form)) copy_padded<32>(t, from, here, padding);
   else if (form == kBase3) copy_padded<20>(t, from, here, padding);
   else copy_padded<16>(t, from, here, padding);
   for (uint32_t& word : t) word = field(word) & 0x03030303;
@@ -56,11 +56,14 @@ inline uint32_t pack_nibbles(const uint8_t* row, int64_t i) {
   return t[0] | t[1] << 4;
 }
 
+// Where row r of a block stands among the 32 bytes of a look-up: bitnet_cpu.h says why.
+constexpr int64_t table_place(int64_t r) { return r / 8 * 4 + r % 4 + r / 4 % 2 * 16; }
+
 // Returns whether it worked: 1 bit holds no code of 0.
 bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t* weight, int32_t form, int threads) {
   const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
   const int64_t step = step_features(form), steps = ceil_div(k, step);
-  const int code_padding = form == kOneBit ? 0xff : 0, hub_padding = form == kOneBit ? 0 : 0x55;
+  const int code_padding = is_one_bit(form) ? 0xff : 0, hub_padding = is_one_bit(form) ? 0 : 0x55;
   from_codes |= form == kEightBits;
   bool failed = false;
   parallel(threads, [&](int thread, int count) {
@@ -73,7 +76,7 @@ bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t*
         if (nibbles) from += row * ceil_div(k, 32) * 16;
         else if (row < n) from += (from_codes ? row : row % hub_rows) * k;
         const int shift = row < n ? int(row / hub_rows * 2) : 0;
-        uint8_t* to = weight + b * steps * kStepBytes + 4 * r;
+        uint8_t* to = weight + b * steps * kStepBytes;
         const auto of_codes = [](uint32_t t) { return (t & 0x03030303) + 0x01010101; };  // -1 is 3 in two bits
         const auto of_hub_bytes = [=](uint32_t t) { return t >> shift; };
         for (int64_t i = 0; i < steps; ++i, to += kStepBytes) {
@@ -82,7 +85,9 @@ bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t*
                                 : from_codes
                                     ? pack_lane(from + i * step, here, form, code_padding, of_codes, &zeros)
                                     : pack_lane(from + i * step, here, form, hub_padding, of_hub_bytes, &zeros);
-          memcpy(to, &lane, 4);
+          if (form == kOneBitTables)
+            for (int byte = 0; byte < 4; ++byte) to[kBlockRows * byte + table_place(r)] = uint8_t(lane >> 8 * byte);
+          else memcpy(to + 4 * r, &lane, 4);
         }
       }
     if (zeros) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
@@ -95,15 +100,18 @@ void unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32
   const int64_t step = step_features(form), steps = ceil_div(k, step);
   parallel(threads, [&](int thread, int count) {
     for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row) {
-      const uint8_t* from = weight + row / kBlockRows * steps * kStepBytes + row % kBlockRows * 4;
+      const bool tables = form == kOneBitTables;
+      const int64_t r = row % kBlockRows, apart = tables ? kBlockRows : 1;  // bytes of a lane
+      const uint8_t* from = weight + row / kBlockRows * steps * kStepBytes + (tables ? table_place(r) : 4 * r);
       int8_t* to = codes + row * k;
       for (int64_t i = 0; i < k; ++i) {
         const int64_t field = i % step / 4;
-        const int byte = from[i / step * kStepBytes + i % 4];
+        const int byte = from[i / step * kStepBytes + i % 4 * apart];
         switch (form) {
           case kEightBits: to[i] = int8_t(byte - 128); break;
           case kFourBits: to[i] = int8_t((byte >> 4 * field & 15) - 8); break;
-          case kOneBit: to[i] = int8_t((byte >> field & 1) * 2 - 1); break;
+          case kOneBit:
+          case kOneBitTables: to[i] = int8_t((byte >> field & 1) * 2 - 1); break;
           case kTwoBits: to[i] = int8_t((byte >> 2 * field & 3) - 1); break;
           default: to[i] = int8_t((field < 4 ? byte % 84 : byte) / kPower[field] % 3 - 1);
         }

@@ -7,6 +7,8 @@
 constexpr int64_t kBlockRows = 32;    // rows of a block
 constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at once
 constexpr int64_t kStepBytes = 128;   // bytes of one block and step: a 32-bit lane for each row
+constexpr int64_t kTableBytes = 8;    // of the tables that form F takes for codes, for each code
+constexpr int64_t kMaxGroup = 256;    // features that may share a scale in a row
 constexpr int64_t kSpan = 1024;       // features whose groups are summed before the sum goes to the total
 constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
 constexpr int64_t kMaxHadamard = 8192;  // features of the largest block of a Walsh-Hadamard transform
@@ -15,9 +17,11 @@ constexpr int kAnyPanels = 1 << 20;  // that take weights as stored: all
 constexpr int kTileQueries = 4;  // that attend to the same head's keys at once
 constexpr int64_t kMaxFeatures = int64_t(1) << 23;  // beyond it an int32 accumulator could overflow
 
+constexpr bool is_one_bit(int form) { return form == kOneBit || form == kOneBitTables; }
+
 // Features of a step.
 constexpr int step_features(int form) {
-  return form == kBase3 ? 20 : form == kEightBits ? 4 : form == kFourBits ? 8 : form == kOneBit ? 32 : 16;
+  return form == kBase3 ? 20 : form == kEightBits ? 4 : form == kFourBits ? 8 : is_one_bit(form) ? 32 : 16;
 }
 
 // Features that an int32 accumulator holds: 2^16 * kMax16 and 2^16 * 127 * 128 are below 2^31. Those of groups hold any.
@@ -47,21 +51,25 @@ struct Groups {
   }
 };
 
-// The codes of one token, in words of 4 codes: those of its limbs (one for 8 bits; for 16 the high one first) alternate.
+// The codes of one token, in words of 4 codes: those of its limbs (one for 8 bits; for 16 the high one first) alternate. For
+// form F their tables, of which those of a step's codes alternate.
 struct Token {
   const int8_t* codes;
   const int32_t* sums;  // of the codes of each group: times what was added to every weight's code, it has to come off
   float s;              // activation scale; divides
   int limbs;
+  int64_t row = 0;  // of the output
 };
 
-// The codes of many tokens, in `count` panels of up to max_tokens limbs: those of a panel [k/4, its limbs] in words.
+// The codes of many tokens, in `count` panels of up to max_tokens limbs: those of a panel [k/4, its limbs] in words. Or, for
+// form F and few tokens, the tables of each.
 struct Panels {
   const int8_t* codes;
   const int32_t* sums;  // [tokens, groups]
   const float* s;
   int64_t tokens, count;
   int limbs;
+  bool tables;
   int64_t first(int64_t panel) const { return tokens * panel / count; }  // token of a panel
 };
 
@@ -99,7 +107,7 @@ struct Isa {
   bool (*supported)();
   int form;
   int max_tokens;  // limbs that one of several panels may hold
-  int few_tokens;  // the same for panels that take weights as stored
+  int few_tokens;  // the same for panels that take weights as stored, and of how many there are tables
   int stored_panels;  // how many of these there may be
 
   // Codes (int16 for 16 bits) and s of one token of k features. x_type may be that of codes: then x is copied, s is 1.
@@ -119,7 +127,10 @@ struct Isa {
   // Sum of the magnitudes of one row of k latent weights; Inf or NaN if one of them is.
   double (*magnitude)(const void* w, int32_t type, int64_t k);
 
-  // Rows of blocks [first, last) for one token: y points at its row of the output.
+  // Tables of `count` codes of a limb, those of a step `limbs` of these apart; null but for form F.
+  void (*make_tables)(const int8_t* codes, int64_t count, int limbs, int8_t* tables);
+
+  // Rows of blocks [first, last) for one token.
   void (*gemv)(const PreparedWeight& layer, int64_t first, int64_t last, const Token& token, void* y, int32_t y_type);
 
   // The same for many tokens. scratch: of scratch_bytes(), aligned to 64 bytes.

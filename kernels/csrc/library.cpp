@@ -20,7 +20,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 13; }
+BITNET_EXPORT int32_t bitnet_abi() { return 14; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -42,7 +42,7 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
   const int32_t bits = layer->activation_bits;
   const bool wide = x_type == kInt16 || (x_type != kInt8 && bits == 16);
   if (n < 1 || k < 1 || k > max_features(layer->form, wide, size) || m < 0) return kBadShape;
-  if (size && (size < 32 || size % 32 || kSpan % size)) return kBadShape;
+  if (size && (size < 32 || size % 32 || kMaxGroup % size)) return kBadShape;
   if (bits != 16 && bits != 8 && bits != 4) return kBadType;
   if (layer->form == kEightBits && (size || wide)) return kBadType;
   if (layer->form == kFourBits && (size != 32 || wide)) return kBadType;

@@ -33,6 +33,10 @@ struct Call {
 
   int64_t row_bytes() const { return limbs * padded + 4 * layer.k; }
 
+  // Whether the codes of so many tokens become tables, and the bytes of one's codes or tables.
+  bool tables(int64_t tokens) const { return isa.make_tables && tokens <= isa.few_tokens / limbs; }
+  int64_t code_bytes(int64_t tokens) const { return limbs * padded * (tables(tokens) ? kTableBytes : 1); }
+
   // Codes of one token x: `limbs` rows of `padded` codes, and the sums of its groups; returns s. row: row_bytes().
   float quantize_token(const char* x, int8_t* row, int32_t* sums) const {
     const int64_t k = layer.k;
@@ -71,24 +75,33 @@ void spread(const int8_t* codes, int64_t count, int64_t stride, int8_t* words) {
   for (int64_t i = 0; i < count; i += 4, words += 4 * stride) memcpy(words, codes + i, 4);
 }
 
+// The limbs of a row of codes as tables.
+void make_tables(const Call& call, const int8_t* row, int8_t* tables) {
+  const int64_t step = kTableBytes * call.groups.step;
+  for (int limb = 0; limb < call.limbs; ++limb)
+    call.isa.make_tables(row + limb * call.padded, call.padded, call.limbs, tables + limb * step);
+}
+
 int64_t token_bytes(const Call& call) {
-  return ceil_div(call.limbs * call.padded, 64) * 64 + 4 * call.groups.count + call.row_bytes();
+  return ceil_div(call.code_bytes(1), 64) * 64 + 4 * call.groups.count + call.row_bytes();
 }
 
 // Token 0 as gemv takes it; memory: token_bytes().
 Token make_token(const Call& call, void* memory) {
   auto* codes = static_cast<int8_t*>(memory);
-  auto* sums = reinterpret_cast<int32_t*>(codes + ceil_div(call.limbs * call.padded, 64) * 64);
+  auto* sums = reinterpret_cast<int32_t*>(codes + ceil_div(call.code_bytes(1), 64) * 64);
   auto* row = reinterpret_cast<int8_t*>(sums + call.groups.count);
-  const Token token{call.limbs == 2 ? codes : row, sums, call.quantize(0, row, sums), call.limbs};
-  if (call.limbs == 2)
+  const bool tables = call.tables(1);
+  const Token token{tables || call.limbs == 2 ? codes : row, sums, call.quantize(0, row, sums), call.limbs};
+  if (tables) make_tables(call, row, codes);
+  else if (call.limbs == 2)
     for (int limb = 0; limb < 2; ++limb) spread(row + limb * call.padded, call.padded, 2, codes + 4 * limb);
   return token;
 }
 
 // Room for the codes of a slab of tokens.
 int64_t panel_bytes(const Call& call, int64_t tokens) {
-  return tokens * (call.limbs * call.padded + 4 * call.groups.count + 4);
+  return tokens * (call.code_bytes(tokens) + 4 * call.groups.count + 4);
 }
 
 // Panels that take weights as stored, if those are few enough, else narrower ones for which they are unpacked.
@@ -99,9 +112,10 @@ int64_t count_panels(const Isa& isa, int64_t tokens, int limbs) {
 
 // Where they lie in that room.
 Panels place_panels(const Call& call, int64_t tokens, void* memory) {
-  auto* sums = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + tokens * call.limbs * call.padded);
+  auto* sums = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + tokens * call.code_bytes(tokens));
+  const bool tables = call.tables(tokens);
   return {static_cast<int8_t*>(memory), sums, reinterpret_cast<float*>(sums + tokens * call.groups.count), tokens,
-          count_panels(call.isa, tokens, call.limbs), call.limbs};
+          tables ? tokens : count_panels(call.isa, tokens, call.limbs), call.limbs, tables};
 }
 
 // A thread's share of the panels. quantize(token, row, sums) returns s; row: row_bytes().
@@ -111,10 +125,11 @@ void fill_panels(const Call& call, const Panels& panels, int8_t* row, int thread
   auto* sums = const_cast<int32_t*>(panels.sums);
   for (int64_t p = share(panels.count, thread, count); p < share(panels.count, thread + 1, count); ++p) {
     const int64_t first = panels.first(p), width = (panels.first(p + 1) - first) * call.limbs;
-    int8_t* words = codes + first * call.limbs * call.padded;
+    int8_t* words = codes + first * call.code_bytes(panels.tokens);
     for (int64_t t = first; t < panels.first(p + 1); ++t) {
       const_cast<float*>(panels.s)[t] = quantize(t, row, sums + t * call.groups.count);
-      for (int limb = 0; limb < call.limbs; ++limb, words += 4)
+      if (panels.tables) make_tables(call, row, words);  // a panel is one token
+      for (int limb = 0; limb < call.limbs && !panels.tables; ++limb, words += 4)
         spread(row + limb * call.padded, call.padded, width, words);
     }
   }

@@ -52,8 +52,8 @@ struct Neon {
     if constexpr (J == 0) return vandq_s8(w, vdupq_n_s8(15));
     else return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4));
   }
-  static INLINE void add_scaled(float* to, int32x4_t i, const float* scale) {
-    vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_f32(vcvtq_f32_s32(i), vld1q_f32(scale))));
+  static INLINE void add_scaled(float* to, int32x4_t i, float32x4_t scale) {
+    vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_f32(vcvtq_f32_s32(i), scale)));
   }
   static INLINE void widen(const uint16_t* half, float* values) {
     for (int i = 0; i < kBlockRows; i += 4) store_float(values + i, load_half(half + i));

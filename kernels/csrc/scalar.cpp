@@ -37,7 +37,7 @@ struct Scalar {
   static INLINE Vec nibble(Vec w) {
     return w >> 4 * J & 0x0f0f0f0f;
   }
-  static INLINE void add_scaled(float* to, int32_t i, const float* scale) { *to += float(i) * *scale; }
+  static INLINE void add_scaled(float* to, int32_t i, float scale) { *to += float(i) * scale; }
   static INLINE void widen(const uint16_t* half, float* values) { widen_scales(half, values); }
   using Float = float;
   static INLINE Float load_float(const float* p) { return *p; }

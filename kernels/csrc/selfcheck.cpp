@@ -28,6 +28,8 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
+constexpr int kForms[] = {kTwoBits, kBase3, kEightBits, kOneBit, kFourBits, kOneBitTables};
+
 struct Target {
   int form, index;
   const char* isa;
@@ -35,7 +37,7 @@ struct Target {
 
 std::vector<Target> targets() {
   std::vector<Target> found;
-  for (int form : {kTwoBits, kBase3, kEightBits, kOneBit, kFourBits})
+  for (int form : kForms)
     for (int i = 0; bitnet_isa(form, i); ++i) found.push_back({form, i, bitnet_isa(form, i)});
   return found;
 }
@@ -43,7 +45,8 @@ std::vector<Target> targets() {
 enum Kind { kTernary, kBytes, kBinary, kNibbles };
 
 Kind kind_of(int form) {
-  return form == kEightBits ? kBytes : form == kFourBits ? kNibbles : form == kOneBit ? kBinary : kTernary;
+  if (form == kOneBit || form == kOneBitTables) return kBinary;
+  return form == kEightBits ? kBytes : form == kFourBits ? kNibbles : kTernary;
 }
 
 // A weight in all of the forms that can hold it, and its codes.
@@ -51,7 +54,7 @@ struct Weight {
   Kind kind;
   int64_t n, k;
   std::vector<int8_t> codes;
-  std::vector<uint8_t> forms[5];
+  std::vector<uint8_t> forms[6];
 
   Weight(Kind kind, int64_t n, int64_t k, int extreme) : kind(kind), n(n), k(k), codes(n * k) {
     const int low = kind == kBytes ? -128 : kind == kNibbles ? -8 : -1;
@@ -79,9 +82,9 @@ struct Weight {
     const uint8_t* source = kind == kBytes ? reinterpret_cast<const uint8_t*>(codes.data())
                             : kind == kNibbles ? nibbles.data() : hub.data();
     std::vector<int8_t> back(n * k);
-    for (int form : {kTwoBits, kBase3, kEightBits, kOneBit, kFourBits}) {
+    for (int form : kForms) {
       if (kind_of(form) != kind) continue;
-      const int64_t step = form == kEightBits ? 4 : form == kFourBits ? 8 : form == kBase3 ? 20 : form == kOneBit ? 32 : 16;
+      const int64_t step = form == kEightBits ? 4 : form == kFourBits ? 8 : form == kBase3 ? 20 : kind == kBinary ? 32 : 16;
       forms[form].resize((n + 31) / 32 * ((k + step - 1) / step) * 128);
       uint8_t* weight = forms[form].data();
       require(!bitnet_prepack(codes.data(), 1, n, k, weight, form, 2), "prepack of codes", "all", 0, n, k);

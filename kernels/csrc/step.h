@@ -71,7 +71,7 @@ struct Step {
   // Whether codes made for one layer are those that another takes.
   static bool same_codes(const Call& a, const Call& b) {
     return a.padded == b.padded && a.limbs == b.limbs && a.activation_bits == b.activation_bits &&
-           a.groups.size == b.groups.size && a.groups.step == b.groups.step && a.isa.max_tokens == b.isa.max_tokens;
+           a.groups.size == b.groups.size && &a.isa == &b.isa;
   }
 
   // A thread's share of a product's outputs, to[i] [m, n] for layer i. The caller waits before they are used.
