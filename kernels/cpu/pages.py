@@ -14,8 +14,8 @@ def drop(tensor: Tensor) -> int:
     """Let go of the memory of a contiguous tensor that is a mapped file's, where it has not been written to.
 
     Its values stay what they are: who looks at one has its page read again, from the file or the system's cache of it.
-    Returns how many bytes that may save, whole pages; 0 for a tensor in memory of its own, and where the system does not
-    tell (only Linux does).
+    Returns how many bytes that may save, whole pages; 0 for a tensor in memory of its own, and where the system does
+    not tell (only Linux does).
     """
     first, last = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
     if last <= first or not sys.platform.startswith("linux"):
