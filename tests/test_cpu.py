@@ -55,6 +55,20 @@ def prepack(codes: Tensor, form: int = cpu_library.TWO_BITS) -> Tensor:
     return cpu_linear.prepack(pack_ternary(codes), len(codes), form)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_hub_bytes_are_prepacked_as_their_codes_are(threads: int) -> None:
+    """To the byte, padding included: the two go different ways."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in (1, 2, 3, 4, 5, 7, 31, 32, 33, 66, 97, 130):
+            for k in (1, 8, 15, 16, 17, 33, 128):
+                codes = ternary(n, k)
+                assert prepack(codes).equal(cpu_linear.prepack_codes(codes, False)), (n, k)
+    finally:
+        torch.set_num_threads(before)
+
+
 def product(q: Tensor, codes: Tensor) -> Tensor:
     return (q.double() @ codes.double().T).int()  # exact: sums stay far below 2^53
 

@@ -19,6 +19,7 @@ struct Avx2 : Avx256 {  // sums are 16 x int16
 
 // Products of 8-bit weights do not fit 16 bits: even and odd bytes are widened, and vpmaddwd adds two products in 32.
 struct Avx2Wide : Avx2 {  // sums are 8 x int32
+  static constexpr int kStoredPanels = kAnyPanels, kFewTokens = kMaxTokens;  // there is nothing to unpack
   static constexpr int64_t kSumSteps = kMaxFeatures;
   static INLINE void dot(Sum& sum, Vec u, Vec s) {
     const Vec even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),

@@ -1,5 +1,6 @@
 // The C ABI: argument checks and the choice of an instruction set.
 #include "forms.h"
+#include "hub.h"
 #include "multiply.h"
 #include "step.h"
 
@@ -76,6 +77,10 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads) {
   if (n < 1 || k < 1 || k > max_features(form, false, false)) return kBadShape;
+  if (!from_codes && form == kTwoBits) {
+    prepack_hub(static_cast<const uint8_t*>(source), n, k, weight, threads);
+    return kOk;
+  }
   return prepack(source, from_codes, n, k, weight, form, threads) ? kOk : kBadCode;
 }
 
