@@ -101,6 +101,19 @@ def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str) ->
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_weights_of_1_bit_give_the_bits_of_2(bits: int) -> None:
+    """For one token, a few and many, which are multiplied in different ways."""
+    model, found = packed("llama", weights="binary", activation_bits=bits, group_size=32), []
+    for weight_bits in (2, 1):
+        for layer in model.modules():
+            if isinstance(layer, bitnet.PackedBitLinear):
+                layer.set_backend("cpu", weight_bits=weight_bits)
+        sequences = NativeSequences(model, 1)
+        found.append(torch.cat([sequences.extend([(0, part)]) for part in IDS.split([40, 5, 1, 2, 17, 5])]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("cache_type", "most"), [("float16", 2e-2), ("int8", 5e-2)])
 def test_narrow_caches_stay_close(cache_type: str, most: float) -> None:
     model = packed("llama")

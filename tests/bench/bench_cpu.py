@@ -1,6 +1,8 @@
 """How fast the packed linear layer is on this CPU, against reading its bytes and against torch's own kernels.
 
-    python tests/bench/bench_cpu.py [--quick] [--isa avx2] [--threads 1 2] [--csv tests/bench/results.csv]
+    python tests/bench/bench_cpu.py [--quick] [--isa avx2] [--threads 1 2] [--only cpu read] [--csv FILE]
+
+--cpu-time is for a core that other work shares: calls are timed by the processor time they take, in one thread.
 
 llama.cpp takes part where llama-cpp-python is installed (pip install llama-cpp-python, which compiles for 10 minutes).
 Every call goes through the public layer. Weights rotate through more than 200 MB, so none is in a cache when its turn
@@ -129,57 +131,69 @@ def rotation(make: Callable[[int, int], Iterator[tuple[Run, int]]], n: int, k: i
     raise AssertionError("candidates do not end")
 
 
-def measure(candidates: dict[str, list[Run]], x: Tensor, seconds: float) -> dict[str, Tensor]:
+def measure(
+    candidates: dict[str, list[Run]], x: Tensor, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Tensor]:
     """Seconds a call, one figure a round: float64 [rounds] for each candidate."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     calls = {}
     for name, runs in candidates.items():  # warm up, and fit each candidate's share of a round to 5 ms
         runs[0](x)
-        start = time.perf_counter()
+        start = clock()
         runs[-1](x)
         ggml.rest()
-        calls[name] = max(1, min(len(runs), int(5e-3 / (time.perf_counter() - start))))
+        calls[name] = max(1, min(len(runs), int(5e-3 / (clock() - start))))
     turn, end = 0, time.perf_counter() + seconds
     while turn < 3 or time.perf_counter() < end:
         for name, runs in candidates.items():
             batch = [runs[(turn * calls[name] + i) % len(runs)] for i in range(calls[name])]
-            start = time.perf_counter()
+            start = clock()
             for run in batch:
                 run(x)
-            times[name].append((time.perf_counter() - start) / len(batch))
+            times[name].append((clock() - start) / len(batch))
             ggml.rest()
         turn += 1
     return {name: torch.tensor(t, dtype=torch.float64) for name, t in times.items()}
 
 
-def calls() -> dict[str, Tensor]:
+def calls(clock: Callable[[], float]) -> dict[str, Tensor]:
     """A tiny layer's call, and the C function in it alone, as measure returns them."""
     layer, x, y = PackedBitLinear(64, 64, bias=False, backend="cpu"), torch.randn(1, 64), torch.empty(1, 64)
     described = cpu_linear.prepared(layer.prepack()[0], layer.weight_scale, None, 64, 64)
     arguments = (ctypes.byref(described), x.data_ptr(), 0, 64, None, 1, y.data_ptr(), 0, 1)
     function = cpu_library.native().bitnet_linear
-    return measure({"cpu": 1000 * [layer], "C function": 1000 * [lambda x: function(*arguments)]}, x, 0.5)
+    return measure({"cpu": 1000 * [layer], "C function": 1000 * [lambda x: function(*arguments)]}, x, 0.5, clock)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer tokens, under 50 seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", help="candidates whose names begin so; cpu must be among them")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, on a shared core")
     parser.add_argument("--csv", type=Path, default=results.FILE)
     results.add_isa(parser)
     args = parser.parse_args()
+    if args.cpu_time and args.threads != [1]:
+        parser.error("--cpu-time is that of the calling thread; add --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     results.hold(args.isa)
     if not cpu_library.isas(cpu_library.BASE3):
         del CANDIDATES["cpu-base3"]
+    for name in list(CANDIDATES) if args.only else []:
+        if not name.startswith(tuple(args.only)):
+            del CANDIDATES[name]
     shapes, tokens, seconds = (SHAPES[:2], [1, 16, 64, 256], 0.8) if args.quick else (SHAPES, TOKENS, 3.0)
     work = [("ternary_linear", n, k, tokens, CANDIDATES) for n, k in shapes]
     work += [] if args.quick else [("int8_linear", *HEAD, [1, 4], HEAD_CANDIDATES)]
 
     common = results.conditions()
+    if args.cpu_time:
+        common["hardware"] += ", CPU time"
     print(f"{common['hardware']}; {common['versions']}; µs a call, and how many times as long as ours the others take")
     rows = []
     with torch.no_grad():
-        times = calls()
+        times = calls(clock)
     above = 1e6 * (times["cpu"].median() - times["C function"].median())
     print(f"a layer's call takes {above:.1f} µs more than the C function in it", flush=True)
     for name, t in times.items():
@@ -191,7 +205,7 @@ def main() -> None:
             torch.set_num_threads(threads)
             for m in tokens:
                 with torch.no_grad():
-                    times = measure(candidates, torch.randn(m, k), seconds)
+                    times = measure(candidates, torch.randn(m, k), seconds, clock)
                 mine = times["cpu"].median()
                 words = [f"N {n:>5} K {k:>4} M {m:>4} threads {threads}: {1e6 * mine:9.0f} µs"]
                 words += [f"{name} {t.median() / mine:.2f}" for name, t in times.items() if name != "cpu"]
