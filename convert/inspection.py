@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from bitnet import tables
+from bitnet.kernels import rotation
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import describe
 from bitnet.packed import PackedBitLinear
@@ -20,7 +22,6 @@ from bitnet.quantize import QuantSpec
 from .files.safetensors import DTYPES
 from .hub.sentences import read_sentences
 from .opening import open_source
-from .rounding import Quantized
 from .source import Source, Weight, uniform
 
 
@@ -233,17 +234,16 @@ class Comparison:
 def diff_checkpoints(one: str | Path, other: str | Path, console: Console | None = None) -> Comparison:
     """Compare two checkpoints, in whatever forms, tensor by tensor.
 
-    Layers that are low-bit in both are compared as codes and scales, all else as numbers: a packed layer equals its
-    float twin if that holds codes * scale.
+    Layers that are low-bit in both, and rotated alike, are compared as codes and scales, all else as numbers: a packed
+    layer equals its float twin if that holds codes * scale, turned back if it rotates, in the precision that it has.
     """
     a, b = open_source(one), open_source(other)
     names = list(dict.fromkeys([*_named(a), *_named(b)]))
     low_bit = [{w.float_key: w for w in s.weights().values()} if not s.plain else {} for s in (a, b)]
-    transposed = {key for weights in low_bit for key, weight in weights.items() if weight.transposed}
     differences = {}
     for name in track(names, "comparing", "tensors", console or Console(stderr=True)):
         x, y = _values(a, low_bit[0], name), _values(b, low_bit[1], name)
-        if what := _difference(x, y, name in transposed):
+        if what := _difference(x, y):
             differences[name] = what
     return Comparison(len(names) - len(differences), differences)
 
@@ -253,41 +253,57 @@ def _named(source: Source) -> list[str]:
     weights = [] if source.plain else list(source.weights().values())
     names = {part: weight.float_key for weight in weights for part in source.parts(weight.key)}
     names |= {f"{weight.name}.bias": f"{weight.float_key}_bias" for weight in weights if weight.experts is not None}
-    scales = {f"{weight.name}.weight_scale" for weight in weights}
-    return [names.get(key, key) for key in source.stored() if key not in scales]
+    inner = {f"{weight.name}.{part}" for weight in weights for part in ("weight_scale", "signs")}
+    return [names.get(key, key) for key in source.stored() if key not in inner]
 
 
-def _values(source: Source, weights: dict[str, Weight], key: str) -> Quantized | Tensor | None:
-    """A low-bit weight as codes and scales, each [..., N, K] and [..., 1] or [..., N], or another tensor as it is.
+class _LowBit(NamedTuple):
+    """A low-bit weight: codes [..., N, K], scale [..., 1], [..., N] or [..., N, G], and how its features are turned."""
+
+    codes: Tensor
+    scale: Tensor
+    block: int | None
+    signs: Tensor | None
+    transposed: bool
+
+    def floats(self) -> Tensor:
+        """What the float model has for it."""
+        floats = dequantize_weight(self.codes, self.scale)
+        if self.block is not None:
+            floats = rotation.unrotate(floats, self.block, self.signs)
+        return floats.mT if self.transposed else floats
+
+    def comparable(self, other: "_LowBit") -> bool:
+        """Whether both are rotated alike, and scales stand for the same groups, or one is of all the other's are of."""
+        a, b = self.scale, other.scale
+        alike = a.dtype == b.dtype and (a.dtype != torch.float16 or a.shape == b.shape)
+        signs = (self.signs is None and other.signs is None) or (
+            self.signs is not None and other.signs is not None and torch.equal(self.signs, other.signs)
+        )
+        return alike and self.block == other.block and signs
+
+
+def _values(source: Source, weights: dict[str, Weight], key: str) -> _LowBit | Tensor | None:
+    """A low-bit weight, or another tensor as it is.
 
     weights: the source's low-bit ones, by the names they have in the float model
     """
-    if key in weights:
-        codes, scales = zip(*source.matrices(weights[key]), strict=True)
-        if weights[key].experts is None:
-            return Quantized(codes[0], scales[0])
-        return Quantized(torch.stack(codes), torch.stack(scales))
+    if weight := weights.get(key):
+        codes, scales = (torch.stack(each) for each in zip(*source.matrices(weight), strict=True))
+        if weight.experts is None:
+            codes, scales = codes[0], scales[0]
+        signs = source.tensor(f"{weight.name}.signs") if weight.spec.hadamard_signs else None
+        return _LowBit(codes, scales, weight.spec.hadamard, signs, weight.transposed)
     if (stack := weights.get(key.removesuffix("_bias"))) and not source.parts(key):
         key = f"{stack.name}.bias"
     return source.tensor(key) if source.parts(key) else None
 
 
-def _floats(weight: Quantized, transposed: bool) -> Tensor:
-    """codes * scale as the float model has it."""
-    floats = dequantize_weight(weight.codes, weight.scale)
-    return floats.mT if transposed else floats
-
-
-def _comparable(a: Tensor, b: Tensor) -> bool:
-    """Whether scales stand for the same groups, or one is of all that the other's are of."""
-    return a.dtype == b.dtype and (a.dtype != torch.float16 or a.shape == b.shape)
-
-
-def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None, transposed: bool) -> str:
+def _difference(a: _LowBit | Tensor | None, b: _LowBit | Tensor | None) -> str:
     """How two tensors differ, in words; empty if they do not."""
     if a is None or b is None:
         return f"only in the {'second' if a is None else 'first'}"
-    if isinstance(a, Quantized) and isinstance(b, Quantized) and _comparable(a.scale, b.scale):
+    if isinstance(a, _LowBit) and isinstance(b, _LowBit) and a.comparable(b):
         if a.codes.shape != b.codes.shape:
             return f"shape {list(a.codes.shape)} against {list(b.codes.shape)}"
         words = []
@@ -296,7 +312,8 @@ def _difference(a: Quantized | Tensor | None, b: Quantized | Tensor | None, tran
         if float(change := torch.where(a.scale == b.scale, 0, a.scale / b.scale - 1).abs().max()):
             words.append(f"scale by up to {100 * change:.2g} %")
         return ", ".join(words)
-    x, y = (_floats(t, transposed) if isinstance(t, Quantized) else t.float() for t in (a, b))
+    kept = next((t.dtype for t in (a, b) if isinstance(t, Tensor)), torch.float32)  # how precise a float twin is
+    x, y = (t.floats().to(kept).float() if isinstance(t, _LowBit) else t.float() for t in (a, b))
     if x.shape != y.shape:
         return f"shape {list(x.shape)} against {list(y.shape)}"
     if torch.equal(x, y):

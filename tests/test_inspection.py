@@ -232,3 +232,21 @@ def test_scales_of_other_groups_are_compared_by_what_they_stand_for(tmp_path: Pa
         bitnet.save(model, tmp_path / name)
     for one, other in (("rows", "groups"), ("groups", "finer"), ("finer", "rows")):
         assert not diff_checkpoints(tmp_path / one, tmp_path / other, QUIET).differences
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_rotated_layer_is_compared_with_its_float_twin_turned_back(signs: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama().bfloat16()
+    bitnet.replace_linear(model, hadamard=8, hadamard_signs=signs)
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "packed")
+    convert_checkpoint(tmp_path / "packed", tmp_path / "floats", "bf16", tokenizer=False, console=QUIET)
+    assert diff_checkpoints(tmp_path / "packed", tmp_path / "floats", QUIET).differences == {}
+    if signs:
+        layer = model.model.layers[0].mlp.up_proj
+        layer.signs.neg_()  # which is another matrix, of the same codes
+        bitnet.save(model, tmp_path / "turned")
+        found = diff_checkpoints(tmp_path / "packed", tmp_path / "turned", QUIET).differences
+        assert list(found) == ["model.layers.0.mlp.up_proj.weight"]
+        assert "values by 2e+02 %" in found["model.layers.0.mlp.up_proj.weight"]
