@@ -121,7 +121,7 @@ def check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: in
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_everything_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
 
