@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.kernels import layout
+from bitnet.kernels.ops import all_finite
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedEmbedding, packed_zeros
 from bitnet.packing import quantize_matrix, to_packed
@@ -57,7 +58,7 @@ def head_job(source: Source, kind: str, weight_bits: float) -> tuple[str, Job]:
         def quantized() -> Iterator[Tensor]:
             stored, at = packed_zeros(width, rows, spec, "cpu")[0] if whole else None, 0
             for block in blocks(source.pieces(key), width):
-                if not bool(block.isfinite().all()):
+                if not all_finite(block):
                     raise ValueError(f"{key}: the output head holds NaN or Inf")
                 codes, scale = quantize_matrix(block, spec)
                 found.append(stored_scale(scale))
