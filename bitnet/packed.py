@@ -192,9 +192,8 @@ class PackedBitLinear(Packed):
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             self._check_scale()
-            groups, four_bits = self.spec.group_size is not None, self.spec.weights == "int4"
-            bits = self.activation_bits
-            backend = backends.choose_backend(self.backend, weight.device, bits, self.weight_bits, groups, four_bits)
+            bits, groups = self.activation_bits, self.spec.group_size is not None
+            backend = backends.choose_backend(self.backend, weight.device, bits, self.weight_bits, groups)
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
             with torch.inference_mode(False):  # inference tensors could not be saved for a later backward
                 prepacked = ops.prepack(weight, self.out_features, in_features=self.in_features, backend=backend)

@@ -42,7 +42,6 @@ class Backend(NamedTuple):
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
     weights: tuple[str, ...] = _KINDS  # kinds it multiplies with kernels of its own
     grouped: bool = False  # whether it has kernels for scales of groups
-    four_bits: bool = True  # whether it multiplies 4-bit weights
     widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
@@ -170,9 +169,8 @@ def _triton(planes: int) -> Backend:
         unprepack=partial(gpu_layout.unprepack, planes=planes),
         bind=partial(gpu_backend.bind, planes=planes),
         check=partial(gpu_backend.check, planes=planes),
-        weights=("ternary", "int8") if planes == gpu_layout.TWO_BITS else ("ternary",),
+        weights=(*_KINDS, "int4") if planes == gpu_layout.TWO_BITS else ("ternary",),
         grouped=planes == gpu_layout.TWO_BITS,
-        four_bits=False,
         widths=(8, 16, None),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
@@ -215,7 +213,7 @@ class BackendStatus(NamedTuple):
 
 
 def backends(
-    device: str | torch.device = "cpu", activation_bits: int | None = 8, groups: bool = False, four_bits: bool = False
+    device: str | torch.device = "cpu", activation_bits: int | None = 8, groups: bool = False
 ) -> list[BackendStatus]:
     """Which backends can run on `device`, best first, and for the others why not and what to do.
 
@@ -224,7 +222,7 @@ def backends(
     device = torch.device(device)
     rows = []
     for name, backend in BACKENDS.items():
-        obstacle = _missing(backend, device, activation_bits, groups, four_bits) or _fault(name, device)
+        obstacle = backend.missing(device, activation_bits, groups) or _fault(name, device)
         rows.append(BackendStatus(name, obstacle is None, obstacle or backend.description()))
     return rows
 
@@ -242,22 +240,20 @@ def choose_backend(
     activation_bits: int | None = 8,
     weight_bits: float = 2,
     groups: bool = False,
-    four_bits: bool = False,
 ) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
-    groups: whether groups of features have scales of their own; four_bits: whether the weight is one of 4 bits
+    groups: whether groups of features have scales of their own
     weight_bits: 1.6 turns a backend into its "-base3" form if that can run, 1 into its "-binary" form, and either warns
         if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
-    name = _choose(backend, device, activation_bits, groups, four_bits)
+    name = _choose(backend, device, activation_bits, groups)
     suffix = _SUFFIXES.get(weight_bits, "")
     if suffix and not name.endswith(suffix):
         form = BACKENDS.get(name + suffix)
-        how = activation_bits, groups, four_bits
-        why = _missing(form, device, *how) if form else "that backend has no such form"
+        why = form.missing(device, activation_bits, groups) if form else "that backend has no such form"
         why = why or _fault(name + suffix, device)
         if why is None:
             return name + suffix
@@ -268,29 +264,18 @@ def choose_backend(
     return name
 
 
-def _missing(
-    backend: Backend, device: torch.device, activation_bits: int | None, groups: bool, four_bits: bool
-) -> str | None:
-    """Why a backend cannot run such layers and what to do; None if it can."""
-    if four_bits and not backend.four_bits:
-        return "it has no kernels for 4-bit weights; choose 'auto' or 'torch'"
-    return backend.missing(device, activation_bits, groups)
-
-
 @lru_cache
-def _choose(
-    backend: str, device: torch.device, activation_bits: int | None, groups: bool = False, four_bits: bool = False
-) -> str:
+def _choose(backend: str, device: torch.device, activation_bits: int | None, groups: bool = False) -> str:
     check_backend(backend)
     if backend == "auto":
         for name, one in BACKENDS.items():
-            if name.endswith(tuple(_SUFFIXES.values())) or _missing(one, device, activation_bits, groups, four_bits):
+            if name.endswith(tuple(_SUFFIXES.values())) or one.missing(device, activation_bits, groups):
                 continue
             if (fault := _fault(name, device)) is None:
                 return name
             _say_once(f"backend {name!r} is not used: {fault.partition(';')[0]}. Please report it.")
         raise AssertionError("the definition runs everywhere")
-    obstacle = _missing(BACKENDS[backend], device, activation_bits, groups, four_bits) or _fault(backend, device)
+    obstacle = BACKENDS[backend].missing(device, activation_bits, groups) or _fault(backend, device)
     if obstacle:
         raise RuntimeError(f"backend {backend!r} cannot run on {device.type}: {obstacle}")
     return backend

@@ -158,7 +158,7 @@ def prepack(
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
     if packed.dtype == torch.uint8 and not four_bits and not is_observed() and not packed.is_meta:
         validate_packed(packed)
-    return backends.BACKENDS[choose_backend(backend, packed.device, four_bits=four_bits)].prepack(packed, n, k)
+    return backends.BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n, k)
 
 
 def linear_prepacked(

@@ -195,16 +195,6 @@ def test_float_activations_of_4_bit_weights_run_on_torch() -> None:
     assert layer.prepack()[1] == "torch"
 
 
-def test_a_backend_without_4_bit_kernels_is_refused_and_never_chosen() -> None:
-    layer = int4_layer(torch.zeros(4, 40).char(), torch.ones(4, 2).half(), None, "triton")
-    with pytest.raises(
-        RuntimeError, match=r"'triton' cannot run .*no kernels for 4-bit weights; choose 'auto' or 'torch'"
-    ):
-        layer.prepack()
-    rows = {row.name: row for row in backends.backends("cuda", 8, groups=True, four_bits=True)}
-    assert "no kernels for 4-bit weights" in rows["triton"].detail
-
-
 def test_a_4_bit_layer_goes_through_autograd_export_and_its_state() -> None:
     codes, scale = torch.randint(-8, 8, (6, 70)).char(), torch.randn(6, 3).half()
     layer, x = int4_layer(codes, scale, torch.ones(6), "auto"), torch.randn(3, 70)

@@ -24,7 +24,7 @@ from bitnet import BitLinear, PackedBitLinear
 from bitnet.kernels import backends, layout, proof, quantizers, reference
 from bitnet.kernels.gpu import backend as gpu_backend
 from bitnet.kernels.gpu import layout as gpu_layout
-from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
+from bitnet.kernels.gpu.layout import BASE3, FOUR_BITS, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
@@ -93,13 +93,16 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def weights(n: int, k: int, planes: int) -> Tensor:
     """Codes of a weight for this layout, int8 [N, K]."""
-    low, high = (-127, 128) if planes == INT8 else (-1, 2)
+    low, high = {INT8: (-127, 128), FOUR_BITS: (-8, 8)}.get(planes, (-1, 2))
     return torch.randint(low, high, (n, k), dtype=torch.int8)
 
 
+def stored(codes: Tensor, planes: int) -> Tensor:
+    return layout.pack_codes(codes, {INT8: "int8", FOUR_BITS: "int4"}.get(planes, "ternary"))
+
+
 def prepack(codes: Tensor, planes: int) -> Tensor:
-    stored = codes if planes == INT8 else layout.pack_ternary(codes)
-    return gpu_layout.prepack(stored.to(DEVICE), len(codes), planes)
+    return gpu_layout.prepack(stored(codes, planes).to(DEVICE), len(codes), planes)
 
 
 def on_device(t: Tensor | None) -> Tensor | None:
@@ -129,20 +132,22 @@ def test_everything_in_the_interpreter() -> None:
 # Layouts: plain torch, anywhere
 
 
-@each_planes
+@pytest.mark.parametrize("planes", [TWO_BITS, BASE3, INT8, FOUR_BITS], ids=["2_bits", "base3", "int8", "int4"])
 @pytest.mark.parametrize(("n", "k"), sorted({(n, k) for _, n, k in SHAPES}))
 def test_prepacked_bytes_are_where_the_layout_says_and_come_back(planes: int, n: int, k: int) -> None:
     codes = weights(n, k, planes)
-    stored = codes if planes == INT8 else layout.pack_ternary(codes)
-    packed = gpu_layout.prepack(stored, n, planes)
-    assert tuple(packed.shape) == (n, gpu_layout.row_bytes(k, planes))
+    packed = gpu_layout.prepack(stored(codes, planes), n, planes)
+    assert tuple(packed.shape) == gpu_layout.own_shape(n, k, planes)
     assert torch.equal(gpu_layout.unprepack(packed, n, k, planes), codes)
+    packed = packed.flatten(1)
+    assert packed.shape[1] == gpu_layout.row_bytes(k, planes)
     for feature in {0, k // 2, k - 1}:
         block, plane, j = feature // (32 * planes), feature // 32 % planes, feature % 32
         byte = packed[:, 32 * block + j].int()
         digit = {
             INT8: byte,
             TWO_BITS: (byte >> 2 * plane & 3) - 1,
+            FOUR_BITS: (byte >> 4 * plane & 15) - 8,
             BASE3: (byte * 3**plane % 256 * 3 >> 8) - 1,  # the next digit of a fraction of 256
         }[planes]
         assert digit.tolist() == codes[:, feature].tolist()

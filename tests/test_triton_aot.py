@@ -21,7 +21,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from bitnet.kernels.gpu import configs as configs  # noqa: E402
 from bitnet.kernels.gpu import floats, groups, linear, parts, quantize  # noqa: E402
-from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS, row_bytes  # noqa: E402
+from bitnet.kernels.gpu.layout import BASE3, FOUR_BITS, INT8, TWO_BITS, row_bytes  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
@@ -154,7 +154,7 @@ def float_dot(arch: str, m: int, size: int = 0, dtype: str = "bf16", planes: int
         types |= {"partial": "*fp32", "counters": "*i32"}
     constants = {"K": K, "PLANES": planes, "BYTES": row_bytes(K, planes), "SIZE": size, "PARTS": pieces, "GROUP": 16}
     constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT": config.split, "PER_ROW": True}
-    constants["BLOCK_B"] = config.block_k // (1 if planes == INT8 else 4)
+    constants["BLOCK_B"] = config.block_k // min(planes, 4)
     return build(floats._float_dot, arch, types, constants, config.warps, config.stages)
 
 
@@ -218,11 +218,13 @@ def test_products_run_on_tensor_cores_with_no_conversion_in_the_loop(
 
 # (M, size of groups, layout): every tile of group_heuristic and float_heuristic; and all that there are
 GROUPS = [(1, 32, TWO_BITS), (1, 128, TWO_BITS), (64, 256, TWO_BITS), (4096, 64, TWO_BITS), (4096, 128, TWO_BITS)]
+GROUPS += [(1, 32, FOUR_BITS)]
 ALL_GROUPS = [(m, size, TWO_BITS) for m in (1, 64, 4096) for size in (32, 64, 128, 256)]
-ALL_GROUPS += [(4096, size, INT8) for size in (32, 64, 128, 256)]
-FLOATS = [(1, 0, TWO_BITS), (64, 128, TWO_BITS), (4096, 0, TWO_BITS)]
+ALL_GROUPS += [(4096, size, INT8) for size in (32, 64, 128, 256)] + [(m, 32, FOUR_BITS) for m in (1, 64, 4096)]
+FLOATS = [(1, 0, TWO_BITS), (64, 128, TWO_BITS), (4096, 0, TWO_BITS), (1, 32, FOUR_BITS)]
 ALL_FLOATS = [(m, size, TWO_BITS) for m in (1, 64, 4096) for size in (0, 32, 64, 128, 256)]
 ALL_FLOATS += [(m, 0, planes) for m in (1, 64, 4096) for planes in (BASE3, INT8)]
+ALL_FLOATS += [(m, 32, FOUR_BITS) for m in (1, 64, 4096)]
 FLOAT_MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma_f32_"}
 
 some_groups = [GROUPS, pytest.param(ALL_GROUPS, marks=pytest.mark.slow)]
@@ -444,15 +446,17 @@ def words() -> np.ndarray:
     return found.reshape(-1, 4)
 
 
-@pytest.mark.parametrize("planes", [TWO_BITS, BASE3])
+@pytest.mark.parametrize("planes", [FOUR_BITS, TWO_BITS, BASE3])
 def test_assembly_unpacks_like_the_plain_path(planes: int) -> None:
     packed = words()
-    source = parts._TWO_BITS if planes == TWO_BITS else parts._BASE3
+    source = {FOUR_BITS: parts._FOUR_BITS, TWO_BITS: parts._TWO_BITS, BASE3: parts._BASE3}[planes]
     found = [
         word.view(np.uint8).reshape(-1, 4) for word in execute(source.value, [packed.view(np.uint32)[:, 0]], planes)
     ]
     wide = packed.astype(np.int64)
-    if planes == TWO_BITS:
+    if planes == FOUR_BITS:
+        expected = [wide & 15, wide >> 4]
+    elif planes == TWO_BITS:
         expected = [wide >> 2 * p & 3 for p in range(4)]
     else:
         expected = [(wide * 3 ** (p + 1) >> 8) - 3 * (wide * 3**p >> 8) for p in range(5)]

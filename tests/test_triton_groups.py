@@ -23,7 +23,7 @@ from torch import Tensor
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.kernels import backends, layout, proof, quantizers, reference
 from bitnet.kernels.gpu import backend as gpu_backend
-from bitnet.kernels.gpu.layout import BASE3, INT8, TWO_BITS
+from bitnet.kernels.gpu.layout import BASE3, FOUR_BITS, INT8, TWO_BITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from test_triton import DEVICE, INTERPRETED, _interpreter, each_dtype, on_device, on_gpu, prepack, runs  # noqa: E402
@@ -98,14 +98,28 @@ def test_groups_have_the_oracles_bits(size: int, kind: str, bits: int) -> None:
 
 
 @runs
-@each_size
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_4_bit_weights_have_the_oracles_bits(bits: int) -> None:
+    for i, (m, n, k) in enumerate(WIDE):
+        dtype, scale = DTYPES[i % 3], scales_of(n, k, 32) * (1 - 2 * (i % 2))  # scales of Q4_0 may be negative
+        x, codes = torch.randn(m, k).to(dtype), torch.randint(-8, 8, (n, k), dtype=torch.int8)
+        bias = torch.randn(n).to(dtype) if i % 2 else None
+        if bits == 4:
+            x = grid(m, k).to(dtype)
+        y = bound(codes, scale, bias, bits, FOUR_BITS)(x.to(DEVICE))
+        assert torch.equal(y.cpu(), oracle.grouped(x, codes.numpy().astype(np.int64), scale.numpy(), 32, bias, bits))
+
+
+@runs
 @pytest.mark.parametrize("limbs", [1, 2])
-@pytest.mark.parametrize("planes", [TWO_BITS, INT8], ids=["2_bits", "int8"])
+@pytest.mark.parametrize(
+    ("planes", "size"), [(FOUR_BITS, 32), *((planes, size) for planes in (TWO_BITS, INT8) for size in SIZES)]
+)
 def test_any_number_of_programs_adds_spans_in_the_same_order(size: int, limbs: int, planes: int) -> None:
     """Fails if a span is stored where another belongs, or added in the order of arrival."""
     m, n, k = 3, 40, 4 * 1024 + 70
     codes, scale, x = codes_of("ternary", n, k), scales_of(n, k, size), torch.randn(m, k)
-    layer = PreparedWeight(prepack(codes, planes), scale.to(DEVICE), None, n, k, planes)
+    layer = PreparedWeight(prepack(codes, planes).flatten(1), scale.to(DEVICE), None, n, k, planes)
     expected = reference.ternary_linear(x, codes, scale, None, 8 * limbs)
     for split in (1, 2, 3, 5):
         config = configs.Dot(32, 16, size, 4, 2, split=split)
@@ -131,16 +145,19 @@ def test_16_bits_have_the_oracles_bits(planes: int, size: str | None, kind: str)
 @pytest.mark.parametrize("m", [1, 3], ids=["gemv", "dot"])
 @pytest.mark.parametrize("size", [None, 32, 128, 256])
 def test_the_largest_codes_do_not_overflow(size: int | None, m: int) -> None:
-    """Sums of 256 codes of 16 bits are beyond 2^22, where a float is no longer rounded to integers for free."""
+    """Sums of 256 codes of 16 bits, or of 32 times weights of 4, are beyond 2^22: no floats round these for free."""
     k = 4096
     codes = torch.ones(2, k, dtype=torch.int8)
     codes[1] = -1
     scale = scales_of(2, k, size)
-    for sign in (3.0, -3.0):
-        x = torch.full((m, k), sign)
-        for bits in (8, 16):
-            y = bound(codes, scale, None, bits)(x.to(DEVICE)).cpu()
-            assert torch.equal(y, reference.ternary_linear(x, codes, scale, None, bits))
+    for planes in (TWO_BITS, *[FOUR_BITS] * (size == 32)):
+        codes = codes * (8 if planes == FOUR_BITS else 1)
+        codes.clamp_(max=7)
+        for sign in (3.0, -3.0):
+            x = torch.full((m, k), sign)
+            for bits in (8, 16):
+                y = bound(codes, scale, None, bits, planes)(x.to(DEVICE)).cpu()
+                assert torch.equal(y, reference.ternary_linear(x, codes, scale, None, bits))
 
 
 @runs
@@ -198,7 +215,8 @@ def test_float_products_are_within_the_stated_bound(size: Any, dtype: torch.dtyp
         offset = 0 if bias is None else bias.double()
         exact = x.double() @ weight.T + offset
         sizes = x.double().abs() @ weight.abs().T + abs(offset)
-        for planes in (TWO_BITS, INT8) if isinstance(size, int) else (TWO_BITS, BASE3, INT8):
+        others = (FOUR_BITS,) * (size == 32) if isinstance(size, int) else (BASE3,)
+        for planes in (TWO_BITS, INT8, *others):
             y = bound(codes, scale, bias, None, planes)(x.to(DEVICE)).cpu()
             assert y.dtype == dtype
             # the bound of y, not of the exact value: hence twice

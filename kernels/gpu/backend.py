@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layout import check_rows
-from .layout import BASE3, TWO_BITS, planes_of, row_bytes
+from .layout import BASE3, TWO_BITS, own_shape, planes_of
 
 
 def missing(
@@ -49,7 +49,7 @@ def _triton_version() -> str | None:
 
 def check(weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, planes: int) -> None:
     """Raise ValueError unless the tensors are those of a layer of N x K: the kernels would read beyond them."""
-    needed = n, row_bytes(k, planes_of(weight, planes))
+    needed = own_shape(n, k, planes_of(weight, planes))
     if tuple(weight.shape) != needed:
         raise ValueError(
             f"triton kernel: weight is prepacked as {list(weight.shape)}, but {n} x {k} needs {list(needed)}"
@@ -73,7 +73,7 @@ def bind(
     from .parts import PreparedWeight, bind
 
     bias = None if bias is None else bias.contiguous()
-    layer = PreparedWeight(weight, scale.contiguous(), bias, n, k, planes)
+    layer = PreparedWeight(weight.flatten(1), scale.contiguous(), bias, n, k, planes)
     if activation_bits is None:
         return bind(layer, floats.bound(layer))
     bound = groups.bound if scale.dtype == torch.float16 else linear.bound

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .layout import BASE3, INT8, TWO_BITS, row_bytes
+from .layout import BASE3, FOUR_BITS, INT8, TWO_BITS, row_bytes
 
 
 class Gemv(NamedTuple):
@@ -144,7 +144,7 @@ def _split(gpu: Gpu, tile: Dot, m: int, n: int, k: int) -> int:
 def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, limbs: int = 1) -> Dot:
     """The configuration for m tokens and a weight with a scale for each row and group of `size` features.
 
-    Steps are fixed: a group, or a block of 128 features. Programs that share a tile have whole spans of 1024.
+    Steps are fixed: a group, or a block of 32 bytes. Programs that share a tile have whole spans of 1024.
     """
     kind = family(gpu.arch)
     stages = 2 if kind == "gfx" else 3 if limbs * size == 512 else 6  # on sm_90 27 KB for groups of 128, at most 49
@@ -168,7 +168,7 @@ def group_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int, li
 def float_heuristic(gpu: Gpu, m: int, n: int, k: int, planes: int, size: int = 0, parts: int = 1) -> Dot:
     """The configuration for m tokens of floats; size: features of a group, 0 without; parts: bfloat16s of a float32."""
     kind = family(gpu.arch)
-    step = max(size, 128) if planes != INT8 or not size else size
+    step = 64 if planes == FOUR_BITS else max(size, 128) if planes != INT8 or not size else size
     if m <= 16 or size == 32 or (kind == "gfx" and size == 256):
         tile = Dot(64, 16, step, 4, 8)  # 48 KB, of which 14 KB are weights in flight
     elif m <= 64 or size == 64:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..reference import size_of_groups
 from .configs import Dot, float_heuristic, gpu_of, tiles
-from .layout import INT8
 from .parts import GROUP, PreparedWeight, assembly, comes_last, float_planes, in_order, pair_in_order, place
 
 
@@ -68,7 +67,7 @@ def _float_dot(
     PER_ROW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x, of one or three parts, times packed rows w; scales of groups of SIZE where that is not 0."""
-    STEP: tl.constexpr = BLOCK_B * PLANES  # features; with groups one of them, or 128
+    STEP: tl.constexpr = BLOCK_B * PLANES  # features; with groups one of them, 128, or 64 of 4 bits
     STEPS: tl.constexpr = (BYTES + BLOCK_B * SPLIT - 1) // (BLOCK_B * SPLIT)
     EVEN: tl.constexpr = BYTES == BLOCK_B * SPLIT * STEPS and K == BYTES * PLANES
     GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE if SIZE > 0 else 1
@@ -96,7 +95,7 @@ def _float_dot(
                 k = b // 32 * 160 + p * 32 + b % 32
                 total = _add_product(total, planes[p], x_at, k, left, next_part, K, PARTS, EVEN)
         else:
-            if PLANES == 1 or SIZE == 32:
+            if PLANES == 1 or SIZE == 32:  # all of 4 bits
                 found = planes
             elif SIZE == 64:
                 found = (pair_in_order(planes[0], planes[1]), pair_in_order(planes[2], planes[3]))
@@ -169,7 +168,7 @@ def multiply(config: Dot, layer: PreparedWeight, x: Tensor, y: Tensor) -> None:
         _float_dot[tiles(config, m, n) * config.split,](
             x, layer.weight, layer.scale, layer.bias, y, partial, counters, m, n, x.stride(0),
             K=k, PLANES=planes, BYTES=layer.weight.shape[1], SIZE=size, PARTS=parts, BLOCK_N=config.block_n,
-            BLOCK_M=config.block_m, BLOCK_B=config.block_k // (1 if planes == INT8 else 4), SPLIT=config.split,
+            BLOCK_M=config.block_m, BLOCK_B=config.block_k // min(planes, 4), SPLIT=config.split,
             GROUP=GROUP, PER_ROW=layer.scale.numel() > 1, ASM=assembly(x),
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,16 +1,18 @@
 """Triton kernel of the packed linear layer with a scale for each row and group of features, and its launchers.
 
 _group_dot, for any number of tokens, on tensor cores: linear._dot with accumulators that live for one group. A step is
-  a group, or a block of 128 features that holds several. The integers of a group become float32, are multiplied by its
-  scale and added, every operation rounded by itself (launches pass enable_fp_fusion=False), from first to last within a
-  span of 1024 features; then the spans from first to last: reference.group_linear, whose bits it has to have.
+  a group, or 32 bytes that hold several: 128 features of 2 bits, 64 of 4. The integers of a group become float32, are
+  multiplied by its scale and added, every operation rounded by itself (launches pass enable_fp_fusion=False), from
+  first to last within a span of 1024 features; then the spans from first to last: reference.group_linear, whose bits it
+  has to have.
   Where programs share a tile, each has whole spans and stores one float32 sum a span; the last to arrive adds all of
   them in their order. So the bits do not depend on how many there are.
 
 An accumulator starts at the bits of 1.5 * 2^23, minus the token's sum of codes in the group, since packed codes are
-code + 1: what it ends as is, read as a float, 1.5 * 2^23 plus the wanted sum, exactly, while that is below 2^22. A
-subtraction makes it a float32, at eight times the rate of a conversion. Only 16-bit codes in groups of 256 can be
-beyond and are converted. Scales and sums of the next step are loaded a step ahead.
+code + 1 (eight times it, where they have 4 bits and are code + 8): what it ends as is, read as a float, 1.5 * 2^23 plus
+the wanted sum, exactly, while that is below 2^22. A subtraction makes it a float32, at eight times the rate of a
+conversion. Only 16-bit codes in groups of 256, or times weights of 4 bits, can be beyond and are converted. Scales and
+sums of the next step are loaded a step ahead.
 
 Bytes: those of linear._dot, and 2 N G of scales. Bound by memory with few tokens; with many by the four operations that
 each output takes a group, which for groups of 128 are about as long as the products.
@@ -28,7 +30,17 @@ from torch import Tensor
 from ..reference import SPAN, size_of_groups
 from .configs import Dot, gpu_of, group_heuristic, tiles
 from .layout import INT8
-from .parts import GROUP, PreparedWeight, assembly, comes_last, in_order, pair_in_order, place, two_bit_planes
+from .parts import (
+    GROUP,
+    PreparedWeight,
+    assembly,
+    comes_last,
+    four_bit_planes,
+    in_order,
+    pair_in_order,
+    place,
+    two_bit_planes,
+)
 from .quantize import ROUND, ROUND_BITS, quantize, quantize_4_bits
 
 
@@ -46,7 +58,8 @@ def _ahead(
         if ROUNDED:
             start += ROUND_BITS
         if PLANES != 1:
-            start -= tl.load(sums_at + group.to(tl.int64) * m, mask=tokens < tl.where(group < GROUPS, m, 0), other=0)
+            sums = tl.load(sums_at + group.to(tl.int64) * m, mask=tokens < tl.where(group < GROUPS, m, 0), other=0)
+            start -= sums * 8 if PLANES == 2 else sums
         starts = starts + (start,)  # type: ignore[assignment]
         # the sum of a group that is not there is 0, whatever it is multiplied with
         scales = scales + (tl.load(scale_at + tl.minimum(group, GROUPS - 1)),)  # type: ignore[assignment]
@@ -88,7 +101,7 @@ def _group_dot(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Codes q times packed rows w with scales of groups; sums [G, M] of codes. See the top of this file."""
-    STEP: tl.constexpr = SIZE if PLANES == 1 or SIZE > 128 else 128
+    STEP: tl.constexpr = SIZE if PLANES == 1 or SIZE > 128 else 32 * PLANES
     BLOCK_B: tl.constexpr = STEP // PLANES
     EACH: tl.constexpr = STEP // SIZE  # groups
     TURN: tl.constexpr = SPAN // STEP
@@ -96,7 +109,7 @@ def _group_dot(
     SHARE: tl.constexpr = (SPANS + SPLIT - 1) // SPLIT  # spans a program
     EVEN: tl.constexpr = K % STEP == 0 and BYTES * PLANES == K
     GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE
-    ROUNDED: tl.constexpr = LIMBS == 1 or SIZE < 256
+    ROUNDED: tl.constexpr = LIMBS == 1 or (SIZE < 256 and PLANES != 2)
     SPACE: tl.constexpr = BLOCK_N * BLOCK_M
     split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
 
@@ -135,6 +148,8 @@ def _group_dot(
                 found = (pair_in_order(one, two), pair_in_order(three, four))  # type: ignore[assignment]
             else:
                 found = (in_order(one, two, three, four),)  # type: ignore[assignment]
+        elif PLANES == 2:
+            found = four_bit_planes(packed, ASM)
         else:
             found = (packed,)  # type: ignore[assignment]
         for j in tl.static_range(EACH):

@@ -115,6 +115,12 @@ fma.rn.f16x2 $6, t, one, c;
 lop3.b32 t, high, 0x00C000C0, 0x64006400, 0xEA;
 fma.rn.f16x2 $7, t, one, c;
 }""")
+_FOUR_BITS = tl.constexpr("""{
+.reg .b32 t;
+and.b32 $0, $2, 0x0F0F0F0F;
+shr.u32 t, $2, 4;
+and.b32 $1, t, 0x0F0F0F0F;
+}""")
 _DOT4 = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
 
 
@@ -130,6 +136,15 @@ def two_bit_planes(w, ASM: tl.constexpr):
 
 
 @triton.jit
+def four_bit_planes(w, ASM: tl.constexpr):
+    """Bytes [R, B] to the two planes of codes + 8, int8 [R, B] each."""
+    if ASM:
+        return tl.inline_asm_elementwise(_FOUR_BITS, "=r,=r,r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    else:
+        return (w & 15).to(tl.int8), (w >> 4).to(tl.int8)
+
+
+@triton.jit
 def _as_float(codes, dtype: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         return codes.to(dtype)
@@ -142,6 +157,9 @@ def float_planes(w, PLANES: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
     """Bytes [R, B] to the planes of codes [R, B], as bfloat16 or float16."""
     if PLANES == 1:
         return (_as_float(w, dtype, ASM),)
+    elif PLANES == 2:
+        a, b = four_bit_planes(w, ASM)
+        return _as_float(a - 8, dtype, ASM), _as_float(b - 8, dtype, ASM)
     elif PLANES == 5:
         a, b, c, d, e = base3_planes(w, ASM)
         return (
@@ -259,7 +277,7 @@ def assembly(x: Tensor) -> bool:
 class PreparedWeight(NamedTuple):
     """A prepacked weight and what belongs to it; scale and bias are contiguous."""
 
-    weight: Tensor  # layout.py
+    weight: Tensor  # layout.py, a row a row
     scale: Tensor
     bias: Tensor | None
     n: int
