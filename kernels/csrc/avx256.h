@@ -14,6 +14,7 @@ struct Avx256 {
   struct Packed {};
   static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
   static constexpr int kBytes = 32, kTileVecs = 2;
+  static constexpr int kWideVecs = 1;
   static constexpr int kPlaneVecs = 2;  // with four, 16 registers do not hold the sums, the activations and the masks
 
   static INLINE Vec load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -6,6 +6,7 @@ namespace {
 struct Avx512Vnni : Avx512 {
   struct Packed {};
   static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
+  static constexpr int kWideVecs = 2;  // 16 sums; the forms that need more registers have them in memory
   using Planes = FourPlanes;
 
   static INLINE Packed unpack(const uint8_t*) { return {}; }

@@ -10,7 +10,7 @@
 //   Sum, kSumSteps            a partial accumulator, and how many steps it holds before it could overflow
 //   dot(sum, u, s), total(sum)    sum += the 4-byte dot products of unsigned u and signed s, lane by lane; as int32
 //   Planes, kPlaneSteps       the same for one token: add(w, s[kFields]) takes a whole packed vector, total()
-//   kPlaneVecs                vectors of rows that are summed at once for one token
+//   kPlaneVecs, kWideVecs     vectors of rows that are summed at once for one token, of 8 bits and of 16
 //   kTileVecs, kMaxTokens     shape of the register tile for many: vectors of rows, tokens
 //   kFewVecs, kFewTokens      the same where all tokens fit one panel, from kMaxTokens on
 //   Float, load_float, load_half, load_byte, splat_float, store_float    vectors of float32, from float16 and int8
@@ -28,19 +28,22 @@ namespace {
 
 // One token. Weights are read once, linearly; all that matters is that the loads never wait.
 
-// take(v, sums): what the limbs of a token make with vector v of a block's rows, int32.
+// take(v, sums): what the limbs of a token make with vector v of a block's rows, int32. steps: those of a group, or at most
+// kPlaneSteps.
 template <class I, int kLimbs, class Take>
 INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, const Take& take) {
-  constexpr int kVecs = kStepBytes / I::kBytes, kTogether = I::kPlaneVecs / kLimbs ? I::kPlaneVecs / kLimbs : 1;
+  constexpr bool kOnce = I::kPlaneSteps * 4 * I::kFields >= kMaxGroup;
+  constexpr int kVecs = kStepBytes / I::kBytes, kTogether = kLimbs == 2 ? I::kWideVecs : I::kPlaneVecs;
   for (int v0 = 0; v0 < kVecs; v0 += kTogether) {
     const uint8_t* p = w + v0 * I::kBytes;
     const int8_t* word = q;
     typename I::Int sum[kTogether][kLimbs] = {};
-    for (int64_t left = steps; left > 0; left -= I::kPlaneSteps) {
+    int64_t left = steps;
+    do {
       typename I::Planes planes[kTogether][kLimbs] = {};
-      for (int64_t here = smaller(left, I::kPlaneSteps); here > 0; --here) {
+      for (int64_t here = kOnce ? left : smaller(left, I::kPlaneSteps); here > 0; --here) {
         // the hardware's prefetcher stops at every 4 KB page
-        for (int byte = 0; byte < kTogether * I::kBytes; byte += 64) __builtin_prefetch(p + 8192 + byte);
+        for (int byte = 0; byte < kTogether * I::kBytes; byte += 64) __builtin_prefetch(p + 6144 + byte);
         typename I::Vec s[kLimbs][I::kFields];
         UNROLL for (int j = 0; j < I::kFields * kLimbs; ++j) s[j % kLimbs][j / kLimbs] = I::splat(word + 4 * j);
         UNROLL for (int v = 0; v < kTogether; ++v) {
@@ -52,7 +55,7 @@ INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, co
       }
       UNROLL for (int v = 0; v < kTogether; ++v)
         UNROLL for (int l = 0; l < kLimbs; ++l) sum[v][l] = I::add32(sum[v][l], planes[v][l].total());
-    }
+    } while (!kOnce && (left -= I::kPlaneSteps) > 0);
     UNROLL for (int v = 0; v < kTogether; ++v) take(v0 + v, sum[v]);
   }
 }
@@ -99,7 +102,6 @@ void gemv_groups(const PreparedWeight& layer, int64_t first, int64_t last, const
     Sums<kBlockRows> sums = {};
     const int8_t* q = token.codes;
     for (int64_t g = 0; g < groups.count; ++g, scale += kBlockRows) {
-      __builtin_prefetch(scale + 2048);
       const auto off = I::splat32(I::kZero * token.sums[g]);
       multiply_steps<I, kLimbs>(layer.weight + (block * steps + groups.first(g)) * kStepBytes, q, groups.steps(g),
                                 [&](int v, const auto& sum) INLINE_LAMBDA {
@@ -158,7 +160,7 @@ struct Unpacked {
 
 template <class I>
 struct AsStored : I {
-  static constexpr int64_t kStride = kStepBytes, kAhead = 8192;  // as for one token
+  static constexpr int64_t kStride = kStepBytes, kAhead = 8192;
 };
 
 template <class I, class W, int J, int R, int T>
