@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .native import Cached, run
+from .native import Cached, embed, run
 from .plan import Plan, Unplanned, known
 
 # transformers 5.24 renamed what forwards and outputs call their cache
@@ -94,7 +94,7 @@ class NativeForward:
         ids = kwargs.get("input_ids")
         if ids is None or ids.ndim != 2 or not ids.is_cpu or kwargs.get("inputs_embeds") is not None:
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if self._base.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
         config = self._base.config
         if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
@@ -137,7 +137,7 @@ class NativeForward:
             or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions
         ):
             return None
-        embedded = self._base.get_input_embeddings()(ids[new])
+        embedded = embed(self._base, ids[new])
         work = [(cached, n) for cached, n in zip(rows.cached, counts, strict=True) if n]
         x = run(plan, embedded, work).to(embedded.dtype)
         if not bool(new.all()):

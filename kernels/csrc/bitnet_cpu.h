@@ -46,10 +46,13 @@ struct PreparedWeight {
   int32_t isa;  // index into bitnet_isa(form)
 };
 
-// y = x / sqrt(mean(x^2) + eps) * weight. A null weight: no norm.
+// y = x / sqrt(mean(x^2) + eps) * weight, of x less its mean if `centered` (LayerNorm), plus bias if there is one. A null
+// weight: no norm.
 struct Norm {
   const float* weight;
+  const float* bias;
   float eps;
+  int32_t centered;
 };
 
 // Layers that share an input x: norms of x one after the other, the Walsh-Hadamard transform in blocks (0: none), then
@@ -62,16 +65,18 @@ struct Product {
   const PreparedWeight* layers[3];
 };
 
-// One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))).
+// One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))), what is
+// added times the plan's `residual`. If `parallel`, both see the x that came in.
 struct Block {
   Product in[3];    // q, k and v in this order, in as many products as `in_count`
-  Product gate[2];  // gate and up
+  Product gate[2];  // gate and up, or the one layer before f
   Product out, down;
-  Norm query, key;  // of each head
+  Norm query, key;  // of each head, or if `whole` of all heads as one
   Norm after_attention, after_mlp;
   int64_t window;   // positions that a token sees, itself among them; 0: all
   int32_t in_count, gate_count;
-  int64_t rope;     // which of the plan's tables; -1: no rotary positions
+  int32_t rope;     // which of the plan's tables; -1: no rotary positions
+  int32_t whole, parallel;
 };
 
 enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2 };
@@ -85,7 +90,11 @@ struct Plan {
   const float* ropes[2][2];  // cosine and sine, [positions, half]
   Norm final;
   float scaling;             // of scores
+  float cap;                 // scores s become cap * tanh(s / cap); 0: they do not
+  float residual;
+  int32_t interleaved;       // features 2i and 2i + 1 turn together, and not i and i + half
   int32_t gate;
+  int32_t gated;             // f(gate) * up; 0: f(gate)
   int32_t cache_type;        // kFloat32, kFloat16, or kInt8 with a float32 scale a position and head
   int32_t isa;               // index into bitnet_isa(kTwoBits)
 };

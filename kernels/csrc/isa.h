@@ -94,12 +94,12 @@ struct Query {
 
 // What happens in a decoder block between its products: attention.h.
 struct Between {
-  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* y);
-  void (*rotate)(const float* cosine, const float* sine, int64_t half, float* head);
-  void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);
+  void (*normalize)(const float* x, const Norm& norm, int64_t k, float* y);
+  void (*rotate)(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head);
+  void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);  // up: null without one
   void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim);
   // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dim is a multiple of 16.
-  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores);
+  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores);
 };
 
 struct Isa {
