@@ -113,6 +113,8 @@ def load() -> ctypes.CDLL | str:
     library.bitnet_isa.argtypes, library.bitnet_isa.restype = (int32, int32), ctypes.c_char_p
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
     library.bitnet_step.argtypes = (pointer, pointer, int64, pointer, pointer, pointer, int32)
+    library.bitnet_attention.argtypes = (pointer, int32)
+    library.bitnet_norm.argtypes = (pointer, pointer, int32, int64, int64, pointer, int32)
     library.bitnet_prepack.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)
     library.bitnet_unprepack.argtypes = (pointer, int64, int64, pointer, int32, int32)
     library.bitnet_quantize.argtypes = (pointer, int32, int64, int64, int64, int32, pointer, pointer, int32, int32)

@@ -195,7 +195,7 @@ INLINE void softmax(float* scores, int64_t count) {
   for (i = 0; i < count; ++i) scores[i] *= factor;
 }
 
-// Adds values times T rows of weights to the queries' sums, V vectors of features at a time.
+// Adds values, rows of which are `dim` apart, times T rows of weights to the queries' sums, V vectors of features at a time.
 template <class I, class C, int T, int V>
 INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count, const float* weights, int64_t stride,
                   const Query* queries, int64_t feature) {
@@ -276,15 +276,6 @@ void store(int32_t type, const CachedHead& cache, int64_t position, const float*
     case kFloat16: return store_position<Halves<I>>(cache, position, key, value, dim);
     case kInt8: return store_position<Bytes<I>>(cache, position, key, value, dim);
   }
-}
-
-template <class I>
-constexpr Between kBetween = {normalize, rotate, apply_gate, store<I>, attend<I>};
-
-template <class I>
-constexpr const Between* between() {
-  if constexpr (I::kForm == kTwoBits) return &kBetween<I>;
-  return nullptr;
 }
 
 }  // namespace

@@ -107,6 +107,20 @@ struct Sequence {
   int64_t capacity;
 };
 
+// Attention of a few tokens over keys and values as torch holds them: their last dimensions are contiguous, the strides of the
+// others in elements. q [batch, heads, queries, dim], k [batch, kv_heads, positions, dim] and v [.., value_dim] of `type`;
+// dim and value_dim are multiples of 16.
+struct Attention {
+  const void *q, *k, *v;
+  const uint8_t* mask;  // [batch, heads, queries, positions], of bytes: 1 for what is seen; null: all is
+  void* out;            // [batch, queries, heads, value_dim], contiguous; 0 for a query that sees nothing
+  int64_t batch, heads, kv_heads, queries, positions, dim, value_dim;
+  int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[3];  // of batch, head, and query or position
+  float scaling;        // of scores
+  int32_t type;
+  int32_t isa;          // index into bitnet_isa(kTwoBits)
+};
+
 // Changes whenever anything in this file does, so that a stale build is noticed.
 BITNET_EXPORT int32_t bitnet_abi();
 
@@ -130,6 +144,11 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
 // is before them is in its cache, to which they are added.
 BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const Sequence* sequences,
                                   const int64_t* sequence, const int64_t* position, int32_t threads);
+
+BITNET_EXPORT int32_t bitnet_attention(const Attention* attention, int32_t threads);
+
+// y [m, k] = norm of contiguous x [m, k], both of a float type; rounded once.
+BITNET_EXPORT int32_t bitnet_norm(const Norm* norm, const void* x, int32_t type, int64_t m, int64_t k, void* y, int32_t isa);
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
 // for form C, codes int8 [n, k]; for form E without from_codes [n, ceil(k/32), 16] bytes in the order of llama.cpp's Q4_0.
