@@ -2,10 +2,10 @@
 
 What transformers does around the blocks stays its own: sampling, beams, streaming, stop strings, left padding, assisted
 generation, the output head. The base model's forward is stood in for, on that one model object, by NativeForward, which
-runs the blocks of a call that it can compute and hands every other call to transformers: of models that plan.py does not
-know, without a cache passed in, with gradients, with attentions or hidden states asked for, under torch.compile, on
-other devices, or when a module or weight has become something that plan.py does not know. A cache that was begun natively
-is then turned into transformers' own. Where it is given a cache, transformers' own forward runs lean (lean.py).
+runs the blocks of a call that it can compute and hands every other call to transformers: of a family, module or weight
+that plan.py does not know, without a cache passed in, with gradients, with attentions or hidden states asked for, under
+torch.compile, or on other devices. A cache that was begun natively is then turned into transformers' own. Where it is
+given a cache, transformers' own forward runs lean (lean.py).
 """
 
 import contextlib
@@ -95,7 +95,9 @@ class NativeForward:
             if not self._prepared:
                 prepare(self._base)
                 self._prepared = True
-            with running(cache):
+            ids = args[0] if args else kwargs.get("input_ids")
+            given = kwargs.get("inputs_embeds") if ids is None else ids
+            with running(cache, given.shape[1]):
                 return self._original(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
 

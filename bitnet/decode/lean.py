@@ -1,17 +1,17 @@
-"""A few tokens through transformers' own forward, without most of what it costs: for what the native step does not compute.
+"""A few tokens through transformers' own forward, without most of what it costs, for what the native step does not know.
 
 Of the time of a token on a CPU, torch's attention, the concatenation of keys and values, and norms of six operations
 each take as long as all packed layers. In calls of transformers' own forward that are given a DynamicCache, `running`
-puts three things in their places, in any architecture:
+has the cache's layers grow into room of their own (Growing) instead of being copied for each token, and for up to
+MOST_TOKENS new tokens puts two more things in their places, in any architecture:
 
-- transformers' attention registry has our function as "sdpa", which computes up to MOST_TOKENS new tokens natively and
-  hands all else to the original,
-- layers of the cache grow into room of their own (Growing) instead of being copied for each token,
+- transformers' attention registry has our function as "sdpa", which computes what it can natively and hands all else to
+  the original,
 - modules that prove to be an RMSNorm run in one native call (LeanNorm).
 
 Nothing is rounded that was not: keys and values stay in the model's dtype, sums are of float32. They have another order
-than torch's, and a norm in bfloat16 is rounded once, where some models round it twice; a value may then round to the next
-code, as in the native step. Everywhere else the modules and the registry do what they did.
+than torch's, and a norm in bfloat16 is rounded once, where some models round it twice; a value may then round to the
+next code, as in the native step. Everywhere else the modules and the registry do what they did.
 """
 
 import contextlib
@@ -31,7 +31,6 @@ from ..kernels.cpu.attention import attention, bind_rms_norm
 from ..kernels.cpu.library import FLOATS
 
 MOST_TOKENS = 8  # beyond these torch's matrix products are as fast
-_MOST_FEATURES = 1 << 17  # of a norm in one thread
 _ROOM = 256  # positions a layer has room for at first; it doubles
 
 
@@ -43,14 +42,14 @@ _here = _Here()
 
 
 @contextlib.contextmanager
-def running(cache: DynamicCache) -> Iterator[None]:
-    """Inside, a model's own forward runs lean in this thread; see the module. cache: what it is given."""
+def running(cache: DynamicCache, tokens: int) -> Iterator[None]:
+    """Inside, a model's own forward, given the cache and so many tokens, runs lean in this thread; see the module."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = Growing
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = Growing
-    before, _here.running = _here.running, True
+    before, _here.running = _here.running, tokens <= MOST_TOKENS
     try:
         yield
     finally:
@@ -77,7 +76,7 @@ def restore(base: nn.Module) -> None:
 
 
 class _Attention:
-    """transformers' attention of torch, but for a few tokens while a model runs lean."""
+    """transformers' attention of torch, but native while a model runs lean."""
 
     def __init__(self, original: Any) -> None:
         self._original = original
@@ -94,12 +93,10 @@ class _Attention:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        tokens = query.shape[2]
         if (
             not torch.compiler.is_compiling()
             and _here.running
-            and tokens <= MOST_TOKENS
-            and (tokens == 1 or attention_mask is not None)
+            and (query.shape[2] == 1 or attention_mask is not None)
             and not dropout
             and not any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
         ):
@@ -190,7 +187,7 @@ def _rms_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 
 class LeanNorm:
-    """The forward of a module that is an RMSNorm: native for a few rows while a model runs lean."""
+    """The forward of a module that is an RMSNorm: native while a model runs lean."""
 
     def __init__(self, module: nn.Module, eps: float, plus_one: bool) -> None:
         self._module, self._eps, self._plus_one = module, eps, plus_one
@@ -211,7 +208,6 @@ class LeanNorm:
             and x.dtype in FLOATS
             and x.is_contiguous()
             and x.shape[-1] == len(weight)
-            and x.numel() <= _MOST_FEATURES
         ):
             return self._original(x)
         version = -1 if weight.is_inference() else weight._version
