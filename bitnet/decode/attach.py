@@ -96,7 +96,7 @@ class NativeForward:
                 prepare(self._base)
                 self._prepared = True
             ids = args[0] if args else kwargs.get("input_ids")
-            given = kwargs.get("inputs_embeds") if ids is None else ids
+            given: Any = kwargs.get("inputs_embeds") if ids is None else ids
             with running(cache, given.shape[1]):
                 return self._original(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})

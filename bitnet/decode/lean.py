@@ -1,4 +1,4 @@
-"""A few tokens through transformers' own forward, without most of what it costs, for what the native step does not know.
+"""A few tokens through transformers' own forward, without most of its costs, where the native step does not run.
 
 Of the time of a token on a CPU, torch's attention, the concatenation of keys and values, and norms of six operations
 each take as long as all packed layers. In calls of transformers' own forward that are given a DynamicCache, `running`
@@ -117,45 +117,49 @@ class Growing(DynamicLayer):
     longer are where they grew, they get room anew.
     """
 
-    _rooms: tuple[Tensor, Tensor] | None = None
+    keys: Any
+    values: Any
+    _rooms: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        held = (self.keys, self.values) if self.is_initialized and self.get_seq_length() else None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            self._rooms = None
-            result: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return result
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past = 0 if held is None else held[0].shape[2]
-        new = key_states.shape[2]
-        if self._rooms is None or not all(
-            _fits(room, t, held and held[i], past + new)
-            for i, (room, t) in enumerate(zip(self._rooms, (key_states, value_states), strict=True))
-        ):
-            room = _ROOM
-            while room < past + new:
-                room *= 2
-            self._rooms = tuple(t.new_empty(*t.shape[:2], room, t.shape[3]) for t in (key_states, value_states))
-            if held is not None:
-                for room_, t in zip(self._rooms, held, strict=True):
-                    room_.narrow(2, 0, past).copy_(t)
-        for room_, t in zip(self._rooms, (key_states, value_states), strict=True):
-            room_.narrow(2, past, new).copy_(t)
-        self.keys, self.values = (room_.narrow(2, 0, past + new) for room_ in self._rooms)
+        held = (self.keys, self.values) if self.get_seq_length() else (None, None)
+        new = key_states, value_states
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not all(map(_follows, new, held)):
+            self._rooms = None, None
+            result: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return result
+        key_room, self.keys = _append(self._rooms[0], held[0], key_states)
+        value_room, self.values = _append(self._rooms[1], held[1], value_states)
+        self._rooms = key_room, value_room
         return self.keys, self.values
 
 
-def _fits(room: Tensor, new: Tensor, held: Tensor | None, length: int) -> bool:
-    """Whether what is held lies in this room, and there is place behind it."""
-    if room.is_inference() and not torch.is_inference_mode_enabled():
-        return False  # could not be written to
-    same = room.shape[:2] == new.shape[:2] and room.shape[3] == new.shape[3]
-    same = same and room.dtype == new.dtype and room.device == new.device
-    return same and room.shape[2] >= length and (held is None or _begins(held, room))
+def _follows(new: Tensor, held: Tensor | None) -> bool:
+    """Whether transformers would put them together as they are."""
+    if held is None:
+        return new.ndim == 4
+    same = new.dtype == held.dtype and new.device == held.device
+    return same and new.shape[:2] == held.shape[:2] and new.shape[3:] == held.shape[3:]
 
 
-def _begins(held: Tensor, room: Tensor) -> bool:
+def _append(room: Tensor | None, held: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    """A room that begins with what is held and what is new, the same one if it can be, and that beginning of it."""
+    past, tokens = 0 if held is None else held.shape[2], new.shape[2]
+    if room is None or not _fits(room, held, past + tokens):
+        room = new.new_empty(*new.shape[:2], max(_ROOM, 1 << (past + tokens).bit_length()), new.shape[3])
+        if held is not None:
+            room.narrow(2, 0, past).copy_(held)
+    room.narrow(2, past, tokens).copy_(new)
+    return room, room.narrow(2, 0, past + tokens)
+
+
+def _fits(room: Tensor, held: Tensor | None, length: int) -> bool:
+    if room.shape[2] < length or (room.is_inference() and not torch.is_inference_mode_enabled()):
+        return False  # there is no place behind what is held, or it could not be written to
+    if held is None:
+        return False
     return held.data_ptr() == room.data_ptr() and held.stride() == room.stride() and held.shape[0] == room.shape[0]
 
 

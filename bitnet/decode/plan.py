@@ -258,16 +258,15 @@ class Plan:
         if block.parallel:
             norms[2] = norms[0]
         width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        names = "q_proj", "k_proj", "v_proj"
-        into = _parts("self_attn", attention, names, "qkv_proj", (width, key_width, key_width))
+        sizes = width, key_width, key_width
+        into = _parts("self_attn", attention, ["q_proj", "k_proj", "v_proj"], "qkv_proj", sizes)
         block.in_count = self._products(into, norms[0], block.into)
         sub = getattr(attention, "attn_sub_norm", None)
         self._products([("self_attn.o_proj", attention.o_proj)], sub, [block.out])
         gate, up, down = family.mlp
-        names = tuple(name for name in (gate, up) if name is not None)
-        block.gate_count = self._products(
-            _parts("mlp", mlp, names, "gate_up_proj", (config.intermediate_size,) * 2), norms[2], block.gate
-        )
+        names = [name for name in (gate, up) if name is not None]
+        first = _parts("mlp", mlp, names, "gate_up_proj", (config.intermediate_size,) * 2)
+        block.gate_count = self._products(first, norms[2], block.gate)
         self._products([(f"mlp.{down}", getattr(mlp, down))], getattr(mlp, "ffn_sub_norm", None), [block.down])
         if norms[1] is not None:
             block.after_attention = self._norm(norms[1])
@@ -318,7 +317,7 @@ class Plan:
         self._kept.append(tables)  # and the ones before, which another thread may be reading
 
 
-def _parts(holder: str, module: Any, names: tuple[str, ...], fused: str, sizes: tuple[int, ...]) -> list[Any]:
+def _parts(holder: str, module: Any, names: list[str], fused: str, sizes: tuple[int, ...]) -> list[Any]:
     """Layers by name, or where there is one layer for all of them its parts of so many outputs."""
     if not hasattr(module, fused):
         return [(f"{holder}.{name}", getattr(module, name)) for name in names]
