@@ -48,6 +48,8 @@ def _model(kind: str, **options: object) -> Callable[[], PreTrainedModel]:
     return lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | options), dtype=torch.float32)
 
 
+# torch's attention does not cap scores, which transformers 5.17 leaves at that
+_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attn_implementation": "eager"}
 _SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -65,10 +67,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "bitnet": lambda: BitNetForCausalLM(BitNetConfig(**SIZES | {"num_key_value_heads": 4}, hidden_act="relu2")),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES, pad_token_id=0)),
     "gemma": _model("gemma", head_dim=32, hidden_act="gelu_pytorch_tanh"),
-    "gemma2": _model("gemma2", head_dim=32, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **_SLIDING),
+    "gemma2": _model("gemma2", head_dim=32, **_CAPS, **_SLIDING),
     "olmo2": _model("olmo2", attention_bias=True),
     "olmo3": _model("olmo3", **_SLIDING),
     "phi3": _model("phi3", sliding_window=24, partial_rotary_factor=0.5, **_FUSED),
+    "phi": _model("phi", rope_parameters=_PARTIAL),
+    "nemotron": _model("nemotron", attention_bias=True, mlp_bias=True, rope_parameters=_PARTIAL, head_dim=32),
+    "vaultgemma": _model("vaultgemma", head_dim=16, **_CAPS, **_SLIDING),
     "granite": _model(
         "granite",
         embedding_multiplier=3.0,

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import decode_models
 import pytest
 import torch
 from decode_models import SIZES
@@ -161,7 +162,7 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS = {
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
-    "phi": {},
+    "apertus": {},
     "olmo": {},
     "qwen3_moe": {"head_dim": 16, **_MOE},
     "mixtral": {"head_dim": 16, "sliding_window": None},
@@ -261,7 +262,7 @@ def test_logits_are_as_close_as_roundings(dtype: torch.dtype, calls: list[int]) 
 
 
 def test_beams_assistants_and_samples_go_on(calls: list[int]) -> None:
-    model = packed("phi")
+    model = packed("apertus")
     options = {"max_new_tokens": 20, "num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
     plain = model.generate(**batch(), do_sample=False, **options).sequences_scores
     alone = model.generate(IDS[None], max_new_tokens=30, do_sample=False)
@@ -278,7 +279,7 @@ def test_beams_assistants_and_samples_go_on(calls: list[int]) -> None:
 
 @pytest.mark.parametrize("what", ["no cache", "gradients", "eager", "attentions", "detached"])
 def test_other_calls_stay_transformers_own(what: str, calls: list[int]) -> None:
-    model = packed("phi")
+    model = packed("apertus")
     with torch.no_grad():
         expected = model(IDS[None, :5], use_cache=False).logits
     attach_decoding(model)
@@ -307,6 +308,32 @@ def test_other_calls_stay_transformers_own(what: str, calls: list[int]) -> None:
             found = model(IDS[None, :5], **given)
         assert torch.equal(found.logits, expected)
     assert not calls
+
+
+def test_what_looks_at_operations_sees_torch_s(calls: list[int]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = packed("apertus")
+    attach_decoding(model)
+    with torch.no_grad():
+        expected = model(IDS[None, :5], use_cache=False).logits
+        compiled = torch.compile(model, backend="eager")(IDS[None, :5], **{CACHE: DynamicCache(config=model.config)})
+        with FlopCounterMode(display=False) as counted:
+            found = model(IDS[None, :5], **{CACHE: DynamicCache(config=model.config)})
+    assert torch.equal(compiled.logits, expected)
+    assert torch.equal(found.logits, expected)
+    assert not calls
+    assert counted.get_total_flops() > 0
+
+
+def test_what_the_step_cannot_compute_of_a_family_it_knows_runs_lean(calls: list[int]) -> None:
+    model = decode_models.packed("qwen3")
+    plain = model.generate(IDS[None], max_new_tokens=20, do_sample=False)
+    bitnet.native_decoding(model)
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    found = model.generate(IDS[None], max_new_tokens=20, do_sample=False)
+    assert calls == [1] * 19 * 4
+    assert_same_texts(model, plain, found, torch.ones(1, 70))
 
 
 def test_a_changed_norm_is_noticed(calls: list[int]) -> None:

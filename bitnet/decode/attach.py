@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..kernels import observed
 from .lean import prepare, restore, running
 from .native import Cached, embed, run
 from .plan import Plan, Unplanned, known
@@ -33,20 +34,20 @@ def native_decoding(model: Any, cache_type: str | None = "float16") -> None:
         head; None leaves all to transformers again
     Raises ValueError with the reason for a model that the native step does not compute.
     """
-    vars(model.base_model).pop("forward", None)
-    restore(model.base_model)
-    if cache_type is None:
-        return
-    if why := why_not(model, cache_type):
+    base = model.base_model
+    if cache_type is not None and (why := why_not(model, cache_type)):
         raise ValueError(f"native_decoding: {why}")
-    vars(model.base_model)["forward"] = NativeForward(model.base_model, cache_type)
+    vars(base).pop("forward", None)
+    restore(base)
+    if cache_type is not None:
+        vars(base)["forward"] = NativeForward(base, cache_type)
 
 
 def attach_decoding(model: nn.Module) -> None:
     """The same for a model just loaded, and lean decoding for one of a family that the step does not know; whether it
     fits shows when it runs."""
     base = getattr(model, "base_model", model)
-    if base is not model and all(p.device.type == "cpu" for p in model.parameters()):
+    if base is not model and hasattr(model, "generate") and all(p.device.type == "cpu" for p in model.parameters()):
         vars(base)["forward"] = NativeForward(base, "float16")
 
 
@@ -90,13 +91,13 @@ class NativeForward:
         if hidden is None:
             if rows is not None:
                 rows.give_back(cache, self._base.dtype)
-            if _is_observed():
+            ids = args[0] if args else kwargs.get("input_ids")
+            given = kwargs.get("inputs_embeds") if ids is None else ids
+            if _is_observed() or observed.is_observed() or type(given) is not Tensor:
                 return self._original(*args, **kwargs)
             if not self._prepared:
                 prepare(self._base)
                 self._prepared = True
-            ids = args[0] if args else kwargs.get("input_ids")
-            given: Any = kwargs.get("inputs_embeds") if ids is None else ids
             with running(cache, given.shape[1]):
                 return self._original(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})

@@ -38,6 +38,8 @@ class Family(NamedTuple):
     parallel: bool = False  # attention and the MLP see the same x, and its one norm
     interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
     mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
+    out: str = "o_proj"
+    final: str = "norm"
     window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
     rotates: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
 
@@ -57,11 +59,15 @@ FAMILIES = {
     "qwen3": Family("Qwen3Model"),
     "gemma": Family("GemmaModel", plus_one=True),
     "gemma2": Family("Gemma2Model", _SANDWICH, plus_one=True),
+    "vaultgemma": Family(
+        "VaultGemmaModel", ("input_layernorm", None, "pre_feedforward_layernorm", None), plus_one=True
+    ),
     "gemma3_text": Family("Gemma3TextModel", _SANDWICH, plus_one=True),
     "bitnet": Family("BitNetModel"),
     "smollm3": Family("SmolLM3Model"),
     "olmo2": Family("Olmo2Model", _AFTER),
     "olmo3": Family("Olmo3Model", _AFTER),
+    "phi": Family("PhiModel", parallel=True, mlp=(None, "fc1", "fc2"), out="dense", final="final_layernorm"),
     "phi3": Family("Phi3Model", window=_of_config),
     "granite": Family("GraniteModel"),
     "cohere": Family("CohereModel", centered=True, parallel=True, interleaved=True),
@@ -85,6 +91,7 @@ FAMILIES = {
     "seed_oss": Family("SeedOssModel"),
     "ministral": Family("MinistralModel"),
     "cwm": Family("CwmModel"),
+    "nemotron": Family("NemotronModel", plus_one=True, mlp=(None, "up_proj", "down_proj")),
     "arcee": Family("ArceeModel", mlp=(None, "up_proj", "down_proj")),
     "starcoder2": Family("Starcoder2Model", mlp=(None, "c_fc", "c_proj"), window=_of_config),
     "stablelm": Family("StableLmModel"),
@@ -163,7 +170,7 @@ class Plan:
         plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
         plan.residual = getattr(config, "residual_multiplier", 1)
         plan.interleaved, plan.gated = self._family.interleaved, self._family.mlp[0] is not None
-        plan.final = self._norm(base.norm)
+        plan.final = self._norm(getattr(base, self._family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self._kept.append(blocks)
         self.native = plan
@@ -262,7 +269,7 @@ class Plan:
         into = _parts("self_attn", attention, ["q_proj", "k_proj", "v_proj"], "qkv_proj", sizes)
         block.in_count = self._products(into, norms[0], block.into)
         sub = getattr(attention, "attn_sub_norm", None)
-        self._products([("self_attn.o_proj", attention.o_proj)], sub, [block.out])
+        self._products([(f"self_attn.{family.out}", getattr(attention, family.out))], sub, [block.out])
         gate, up, down = family.mlp
         names = [name for name in (gate, up) if name is not None]
         first = _parts("mlp", mlp, names, "gate_up_proj", (config.intermediate_size,) * 2)

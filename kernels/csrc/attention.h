@@ -195,9 +195,9 @@ INLINE void softmax(float* scores, int64_t count) {
   for (i = 0; i < count; ++i) scores[i] *= factor;
 }
 
-// Adds values, rows of which are `dim` apart, times T rows of weights to the queries' sums, V vectors of features at a time.
+// Adds values, whose rows are `apart`, times T rows of weights to the queries' sums, V vectors of features at a time.
 template <class I, class C, int T, int V>
-INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count, const float* weights, int64_t stride,
+INLINE void weigh(const typename C::Element* values, int64_t apart, int64_t count, const float* weights, int64_t stride,
                   const Query* queries, int64_t feature) {
   constexpr int kWidth = I::kBytes / 4;
   typename I::Float sum[T][V];
@@ -205,7 +205,7 @@ INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count,
     UNROLL for (int v = 0; v < V; ++v) sum[t][v] = I::load_float(queries[t].out + feature + v * kWidth);
   }
   values += feature;
-  for (int64_t i = 0; i < count; ++i, values += dim) {
+  for (int64_t i = 0; i < count; ++i, values += apart) {
     typename I::Float value[V];
     UNROLL for (int v = 0; v < V; ++v) value[v] = C::load(values + v * kWidth);
     UNROLL for (int t = 0; t < T; ++t) {
@@ -218,9 +218,26 @@ INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count,
   }
 }
 
+// The queries' sums over positions [first, last) of values whose rows are `stride` apart; weights begin with `first`'s.
+template <class I, class C, int T>
+INLINE void weigh_all(const typename C::Element* values, int64_t stride, int64_t first, int64_t last, const float* weights,
+                      int64_t width, const Query* queries, int64_t dim) {
+  constexpr int kWidth = I::kBytes / 4, kVecs = T == 1 ? 4 : 2;  // several sums hide the latency of adding
+  for (int t = 0; t < T; ++t) memset(queries[t].out, 0, dim * sizeof(float));
+  for (int64_t at = first; at < last; at += kRun) {  // as many positions as stay in the first cache
+    const auto* rows = values + at * stride;
+    const int64_t count = smaller(kRun, last - at);
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t i = 0; i < dim; i += 64 / int64_t(sizeof(*values))) __builtin_prefetch(rows + (kRun + row) * stride + i);
+    int64_t feature = 0;
+    for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
+      weigh<I, C, T, kVecs>(rows, stride, count, weights + at - first, width, queries, feature);
+    for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(rows, stride, count, weights + at - first, width, queries, feature);
+  }
+}
+
 template <class I, class C, int T>
 void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float cap, float* scores) {
-  constexpr int kWidth = I::kBytes / 4, kVecs = 2;
   int64_t first = queries[0].first, last = queries[0].last;
   for (int t = 1; t < T; ++t) {
     first = smaller(first, queries[t].first);
@@ -238,17 +255,8 @@ void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float
     if constexpr (C::kScaled)
       for (int64_t i = first; i < last; ++i) row[i - start] *= cache.value_scales[i];
   }
-  for (int t = 0; t < T; ++t) memset(queries[t].out, 0, dim * sizeof(float));
-  for (int64_t at = first; at < last; at += kRun) {  // as many positions as stay in the first cache
-    const auto* values = static_cast<const typename C::Element*>(cache.values) + at * dim;
-    for (int64_t i = 0; i < kRun * dim; i += 64 / int64_t(sizeof(*values))) __builtin_prefetch(values + kRun * dim + i);
-    const float* weights = scores + at - start;
-    const int64_t count = smaller(kRun, last - at);
-    int64_t feature = 0;
-    for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
-      weigh<I, C, T, kVecs>(values, dim, count, weights, stride, queries, feature);
-    for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(values, dim, count, weights, stride, queries, feature);
-  }
+  const auto* values = static_cast<const typename C::Element*>(cache.values);
+  weigh_all<I, C, T>(values, dim, first, last, scores + first - start, stride, queries, dim);
 }
 
 template <class I, class C>

@@ -73,10 +73,7 @@ void attend_rows_to(const Attention& a, int64_t batch, int64_t kv_head, int64_t 
     }
     for (int64_t i = 0; i < count; ++i) row[i] = seen[i] ? row[i] : 0;  // which padding makes of all: 0, as in torch
   }
-  memset(out, 0, T * value_dim * sizeof(float));
-  for (int64_t feature = 0; feature < value_dim; feature += kRun)
-    for (int64_t part = 0; part < kRun; part += kWidth)
-      weigh<I, C, T, 1>(values, a.v_strides[2], count, scores, width, queries, feature + part);
+  weigh_all<I, C, T>(values, a.v_strides[2], 0, count, scores, width, queries, value_dim);
   for (int t = 0; t < T; ++t) {
     auto* to = static_cast<Element*>(a.out) + ((batch * a.queries + token[t]) * a.heads + head[t]) * value_dim;
     for (int64_t i = 0; i < value_dim; ++i) to[i] = C::store(out[t * value_dim + i], 1);
