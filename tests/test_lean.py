@@ -119,9 +119,10 @@ def test_a_growing_layer_does_what_transformers_layer_does() -> None:
             lambda layer: layer.reorder_cache(torch.tensor([2, 0, 2])),
             lambda layer: layer.batch_select_indices(torch.tensor([1])),
             lambda layer: layer.crop(-1),
+            lambda layer: vars(layer).update(keys=layer.keys[:, :, 2:], values=layer.values[:, :, 2:]),
             lambda layer: layer.reset(),
         ]
-        for step, tokens in itertools.zip_longest(steps, (200, 1, 100, 1, 300, 1, 1)):
+        for step, tokens in itertools.zip_longest(steps, (200, 1, 100, 1, 300, 1, 1, 1)):
             batch = plain.keys.shape[0] if plain.is_initialized else 1
             states = new(batch, tokens)
             for a, b in zip(growing.update(*states), plain.update(*states), strict=True):
@@ -152,8 +153,9 @@ def test_a_growing_layer_begun_in_inference_mode_goes_on_outside() -> None:
     with torch.no_grad():
         assert layer.update(*states)[0].shape[2] == 6
     keys = torch.ones(1, 2, 1, 16, requires_grad=True)
-    layer.update(keys, states[1][:, :, :1])[0].sum().backward()
-    assert bool((keys.grad == 1).all())
+    squares = layer.update(keys, states[1][:, :, :1])[0].square().sum()
+    (squares + layer.update(keys, states[1][:, :, :1])[0].sum()).backward()
+    assert bool((keys.grad == 4).all())
 
 
 # models
@@ -259,6 +261,15 @@ def test_logits_are_as_close_as_roundings(dtype: torch.dtype, calls: list[int]) 
         assert error.max() < 0.05
     else:  # as far from float32's as torch is
         assert (found - exact)[40:].abs().mean() < 1.5 * (plain - exact)[40:].abs().mean()
+
+
+def test_tokens_of_a_short_prompt_see_none_behind_them(calls: list[int]) -> None:
+    model = packed("qwen3_moe")
+    attach_decoding(model)
+    with torch.no_grad():
+        found, alone = (model(IDS[None, :n], **{CACHE: DynamicCache(config=model.config)}).logits[0, 0] for n in (5, 1))
+    assert (found - alone).abs().max() < 0.02 * alone.abs().max()
+    assert calls == [1, 1]
 
 
 def test_beams_assistants_and_samples_go_on(calls: list[int]) -> None:
