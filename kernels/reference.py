@@ -296,3 +296,29 @@ def grad_input(grad_y: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if scale.dtype == torch.float16:
         return grad_y @ dequantize_weight(codes, scale, grad_y.dtype)
     return (grad_y * scale.to(grad_y.dtype)) @ codes.to(grad_y.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(q k^T scaling) v in float32, rounded once; 0 for a query that sees nothing.
+
+    q: floating [B, H, T, D]; k: [B, G, P, D]; v: [B, G, P, E], each of whose heads H / G of q's share; mask: bool,
+    broadcast to [B, H, T, P], what is seen, or None for all
+    returns: q.dtype [B, T, H, E]
+    """
+    share = q.shape[1] // k.shape[1]
+    keys, values = (t.float().repeat_interleave(share, dim=1) for t in (k, v))
+    scores = (q.float() * scaling) @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0)
+    return (weights @ values).transpose(1, 2).to(q.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv 1910.07467, equation 4).
+
+    x: floating [..., K]; weight: float32 [K]
+    returns: x.dtype [..., K]
+    """
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)

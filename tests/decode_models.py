@@ -6,6 +6,8 @@ import torch
 from tiny import randomize
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BitNetConfig,
     BitNetForCausalLM,
     Gemma3ForCausalLM,
@@ -36,7 +38,19 @@ SIZES = {
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 64}
+_PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _KINDS = ["sliding_attention", "full_attention"] * 2
+
+_FUSED = {"intermediate_size": 96, "pad_token_id": 0}  # whose halves begin at a block of rows
+
+
+def _model(kind: str, **options: object) -> Callable[[], PreTrainedModel]:
+    return lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | options), dtype=torch.float32)
+
+
+# torch's attention does not cap scores, which transformers 5.17 leaves at that
+_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attn_implementation": "eager"}
+_SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
@@ -52,6 +66,35 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "bitnet": lambda: BitNetForCausalLM(BitNetConfig(**SIZES | {"num_key_value_heads": 4}, hidden_act="relu2")),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES, pad_token_id=0)),
+    "gemma": _model("gemma", head_dim=32, hidden_act="gelu_pytorch_tanh"),
+    "gemma2": _model("gemma2", head_dim=32, **_CAPS, **_SLIDING),
+    "olmo2": _model("olmo2", attention_bias=True),
+    "olmo3": _model("olmo3", **_SLIDING),
+    "phi3": _model("phi3", sliding_window=24, partial_rotary_factor=0.5, **_FUSED),
+    "phi": _model("phi", rope_parameters=_PARTIAL),
+    "nemotron": _model("nemotron", attention_bias=True, mlp_bias=True, rope_parameters=_PARTIAL, head_dim=32),
+    "vaultgemma": _model("vaultgemma", head_dim=16, **_CAPS, **_SLIDING),
+    "granite": _model(
+        "granite",
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.3,
+        logits_scaling=2.0,
+    ),
+    "cohere": _model("cohere", logit_scale=0.5),
+    "cohere2": _model("cohere2", **_SLIDING),
+    "exaone4": _model("exaone4", **_SLIDING),
+    "glm": _model("glm", head_dim=32, attention_bias=True, **_FUSED),
+    "glm4": _model("glm4", head_dim=32, **_FUSED),
+    "helium": _model("helium", head_dim=16),
+    "ernie4_5": _model("ernie4_5", use_bias=True, head_dim=32),
+    "seed_oss": _model("seed_oss", head_dim=16, pad_token_id=0),
+    "ministral": _model("ministral", head_dim=16, **_SLIDING),
+    "cwm": _model("cwm", head_dim=16, pad_token_id=0, **_SLIDING),
+    "arcee": _model("arcee", mlp_bias=True),
+    "starcoder2": _model("starcoder2", hidden_act="gelu_pytorch_tanh", sliding_window=24),
+    "stablelm": _model("stablelm", use_qkv_bias=True, rope_parameters=_PARTIAL),
+    "stablelm parallel": _model("stablelm", use_parallel_residual=True, rope_parameters=_PARTIAL),
 }
 
 

@@ -2,10 +2,10 @@
 
 What transformers does around the blocks stays its own: sampling, beams, streaming, stop strings, left padding, assisted
 generation, the output head. The base model's forward is stood in for, on that one model object, by NativeForward, which
-runs the blocks of a call that it can compute and hands every other call to transformers: without a cache passed in,
-with gradients, with attentions or hidden states asked for, under torch.compile, on other devices, or when a module or
-weight has become something that plan.py does not know. A cache that was begun natively is then turned into
-transformers' own.
+runs the blocks of a call that it can compute and hands every other call to transformers: of a family, module or weight
+that plan.py does not know, without a cache passed in, with gradients, with attentions or hidden states asked for, under
+torch.compile, or on other devices. A cache that was begun natively is then turned into transformers' own. Where it is
+given a cache, transformers' own forward runs lean (lean.py).
 """
 
 import contextlib
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .native import Cached, run
+from ..kernels import observed
+from .lean import prepare, restore, running
+from .native import Cached, embed, run
 from .plan import Plan, Unplanned, known
 
 # transformers 5.24 renamed what forwards and outputs call their cache
@@ -32,19 +34,20 @@ def native_decoding(model: Any, cache_type: str | None = "float16") -> None:
         head; None leaves all to transformers again
     Raises ValueError with the reason for a model that the native step does not compute.
     """
-    vars(model.base_model).pop("forward", None)
-    if cache_type is None:
-        return
-    if why := why_not(model, cache_type):
+    base = model.base_model
+    if cache_type is not None and (why := why_not(model, cache_type)):
         raise ValueError(f"native_decoding: {why}")
-    vars(model.base_model)["forward"] = NativeForward(model.base_model, cache_type)
+    vars(base).pop("forward", None)
+    restore(base)
+    if cache_type is not None:
+        vars(base)["forward"] = NativeForward(base, cache_type)
 
 
-def attach_if_known(model: nn.Module) -> None:
-    """The same for a model just loaded, if it is of a family that the step knows; whether it fits shows when it
-    runs."""
+def attach_decoding(model: nn.Module) -> None:
+    """The same for a model just loaded, and lean decoding for one of a family that the step does not know; whether it
+    fits shows when it runs."""
     base = getattr(model, "base_model", model)
-    if base is not model and known(base) and all(p.device.type == "cpu" for p in model.parameters()):
+    if base is not model and hasattr(model, "generate") and all(p.device.type == "cpu" for p in model.parameters()):
         vars(base)["forward"] = NativeForward(base, "float16")
 
 
@@ -63,9 +66,10 @@ class NativeForward:
     def __init__(self, base: Any, cache_type: str) -> None:
         self._base, self._cache_type = base, cache_type
         self._plan: Plan | None = None
+        self._prepared = False  # to run lean
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_base": self._base, "_cache_type": self._cache_type, "_plan": None}
+        return {**vars(self), "_plan": None, "_prepared": False}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -81,20 +85,28 @@ class NativeForward:
             return self._original(*args, **kwargs)
         rows = _rows(cache)
         hidden = None
-        if not args and self._can_run(kwargs):
+        if not args and known(self._base) and self._can_run(kwargs):
             with contextlib.suppress(Unplanned):
                 hidden = self._run(cache, rows, kwargs)
         if hidden is None:
             if rows is not None:
                 rows.give_back(cache, self._base.dtype)
-            return self._original(*args, **kwargs)
+            ids = args[0] if args else kwargs.get("input_ids")
+            given = kwargs.get("inputs_embeds") if ids is None else ids
+            if _is_observed() or observed.is_observed() or type(given) is not Tensor:
+                return self._original(*args, **kwargs)
+            if not self._prepared:
+                prepare(self._base)
+                self._prepared = True
+            with running(cache, given.shape[1]):
+                return self._original(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
 
     def _can_run(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
         if ids is None or ids.ndim != 2 or not ids.is_cpu or kwargs.get("inputs_embeds") is not None:
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if self._base.training or _is_observed():
             return False
         config = self._base.config
         if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
@@ -137,7 +149,7 @@ class NativeForward:
             or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions
         ):
             return None
-        embedded = self._base.get_input_embeddings()(ids[new])
+        embedded = embed(self._base, ids[new])
         work = [(cached, n) for cached, n in zip(rows.cached, counts, strict=True) if n]
         x = run(plan, embedded, work).to(embedded.dtype)
         if not bool(new.all()):
@@ -147,6 +159,10 @@ class NativeForward:
         rows.seen = torch.cat([rows.seen, new], dim=1)
         rows.take(cache)
         return x.view(*ids.shape, -1)
+
+
+def _is_observed() -> bool:
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 class _Rows:

@@ -97,10 +97,16 @@ class NativeSequences:
             if self.length(slot) + len(ids) > self.context:
                 raise ValueError(f"{self.length(slot) + len(ids)} tokens, but a sequence holds {self.context}")
         ids = torch.cat([ids for _, ids in work])
-        embedded = self._model.get_input_embeddings()(ids)
+        embedded = embed(self._model.base_model, ids)
         hidden = run(self._plan, embedded, [(self._caches[slot], len(ids)) for slot, ids in work])
         last = torch.tensor([len(ids) for _, ids in work]).cumsum(0) - 1
         return head(self._model, hidden[last])
+
+
+def embed(base: Any, ids: Tensor) -> Tensor:
+    """What the blocks of a base model begin with, [M, hidden] for ids [M]."""
+    rows: Tensor = base.get_input_embeddings()(ids)
+    return rows * getattr(base.config, "embedding_multiplier", 1)  # of Granite; Gemma's embedding does it itself
 
 
 def head(model: Any, hidden: Tensor) -> Tensor:
@@ -108,5 +114,7 @@ def head(model: Any, hidden: Tensor) -> Tensor:
     lm_head = model.get_output_embeddings()
     weight = lm_head.weight
     logits: Tensor = lm_head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere's, Granite's
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,15 +1,17 @@
 """From a transformers model to the native step's plan: which models it computes, and what of each goes where.
 
-The step (kernels/csrc/step.h) knows one block, that of the Llama line:
+The step (kernels/csrc/step.h) knows one block:
 
-    x += [norm](out([norm](attention(q, k, v))))     q, k, v of norm(x); heads of q and k [norm], then rotary positions
-    x += [norm](down([norm](f(gate(norm(x))) * up(norm(x)))))
+    x += [norm](out([norm](attention(q, k, v))))     q, k, v of [norm](x); q and k [norm], then [rotary positions]
+    x += [norm](down([norm](f(gate([norm](x))) [* up([norm](x))])))
 
-with what stands in brackets where a model has it. FAMILIES says of which model types that is true of all that their
-transformers class computes; what a block has is read off its modules.
+with what stands in brackets where a model has it, norms of two kinds, and both lines of the same x in some models.
+FAMILIES says of which model types that is true of all that their transformers class computes; what a block has is read
+off its modules.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
-from ..kernels.cpu.linear import prepared
+from ..kernels.cpu.linear import ROWS, prepared
 from ..packed import PackedBitLinear
 
 
@@ -25,22 +27,77 @@ class Family(NamedTuple):
     """What the modules of a model type do not say themselves."""
 
     base: str  # class in transformers
-    centered: bool = False  # norms multiply by 1 + weight
-    sandwich: bool = False  # norms before and after each half of a block
-    window: str = "self_attn.sliding_window"  # where a block keeps its window: an attribute, or "config"
+    norms: tuple[str | None, str | None, str | None, str | None] = (  # before and after attention, and the MLP
+        "input_layernorm",
+        None,
+        "post_attention_layernorm",
+        None,
+    )
+    plus_one: bool = False  # norms multiply by 1 + weight
+    centered: bool = False  # norms take the mean off, though they are not torch's LayerNorm
+    parallel: bool = False  # attention and the MLP see the same x, and its one norm
+    interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
+    mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
+    out: str = "o_proj"
+    final: str = "norm"
+    window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
+    rotates: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
 
+
+def _of_config(attention: Any) -> int | None:
+    return getattr(attention.config, "sliding_window", None)
+
+
+_AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 
 FAMILIES = {
     "llama": Family("LlamaModel"),
-    "mistral": Family("MistralModel", window="config"),
+    "mistral": Family("MistralModel", window=_of_config),
     "qwen2": Family("Qwen2Model"),
     "qwen3": Family("Qwen3Model"),
-    "gemma3_text": Family("Gemma3TextModel", centered=True, sandwich=True),
+    "gemma": Family("GemmaModel", plus_one=True),
+    "gemma2": Family("Gemma2Model", _SANDWICH, plus_one=True),
+    "vaultgemma": Family(
+        "VaultGemmaModel", ("input_layernorm", None, "pre_feedforward_layernorm", None), plus_one=True
+    ),
+    "gemma3_text": Family("Gemma3TextModel", _SANDWICH, plus_one=True),
     "bitnet": Family("BitNetModel"),
     "smollm3": Family("SmolLM3Model"),
+    "olmo2": Family("Olmo2Model", _AFTER),
+    "olmo3": Family("Olmo3Model", _AFTER),
+    "phi": Family("PhiModel", parallel=True, mlp=(None, "fc1", "fc2"), out="dense", final="final_layernorm"),
+    "phi3": Family("Phi3Model", window=_of_config),
+    "granite": Family("GraniteModel"),
+    "cohere": Family("CohereModel", centered=True, parallel=True, interleaved=True),
+    "cohere2": Family(
+        "Cohere2Model",
+        centered=True,
+        parallel=True,
+        interleaved=True,
+        rotates=lambda attention: attention.sliding_window is not None,
+    ),
+    "exaone4": Family(
+        "Exaone4Model",
+        _AFTER,
+        window=lambda attention: attention.sliding_window if attention.is_sliding else None,
+        rotates=lambda attention: attention.sliding_window is None or attention.is_sliding,
+    ),
+    "glm": Family("GlmModel", interleaved=True),
+    "glm4": Family("Glm4Model", _GLM4, interleaved=True),
+    "helium": Family("HeliumModel", interleaved=True),
+    "ernie4_5": Family("Ernie4_5Model", interleaved=True),
+    "seed_oss": Family("SeedOssModel"),
+    "ministral": Family("MinistralModel"),
+    "cwm": Family("CwmModel"),
+    "nemotron": Family("NemotronModel", plus_one=True, mlp=(None, "up_proj", "down_proj")),
+    "arcee": Family("ArceeModel", mlp=(None, "up_proj", "down_proj")),
+    "starcoder2": Family("Starcoder2Model", mlp=(None, "c_fc", "c_proj"), window=_of_config),
+    "stablelm": Family("StableLmModel"),
 }
 
-_GATES = {"silu": "silu", "swish": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
+_GATES = {"silu": "silu", "swish": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose tables do not depend on how long a text is
 
 
@@ -92,10 +149,13 @@ class Plan:
         self.head_dim, self.positions = attention.head_dim, config.max_position_embeddings
         if self.head_dim % native.RUN:
             raise Unplanned(f"heads of {self.head_dim} features, which must be a multiple of {native.RUN}")
-        if getattr(config, "attn_logit_softcapping", None) or getattr(config, "use_bidirectional_attention", False):
-            raise Unplanned("its attention caps scores or looks ahead")
-        if (gate := _GATES.get(getattr(config, "hidden_act", None) or config.hidden_activation)) is None:
-            raise Unplanned(f"{config.hidden_act!r} in its MLPs")
+        if getattr(config, "use_bidirectional_attention", False):
+            raise Unplanned("its attention looks ahead")
+        if getattr(attention, "use_qk_norm", False) or getattr(attention, "qk_layernorm", False):
+            raise Unplanned("each head of its queries and keys has a norm of its own")
+        activation = getattr(config, "hidden_act", None) or config.hidden_activation
+        if (gate := _GATES.get(activation)) is None:
+            raise Unplanned(f"{activation!r} in its MLPs")
         ropes = self._kinds(base, layers)
         blocks = (native.Block * self.blocks)()
         for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
@@ -107,7 +167,10 @@ class Plan:
         plan.blocks, plan.count = ctypes.cast(blocks, ctypes.c_void_p), self.blocks
         plan.hidden, plan.heads, plan.kv_heads, plan.head_dim = self.hidden, self.heads, self.kv_heads, self.head_dim
         plan.inner, plan.scaling, plan.gate = config.intermediate_size, attention.scaling, native.GATES[gate]
-        plan.final = self._norm(base.norm)
+        plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
+        plan.residual = getattr(config, "residual_multiplier", 1)
+        plan.interleaved, plan.gated = self._family.interleaved, self._family.mlp[0] is not None
+        plan.final = self._norm(getattr(base, self._family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self._kept.append(blocks)
         self.native = plan
@@ -133,15 +196,19 @@ class Plan:
 
     def _norm(self, module: Any) -> native.Norm:
         weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        self._watch(module, "weight")
+        bias = getattr(module, "bias", None)
+        self._watch(module, "weight", *(["bias"] if bias is not None else []))
         if weight is None or not isinstance(eps, float):
             raise Unplanned(f"a norm of type {type(module).__name__} without weight or eps")
         values = weight.detach().float()
-        values = (1 + values if self._family.centered else values).contiguous()
-        self._kept.append(values)
-        return native.Norm(values.data_ptr(), eps)
+        values = (1 + values if self._family.plus_one else values).contiguous()
+        shift = None if bias is None else bias.detach().float().contiguous()
+        self._kept += [values, shift]
+        centered = self._family.centered or isinstance(module, nn.LayerNorm)
+        return native.Norm(values.data_ptr(), None if shift is None else shift.data_ptr(), eps, centered)
 
-    def _layer(self, name: str, module: nn.Module) -> ctypes.Structure:
+    def _layer(self, name: str, module: nn.Module, rows: tuple[int, int] | None = None) -> ctypes.Structure:
+        """A layer, or the part of it that gives outputs [first, last)."""
         if not isinstance(module, PackedBitLinear):
             raise Unplanned(f"{name} is a {type(module).__name__}, not a packed layer")
         if module.transposed or (bits := module.activation_bits) is None:
@@ -150,17 +217,27 @@ class Plan:
         if (form := library.form_of_backend(backend)) is None:
             raise Unplanned(f"{name} runs on backend {backend!r}")
         self._watch(module, "weight", "weight_scale", "bias", "signs")
-        shape = module.out_features, module.in_features
-        layer = prepared(weight, module.weight_scale, module.bias, *shape, form, self._isa, bits)
+        scale, bias, n = module.weight_scale, module.bias, module.out_features
+        if rows is not None:
+            first, last = rows
+            if first % ROWS:
+                raise Unplanned(f"{name} is {first} outputs and others, and {first} is no multiple of {ROWS}")
+            weight, n = weight[first // ROWS : -(-last // ROWS)], last - first
+            scale = scale if len(scale) == 1 else scale[first:last]
+            bias = None if bias is None else bias[first:last]
+        layer = prepared(weight, scale, bias, n, module.in_features, form, self._isa, bits)
         self._kept.append(layer)
         return layer
 
-    def _products(self, named: list[tuple[str, Any]], norm: Any, into: Any) -> int:
-        """Fill products with layers that share an input; layers that transform theirs alike share one. How many."""
+    def _products(self, named: list[Any], norm: Any, into: Any) -> int:
+        """Fill products with layers that share an input; layers that transform theirs alike share one. How many.
+
+        named: for each its name, the module, and if it is a part of one its rows
+        """
         outer = None if norm is None else self._norm(norm)
         count, previous = 0, None
-        for name, module in named:
-            layer = self._layer(name, module)
+        for name, module, *rows in named:
+            layer = self._layer(name, module, *rows)
             inner, block, signs = module.rms_norm, module.spec.hadamard or 0, module.signs
             alike = inner is None and signs is None and previous == (block,)
             product = into[count - 1 if alike else count]
@@ -179,26 +256,34 @@ class Plan:
         self._watch(norm, "weight")
         weight = norm.weight.detach().float().contiguous()
         self._kept.append(weight)
-        return native.Norm(weight.data_ptr(), norm.eps)
+        return native.Norm(weight.data_ptr(), None, norm.eps, False)
 
     def _fill(self, block: Any, layer: Any, config: Any, ropes: dict[str, int]) -> None:
         attention, mlp, family = layer.self_attn, layer.mlp, self._family
-        into = [(f"self_attn.{name}", getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
-        block.in_count = self._products(into, layer.input_layernorm, block.into)
+        block.parallel = getattr(layer, "use_parallel_residual", family.parallel)
+        norms = [None if name is None else getattr(layer, name, None) for name in family.norms]
+        if block.parallel:
+            norms[2] = norms[0]
+        width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes = width, key_width, key_width
+        into = _parts("self_attn", attention, ["q_proj", "k_proj", "v_proj"], "qkv_proj", sizes)
+        block.in_count = self._products(into, norms[0], block.into)
         sub = getattr(attention, "attn_sub_norm", None)
-        self._products([("self_attn.o_proj", attention.o_proj)], sub, [block.out])
-        before = layer.pre_feedforward_layernorm if family.sandwich else layer.post_attention_layernorm
-        gate = [("mlp.gate_proj", mlp.gate_proj), ("mlp.up_proj", mlp.up_proj)]
-        block.gate_count = self._products(gate, before, block.gate)
-        self._products([("mlp.down_proj", mlp.down_proj)], getattr(mlp, "ffn_sub_norm", None), [block.down])
-        if family.sandwich:
-            block.after_attention = self._norm(layer.post_attention_layernorm)
-            block.after_mlp = self._norm(layer.post_feedforward_layernorm)
+        self._products([(f"self_attn.{family.out}", getattr(attention, family.out))], sub, [block.out])
+        gate, up, down = family.mlp
+        names = [name for name in (gate, up) if name is not None]
+        first = _parts("mlp", mlp, names, "gate_up_proj", (config.intermediate_size,) * 2)
+        block.gate_count = self._products(first, norms[2], block.gate)
+        self._products([(f"mlp.{down}", getattr(mlp, down))], getattr(mlp, "ffn_sub_norm", None), [block.down])
+        if norms[1] is not None:
+            block.after_attention = self._norm(norms[1])
+        if norms[3] is not None:
+            block.after_mlp = self._norm(norms[3])
         if hasattr(attention, "q_norm"):
             block.query, block.key = self._norm(attention.q_norm), self._norm(attention.k_norm)
-        holder = config if family.window == "config" else attention
-        block.window = getattr(holder, "sliding_window", None) or 0
-        block.rope = ropes[_kind(layer)] if getattr(attention, "use_rope", True) else -1
+            block.whole = attention.q_norm.weight.numel() == width > self.head_dim
+        block.window = family.window(attention) or 0
+        block.rope = ropes[_kind(layer)] if family.rotates(attention) else -1
 
     def _kinds(self, base: Any, layers: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, once it is known that they are tables."""
@@ -206,8 +291,10 @@ class Plan:
         self._rotary, ropes = rotary, rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
         if (odd := set(ropes.values()).difference(_ROPES)) or len(ropes) > 2:
             raise Unplanned(f"rotary positions of type {', '.join(sorted(odd)) or list(ropes)}")
-        self._ropes = list(ropes)
-        return {kind: self._ropes.index(kind if kind in ropes else "") for kind in {_kind(layer) for layer in layers}}
+        self._ropes, kinds = list(ropes), {_kind(layer) for layer in layers}
+        if "" not in ropes and not kinds.issubset(ropes):
+            raise Unplanned("layers without rotary positions of their kind")
+        return {kind: self._ropes.index(kind if kind in ropes else "") for kind in kinds}
 
     def reach(self, positions: int) -> None:
         """Make the tables cover that many positions, at most the model's own. Raises ValueError beyond these."""
@@ -223,13 +310,31 @@ class Plan:
                     table[0] for table in (self._rotary(like, at, kind) if kind else self._rotary(like, at))
                 )
             half = cosine.shape[-1] // 2
-            if 2 * half > self.head_dim or not torch.equal(cosine[:, :half], cosine[:, half:]):
+            if torch.equal(cosine[:, :half], cosine[:, half:]):
+                columns = slice(0, half)
+            elif self._family.interleaved and torch.equal(cosine[:, ::2], cosine[:, 1::2]):
+                columns = slice(0, None, 2)
+            else:
                 raise Unplanned("rotary positions that do not pair features i and i + half")
-            tables += [cosine[:, :half].contiguous(), sine[:, :half].contiguous()]
+            if 2 * half > self.head_dim:
+                raise Unplanned(f"rotary positions of {2 * half} features in heads of {self.head_dim}")
+            tables += [cosine[:, columns].contiguous(), sine[:, columns].contiguous()]
             self.native.ropes[index][0], self.native.ropes[index][1] = (table.data_ptr() for table in tables[-2:])
         self.native.half, self.native.positions = half, positions
         self._kept.append(tables)  # and the ones before, which another thread may be reading
 
 
+def _parts(holder: str, module: Any, names: list[str], fused: str, sizes: tuple[int, ...]) -> list[Any]:
+    """Layers by name, or where there is one layer for all of them its parts of so many outputs."""
+    if not hasattr(module, fused):
+        return [(f"{holder}.{name}", getattr(module, name)) for name in names]
+    layer, parts, first = getattr(module, fused), [], 0
+    for size in sizes:
+        parts.append((f"{holder}.{fused}", layer, (first, first + size)))
+        first += size
+    return parts
+
+
 def _kind(layer: Any) -> str:
-    return getattr(layer.self_attn, "layer_type", None) or ""
+    attention = layer.self_attn
+    return getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None) or ""

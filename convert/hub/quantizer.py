@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 
-from bitnet.decode.attach import attach_if_known
+from bitnet.decode.attach import attach_decoding
 from bitnet.experts import PackedExperts
 from bitnet.packed import PackedBitLinear
 
@@ -132,7 +132,7 @@ class BitNetQuantizer(BitNetHfQuantizer):
             model.tie_weights(recompute_mapping=False)  # again: weights of other layouts are new tensors now
         attach(model)
         forget_names(model, self.inner_norms)
-        attach_if_known(model)
+        attach_decoding(model)
         return model
 
     def get_load_operations(self) -> dict[str, Any]:

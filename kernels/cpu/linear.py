@@ -46,12 +46,13 @@ class PreparedWeight(ctypes.Structure):
 
 
 # features of 32 bits
+ROWS = 32  # of a block
 _STEPS = {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, ONE_BIT_TABLES: 32, EIGHT_BITS: 4, FOUR_BITS: 8}
 
 
 def form_shape(n: int, k: int, form: int = TWO_BITS) -> tuple[int, int, int]:
     """Shape of the tensor that holds n x k prepacked codes, 128 bytes, or 32 lanes, for 32 rows and some features."""
-    return -(-n // 32), -(-k // _STEPS[form]), 32 if form == FOUR_BITS else 128
+    return -(-n // ROWS), -(-k // _STEPS[form]), 32 if form == FOUR_BITS else 128
 
 
 def form_dtype(form: int) -> torch.dtype:

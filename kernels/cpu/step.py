@@ -23,7 +23,7 @@ _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
 class Norm(ctypes.Structure):
-    _fields_ = (("weight", _pointer), ("eps", ctypes.c_float))
+    _fields_ = (("weight", _pointer), ("bias", _pointer), ("eps", ctypes.c_float), ("centered", _int32))
 
 
 class Product(ctypes.Structure):
@@ -49,7 +49,9 @@ class Block(ctypes.Structure):
         ("window", _int64),
         ("in_count", _int32),
         ("gate_count", _int32),
-        ("rope", _int64),
+        ("rope", _int32),
+        ("whole", _int32),
+        ("parallel", _int32),
     )
 
 
@@ -67,7 +69,11 @@ class Plan(ctypes.Structure):
         ("ropes", _pointer * 2 * 2),
         ("final", Norm),
         ("scaling", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        ("residual", ctypes.c_float),
+        ("interleaved", _int32),
         ("gate", _int32),
+        ("gated", _int32),
         ("cache_type", _int32),
         ("isa", _int32),
     )

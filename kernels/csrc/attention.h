@@ -1,6 +1,6 @@
 // What a decoder block does between its products: norms, rotary positions, attention over a cache, gates. float32 all
 // along, every operation rounded by itself in the same order on each instruction set. What they compute is what transformers'
-// models of the Llama line do, whose sums have another order.
+// models do, whose sums have another order.
 #pragma once
 #include "numbers.h"
 
@@ -21,20 +21,38 @@ INLINE float exponential(float x) {
   return p * bits<float>((bits<uint32_t>(shifted) + 127) << 23);
 }
 
-// y = x / sqrt(mean(x^2) + eps) * weight, of k features; x may be y.
-[[maybe_unused]] void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* y) {
+// The sum over k features of (x - mean)^Power.
+template <int Power>
+INLINE double power_sum(const float* x, float mean, int64_t k) {
   double sum[kRun] = {};
+  const auto term = [&](int64_t i) { return Power == 1 ? double(x[i]) : double(x[i] - mean) * double(x[i] - mean); };
   int64_t i = 0;
   for (; i + kRun <= k; i += kRun)
-    for (int l = 0; l < kRun; ++l) sum[l] += double(x[i + l]) * double(x[i + l]);
-  for (int l = 0; i < k; ++i, ++l) sum[l] += double(x[i]) * double(x[i]);
+    for (int l = 0; l < kRun; ++l) sum[l] += term(i + l);
+  for (int l = 0; i < k; ++i, ++l) sum[l] += term(i);
   for (int l = 1; l < kRun; ++l) sum[0] += sum[l];
-  const float factor = 1 / __builtin_sqrtf(float(sum[0] / double(k)) + eps);
-  for (i = 0; i < k; ++i) y[i] = x[i] * factor * weight[i];
+  return sum[0];
 }
 
-// Rotary positions of one head in place: features i and i + half turn by an angle.
-[[maybe_unused]] void rotate(const float* cosine, const float* sine, int64_t half, float* head) {
+// y = norm(x) of k features; x may be y.
+[[maybe_unused]] void normalize(const float* x, const Norm& norm, int64_t k, float* y) {
+  const float mean = norm.centered ? float(power_sum<1>(x, 0, k) / double(k)) : 0;
+  const float factor = 1 / __builtin_sqrtf(float(power_sum<2>(x, mean, k) / double(k)) + norm.eps);
+  for (int64_t i = 0; i < k; ++i) y[i] = (x[i] - mean) * factor * norm.weight[i];
+  if (norm.bias)
+    for (int64_t i = 0; i < k; ++i) y[i] += norm.bias[i];
+}
+
+// Rotary positions of one head in place: features i and i + half, or 2i and 2i + 1, turn by an angle.
+[[maybe_unused]] void rotate(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head) {
+  if (interleaved) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = head[2 * i], b = head[2 * i + 1];
+      head[2 * i] = a * cosine[i] - b * sine[i];
+      head[2 * i + 1] = b * cosine[i] + a * sine[i];
+    }
+    return;
+  }
   for (int64_t i = 0; i < half; ++i) {
     const float a = head[i], b = head[i + half];
     head[i] = a * cosine[i] - b * sine[i];
@@ -42,24 +60,28 @@ INLINE float exponential(float x) {
   }
 }
 
-// gate = f(gate) * up
+template <class F>
+INLINE void apply(const F& f, float* gate, const float* up, int64_t k) {
+  if (up)
+    for (int64_t i = 0; i < k; ++i) gate[i] = f(gate[i]) * up[i];
+  else
+    for (int64_t i = 0; i < k; ++i) gate[i] = f(gate[i]);
+}
+
+// gate = f(gate) * up, or without up f(gate)
 [[maybe_unused]] void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
   switch (kind) {
-    case kSilu:
-      for (int64_t i = 0; i < k; ++i) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
-      return;
+    case kSilu: return apply([](float x) INLINE_LAMBDA { return x / (1 + exponential(-x)); }, gate, up, k);
     case kSquaredRelu:
-      for (int64_t i = 0; i < k; ++i) {
-        const float v = gate[i] > 0 ? gate[i] : 0;
-        gate[i] = v * v * up[i];
-      }
-      return;
+      return apply([](float x) INLINE_LAMBDA {
+        const float v = x > 0 ? x : 0;
+        return v * v;
+      }, gate, up, k);
     case kGeluTanh:  // 0.5 x (1 + tanh(z)) = x / (1 + e^-2z)
-      for (int64_t i = 0; i < k; ++i) {
-        const float x = gate[i], z = 0x1.988454p-1f * (x + 0x1.6e4e26p-5f * (x * x * x));
-        gate[i] = x / (1 + exponential(-2 * z)) * up[i];
-      }
-      return;
+      return apply([](float x) INLINE_LAMBDA {
+        const float z = 0x1.988454p-1f * (x + 0x1.6e4e26p-5f * (x * x * x));
+        return x / (1 + exponential(-2 * z));
+      }, gate, up, k);
   }
 }
 
@@ -173,9 +195,9 @@ INLINE void softmax(float* scores, int64_t count) {
   for (i = 0; i < count; ++i) scores[i] *= factor;
 }
 
-// Adds values times T rows of weights to the queries' sums, V vectors of features at a time.
+// Adds values, whose rows are `apart`, times T rows of weights to the queries' sums, V vectors of features at a time.
 template <class I, class C, int T, int V>
-INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count, const float* weights, int64_t stride,
+INLINE void weigh(const typename C::Element* values, int64_t apart, int64_t count, const float* weights, int64_t stride,
                   const Query* queries, int64_t feature) {
   constexpr int kWidth = I::kBytes / 4;
   typename I::Float sum[T][V];
@@ -183,7 +205,7 @@ INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count,
     UNROLL for (int v = 0; v < V; ++v) sum[t][v] = I::load_float(queries[t].out + feature + v * kWidth);
   }
   values += feature;
-  for (int64_t i = 0; i < count; ++i, values += dim) {
+  for (int64_t i = 0; i < count; ++i, values += apart) {
     typename I::Float value[V];
     UNROLL for (int v = 0; v < V; ++v) value[v] = C::load(values + v * kWidth);
     UNROLL for (int t = 0; t < T; ++t) {
@@ -196,9 +218,26 @@ INLINE void weigh(const typename C::Element* values, int64_t dim, int64_t count,
   }
 }
 
+// The queries' sums over positions [first, last) of values whose rows are `stride` apart; weights begin with `first`'s.
 template <class I, class C, int T>
-void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float* scores) {
-  constexpr int kWidth = I::kBytes / 4, kVecs = 2;
+INLINE void weigh_all(const typename C::Element* values, int64_t stride, int64_t first, int64_t last, const float* weights,
+                      int64_t width, const Query* queries, int64_t dim) {
+  constexpr int kWidth = I::kBytes / 4, kVecs = T == 1 ? 4 : 2;  // several sums hide the latency of adding
+  for (int t = 0; t < T; ++t) memset(queries[t].out, 0, dim * sizeof(float));
+  for (int64_t at = first; at < last; at += kRun) {  // as many positions as stay in the first cache
+    const auto* rows = values + at * stride;
+    const int64_t count = smaller(kRun, last - at);
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t i = 0; i < dim; i += 64 / int64_t(sizeof(*values))) __builtin_prefetch(rows + (kRun + row) * stride + i);
+    int64_t feature = 0;
+    for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
+      weigh<I, C, T, kVecs>(rows, stride, count, weights + at - first, width, queries, feature);
+    for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(rows, stride, count, weights + at - first, width, queries, feature);
+  }
+}
+
+template <class I, class C, int T>
+void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float cap, float* scores) {
   int64_t first = queries[0].first, last = queries[0].last;
   for (int t = 1; t < T; ++t) {
     first = smaller(first, queries[t].first);
@@ -208,40 +247,33 @@ void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float
   score<I, C, T>(cache, queries, dim, start, last, scores, stride);
   for (int t = 0; t < T; ++t) {
     float* row = scores + t * stride;
+    if (cap)  // cap * tanh(s / cap), of tanh(z) = 1 - 2 / (e^2z + 1)
+      for (int64_t i = first; i < last; ++i) row[i - start] = cap - 2 * cap / (exponential(2 / cap * row[i - start]) + 1);
     for (int64_t i = first; i < queries[t].first; ++i) row[i - start] = 0;
     softmax(row + queries[t].first - start, queries[t].last - queries[t].first);
     for (int64_t i = queries[t].last; i < last; ++i) row[i - start] = 0;
     if constexpr (C::kScaled)
       for (int64_t i = first; i < last; ++i) row[i - start] *= cache.value_scales[i];
   }
-  for (int t = 0; t < T; ++t) memset(queries[t].out, 0, dim * sizeof(float));
-  for (int64_t at = first; at < last; at += kRun) {  // as many positions as stay in the first cache
-    const auto* values = static_cast<const typename C::Element*>(cache.values) + at * dim;
-    for (int64_t i = 0; i < kRun * dim; i += 64 / int64_t(sizeof(*values))) __builtin_prefetch(values + kRun * dim + i);
-    const float* weights = scores + at - start;
-    const int64_t count = smaller(kRun, last - at);
-    int64_t feature = 0;
-    for (; feature + kVecs * kWidth <= dim; feature += kVecs * kWidth)
-      weigh<I, C, T, kVecs>(values, dim, count, weights, stride, queries, feature);
-    for (; feature < dim; feature += kWidth) weigh<I, C, T, 1>(values, dim, count, weights, stride, queries, feature);
-  }
+  const auto* values = static_cast<const typename C::Element*>(cache.values);
+  weigh_all<I, C, T>(values, dim, first, last, scores + first - start, stride, queries, dim);
 }
 
 template <class I, class C>
-void attend_with(const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores) {
+void attend_with(const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores) {
   static_assert(kTileQueries == 4, "");
-  for (; count >= 4; count -= 4, queries += 4) attend_to<I, C, 4>(cache, queries, dim, scores);
-  if (count & 2) attend_to<I, C, 2>(cache, queries, dim, scores);
+  for (; count >= 4; count -= 4, queries += 4) attend_to<I, C, 4>(cache, queries, dim, cap, scores);
+  if (count & 2) attend_to<I, C, 2>(cache, queries, dim, cap, scores);
   queries += count & 2;
-  if (count & 1) attend_to<I, C, 1>(cache, queries, dim, scores);
+  if (count & 1) attend_to<I, C, 1>(cache, queries, dim, cap, scores);
 }
 
 template <class I>
-void attend(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores) {
+void attend(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores) {
   switch (type) {
-    case kFloat32: return attend_with<I, Floats<I>>(cache, queries, count, dim, scores);
-    case kFloat16: return attend_with<I, Halves<I>>(cache, queries, count, dim, scores);
-    case kInt8: return attend_with<I, Bytes<I>>(cache, queries, count, dim, scores);
+    case kFloat32: return attend_with<I, Floats<I>>(cache, queries, count, dim, cap, scores);
+    case kFloat16: return attend_with<I, Halves<I>>(cache, queries, count, dim, cap, scores);
+    case kInt8: return attend_with<I, Bytes<I>>(cache, queries, count, dim, cap, scores);
   }
 }
 
@@ -252,15 +284,6 @@ void store(int32_t type, const CachedHead& cache, int64_t position, const float*
     case kFloat16: return store_position<Halves<I>>(cache, position, key, value, dim);
     case kInt8: return store_position<Bytes<I>>(cache, position, key, value, dim);
   }
-}
-
-template <class I>
-constexpr Between kBetween = {rms_norm, rotate, apply_gate, store<I>, attend<I>};
-
-template <class I>
-constexpr const Between* between() {
-  if constexpr (I::kForm == kTwoBits) return &kBetween<I>;
-  return nullptr;
 }
 
 }  // namespace

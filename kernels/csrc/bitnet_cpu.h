@@ -46,10 +46,13 @@ struct PreparedWeight {
   int32_t isa;  // index into bitnet_isa(form)
 };
 
-// y = x / sqrt(mean(x^2) + eps) * weight. A null weight: no norm.
+// y = x / sqrt(mean(x^2) + eps) * weight, of x less its mean if `centered` (LayerNorm), plus bias if there is one. A null
+// weight: no norm.
 struct Norm {
   const float* weight;
+  const float* bias;
   float eps;
+  int32_t centered;
 };
 
 // Layers that share an input x: norms of x one after the other, the Walsh-Hadamard transform in blocks (0: none), then
@@ -62,16 +65,18 @@ struct Product {
   const PreparedWeight* layers[3];
 };
 
-// One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))).
+// One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))), what is
+// added times the plan's `residual`. If `parallel`, both see the x that came in.
 struct Block {
   Product in[3];    // q, k and v in this order, in as many products as `in_count`
-  Product gate[2];  // gate and up
+  Product gate[2];  // gate and up, or the one layer before f
   Product out, down;
-  Norm query, key;  // of each head
+  Norm query, key;  // of each head, or if `whole` of all heads as one
   Norm after_attention, after_mlp;
   int64_t window;   // positions that a token sees, itself among them; 0: all
   int32_t in_count, gate_count;
-  int64_t rope;     // which of the plan's tables; -1: no rotary positions
+  int32_t rope;     // which of the plan's tables; -1: no rotary positions
+  int32_t whole, parallel;
 };
 
 enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2 };
@@ -85,7 +90,11 @@ struct Plan {
   const float* ropes[2][2];  // cosine and sine, [positions, half]
   Norm final;
   float scaling;             // of scores
+  float cap;                 // scores s become cap * tanh(s / cap); 0: they do not
+  float residual;
+  int32_t interleaved;       // features 2i and 2i + 1 turn together, and not i and i + half
   int32_t gate;
+  int32_t gated;             // f(gate) * up; 0: f(gate)
   int32_t cache_type;        // kFloat32, kFloat16, or kInt8 with a float32 scale a position and head
   int32_t isa;               // index into bitnet_isa(kTwoBits)
 };
@@ -96,6 +105,20 @@ struct Sequence {
   void *keys, *values;
   float *key_scales, *value_scales;
   int64_t capacity;
+};
+
+// Attention of a few tokens over keys and values as torch holds them: their last dimensions are contiguous, the strides of the
+// others in elements. q [batch, heads, queries, dim], k [batch, kv_heads, positions, dim] and v [.., value_dim] of `type`;
+// dim and value_dim are multiples of 16.
+struct Attention {
+  const void *q, *k, *v;
+  const uint8_t* mask;  // [batch, heads, queries, positions], of bytes: 1 for what is seen; null: all is
+  void* out;            // [batch, queries, heads, value_dim], contiguous; 0 for a query that sees nothing
+  int64_t batch, heads, kv_heads, queries, positions, dim, value_dim;
+  int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[3];  // of batch, head, and query or position
+  float scaling;        // of scores
+  int32_t type;
+  int32_t isa;          // index into bitnet_isa(kTwoBits)
 };
 
 // Changes whenever anything in this file does, so that a stale build is noticed.
@@ -121,6 +144,11 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
 // is before them is in its cache, to which they are added.
 BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const Sequence* sequences,
                                   const int64_t* sequence, const int64_t* position, int32_t threads);
+
+BITNET_EXPORT int32_t bitnet_attention(const Attention* attention, int32_t threads);
+
+// y [m, k] = norm of contiguous x [m, k], both of a float type; rounded once.
+BITNET_EXPORT int32_t bitnet_norm(const Norm* norm, const void* x, int32_t type, int64_t m, int64_t k, void* y, int32_t isa);
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
 // for form C, codes int8 [n, k]; for form E without from_codes [n, ceil(k/32), 16] bytes in the order of llama.cpp's Q4_0.

@@ -13,16 +13,17 @@
 //   kPlaneVecs, kWideVecs     vectors of rows that are summed at once for one token, of 8 bits and of 16
 //   kTileVecs, kMaxTokens     shape of the register tile for many: vectors of rows, tokens
 //   kFewVecs, kFewTokens      the same where all tokens fit one panel, from kMaxTokens on
-//   Float, load_float, load_half, load_byte, splat_float, store_float    vectors of float32, from float16 and int8
+//   Float, load_float, load_half, load_brain, load_byte, splat_float, store_float    vectors of float32, from
+//                           float16, bfloat16 and int8
 //   kFactor, kZero            a weight is kFactor times what its field holds, minus kZero
 //
 // Those of form F have look_up(w, tables, steps, take) in place of Planes, make_tables, and transpose(w, rows) in place of
 // unpack: the 32-bit lanes of a step's rows, of which field<j>(w, packed) is a field.
 #pragma once
-#include "attention.h"
 #include "finish.h"
 #include "hadamard.h"
 #include "quantize.h"
+#include "rows.h"
 
 namespace {
 

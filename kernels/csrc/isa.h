@@ -92,14 +92,21 @@ struct Query {
   int64_t first, last;
 };
 
+constexpr int64_t attention_bytes(const Attention& a) {
+  return kTileQueries * (a.dim + a.value_dim + a.positions + kRun) * 4;
+}
+
 // What happens in a decoder block between its products: attention.h.
 struct Between {
-  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* y);
-  void (*rotate)(const float* cosine, const float* sine, int64_t half, float* head);
-  void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);
+  void (*normalize)(const float* x, const Norm& norm, int64_t k, float* y);
+  void (*rotate)(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head);
+  void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);  // up: null without one
   void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim);
   // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dim is a multiple of 16.
-  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float* scores);
+  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores);
+  // Queries [first, first + count) of a key/value head; scratch: of attention_bytes().
+  void (*attend_rows)(const Attention& a, int64_t batch, int64_t kv_head, int64_t first, int count, float* scratch);
+  void (*normalize_row)(const Norm& norm, const void* x, int32_t type, int64_t k, void* y, float* scratch);
 };
 
 struct Isa {

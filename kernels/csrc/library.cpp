@@ -21,7 +21,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 14; }
+BITNET_EXPORT int32_t bitnet_abi() { return 15; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -72,6 +72,42 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
       return kBadShape;
   if (m == 0) return kOk;
   return Step{*plan, *isa, find_isa, x, m, sequences, sequence, position}.run_all(threads);
+}
+
+BITNET_EXPORT int32_t bitnet_attention(const Attention* attention, int32_t threads) {
+  const Attention& a = *attention;
+  const Isa* isa = find_isa(kTwoBits, a.isa);
+  if (!isa) return kBadIsa;
+  if (!is_float(a.type)) return kBadType;
+  if (a.kv_heads < 1 || a.heads % a.kv_heads || a.positions < 1 || a.batch < 0 || a.queries < 0) return kBadShape;
+  if (a.dim < kRun || a.dim % kRun || a.value_dim < kRun || a.value_dim % kRun) return kBadShape;
+  const int64_t queries = a.heads / a.kv_heads * a.queries, tiles = ceil_div(queries, kTileQueries);
+  if (a.batch * a.heads * a.queries * a.positions * a.dim < int64_t(1) << 20) threads = 1;
+  Status status = kOk;
+  parallel(threads, [&](int thread, int count) {
+    auto* scratch = static_cast<float*>(attention_scratch.reserve(attention_bytes(a)));
+    if (!scratch) return __atomic_store_n(&status, kNoMemory, __ATOMIC_RELAXED);
+    const int64_t all = a.batch * a.kv_heads * tiles;
+    for (int64_t i = share(all, thread, count); i < share(all, thread + 1, count); ++i) {
+      const int64_t first = i % tiles * kTileQueries, head = i / tiles;
+      const int here = int(smaller(kTileQueries, queries - first));
+      isa->between->attend_rows(a, head / a.kv_heads, head % a.kv_heads, first, here, scratch);
+    }
+  });
+  return status;
+}
+
+BITNET_EXPORT int32_t bitnet_norm(const Norm* norm, const void* x, int32_t type, int64_t m, int64_t k, void* y, int32_t isa) {
+  const Isa* target = find_isa(kTwoBits, isa);
+  if (!target) return kBadIsa;
+  if (!is_float(type)) return kBadType;
+  if (m < 0 || k < 1) return kBadShape;
+  auto* scratch = static_cast<float*>(row_scratch.reserve(4 * k));
+  if (!scratch) return kNoMemory;
+  const int64_t bytes = k * element_size(type);
+  for (int64_t row = 0; row < m; ++row)
+    target->between->normalize_row(*norm, static_cast<const char*>(x) + row * bytes, type, k, static_cast<char*>(y) + row * bytes, scratch);
+  return kOk;
 }
 
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,

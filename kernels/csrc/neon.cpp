@@ -61,6 +61,7 @@ struct Neon {
   using Float = float32x4_t;
   static INLINE Float load_float(const float* p) { return vld1q_f32(p); }
   static INLINE Float load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static INLINE Float load_brain(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
   static INLINE Float load_byte(const int8_t* p) {
     int32_t word;
     memcpy(&word, p, 4);

@@ -42,6 +42,7 @@ struct Scalar {
   using Float = float;
   static INLINE Float load_float(const float* p) { return *p; }
   static INLINE Float load_half(const uint16_t* p) { return F16::any(*p); }
+  static INLINE Float load_brain(const uint16_t* p) { return BF16::value(*p); }
   static INLINE Float load_byte(const int8_t* p) { return float(*p); }
   static INLINE Float splat_float(float x) { return x; }
   static INLINE void store_float(float* p, Float v) { *p = v; }

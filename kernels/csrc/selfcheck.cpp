@@ -281,7 +281,7 @@ void check_hadamard(int64_t m, int64_t block, int64_t blocks) {
 }
 
 // Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens.
-void check_step(int cache_type, int gate, int64_t group_size) {
+void check_step(int cache_type, int gate, int64_t group_size, bool other) {
   constexpr int64_t kHidden = 40, kHeads = 6, kKvHeads = 2, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
   const int64_t shapes[7][2] = {{kHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden},
                                 {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden}, {kHidden, kInner}};
@@ -311,7 +311,7 @@ void check_step(int cache_type, int gate, int64_t group_size) {
       std::vector<Block> blocks(kBlocks);
       for (int b = 0; b < kBlocks; ++b) {
         const PreparedWeight* l = layers.data() + 7 * b;
-        const Norm n{norm.data(), 1e-5f}, none{};
+        const Norm n{norm.data(), other ? norm.data() + 1 : nullptr, 1e-5f, other}, none{};
         Block& block = blocks[b];
         block = {};
         if (b) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 3, {l, l + 1, l + 2}};
@@ -320,14 +320,15 @@ void check_step(int cache_type, int gate, int64_t group_size) {
           for (int i = 0; i < 3; ++i) block.in[i] = {{n, n}, nullptr, 8, 1, {l + i}};
         }
         block.out = {{n, none}, nullptr, 0, 1, {l + 3}};
-        block.gate_count = 1, block.gate[0] = {{n, none}, nullptr, 0, 2, {l + 4, l + 5}};
+        block.gate_count = 1, block.gate[0] = {{n, none}, nullptr, 0, other ? 1 : 2, {l + 4, l + 5}};
         block.down = {{none, none}, nullptr, 0, 1, {l + 6}};
         block.query = block.key = b ? n : none;
         block.after_attention = block.after_mlp = b ? none : n;
-        block.window = b ? 0 : 19, block.rope = b - 1;
+        block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other, block.parallel = other;
       }
       Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kKvHeads, kDim, kInner, 8, kCapacity, {{cosine.data(), sine.data()}},
-                {norm.data(), 1e-5f}, 0.25f, gate, cache_type, isa};
+                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, gate, !other,
+                cache_type, isa};
       const int64_t cells = kBlocks * kKvHeads * kCapacity;
       std::vector<float> keys(cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells);
       std::vector<float> spare = keys;
@@ -350,6 +351,40 @@ void check_step(int cache_type, int gate, int64_t group_size) {
     }
 }
 
+// Attention over torch's tensors: every instruction set has the bits of the plainest.
+void check_attention(int type, int64_t heads, int64_t kv_heads, int64_t queries, int64_t positions, int64_t dim, int64_t value_dim) {
+  constexpr int64_t kBatch = 2;
+  const int64_t bytes = type == kFloat32 ? 4 : 2;
+  const auto numbers = [&](int64_t count) {  // below 2 in all three types
+    std::vector<uint8_t> values(count * bytes);
+    for (size_t i = 0; i < values.size(); i += 2) {
+      const auto half = uint16_t(draw(2) << 15 | draw(0x3c00));
+      memcpy(values.data() + i, &half, 2);
+    }
+    return values;
+  };
+  const auto q = numbers(kBatch * heads * queries * dim), k = numbers(kBatch * kv_heads * positions * dim),
+             v = numbers(kBatch * kv_heads * positions * value_dim);
+  std::vector<uint8_t> mask(kBatch * queries * positions);
+  for (auto& m : mask) m = draw(3) > 0;
+  memset(mask.data(), 0, positions);
+  int plainest = 0;
+  while (bitnet_isa(kTwoBits, plainest + 1)) ++plainest;
+  for (const uint8_t* seen : {static_cast<const uint8_t*>(nullptr), static_cast<const uint8_t*>(mask.data())}) {
+    std::vector<uint8_t> expected;
+    for (int isa = plainest; isa >= 0; --isa) {
+      std::vector<uint8_t> out(kBatch * queries * heads * value_dim * bytes);
+      const Attention a{q.data(), k.data(), v.data(), seen, out.data(), kBatch, heads, kv_heads, queries, positions, dim, value_dim,
+                        {heads * queries * dim, queries * dim, dim}, {kv_heads * positions * dim, positions * dim, dim},
+                        {kv_heads * positions * value_dim, positions * value_dim, value_dim},
+                        {queries * positions, 0, positions}, 0.3f, type, isa};
+      require(!bitnet_attention(&a, 1 + isa % 2), "attention's status", bitnet_isa(kTwoBits, isa), queries, positions, dim);
+      if (expected.empty()) expected = out;
+      require(same(out, expected), "attention", bitnet_isa(kTwoBits, isa), queries, positions, dim);
+    }
+  }
+}
+
 int main() {
   const int near[] = {1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 129, 200, 257};
   const int tokens[] = {0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17};
@@ -366,7 +401,13 @@ int main() {
   check(1, 2, 600001, 1);
   for (int extreme : {-1, 1}) check(2, 2, 65536, extreme);
   for (int cache_type : {kFloat32, kFloat16, kInt8})
-    for (int gate : {kSilu, kSquaredRelu, kGeluTanh}) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0);
+    for (int gate : {kSilu, kSquaredRelu, kGeluTanh})
+      for (bool other : {false, true}) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0, other);
+  for (int type : {kFloat32, kBFloat16, kFloat16}) {
+    check_attention(type, 4, 2, 1, 1, 16, 16);
+    check_attention(type, 6, 2, 3, 37, 48, 32);
+    check_attention(type, 5, 1, 2, 130, 32, 80);
+  }
   for (const auto& target : targets()) printf("%s ", target.isa);
   printf("agree\n");
 }

@@ -17,12 +17,12 @@ struct Step {
   const Sequence* sequences;
   const int64_t *sequence, *position;
   const Between& f = *isa.between;
-  float *q = nullptr, *k = nullptr, *v = nullptr, *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr;
+  float *q = nullptr, *k = nullptr, *v = nullptr, *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
   void* panels = nullptr;
   int64_t query_width = plan.heads * plan.head_dim, key_width = plan.kv_heads * plan.head_dim;
 
   // Activations and codes of all tokens lie one after the other.
-  int64_t floats() const { return m * (2 * query_width + 2 * key_width + 2 * plan.inner + plan.hidden); }
+  int64_t floats() const { return m * (2 * query_width + 2 * key_width + 2 * plan.inner + 2 * plan.hidden); }
 
   void place(void* memory) {
     q = static_cast<float*>(memory);
@@ -32,6 +32,7 @@ struct Step {
     gate = v + m * key_width;
     up = gate + m * plan.inner;
     y = up + m * plan.inner;
+    z = y + m * plan.hidden;
     panels = reinterpret_cast<char*>(memory) + ceil_div(4 * floats(), 64) * 64;
   }
 
@@ -57,7 +58,7 @@ struct Step {
     from += t * width;
     for (const Norm& norm : product.norms)
       if (norm.weight) {
-        f.rms_norm(from, norm.weight, norm.eps, width, to);
+        f.normalize(from, norm, width, to);
         from = to;
       }
     if (product.hadamard) {
@@ -142,15 +143,24 @@ struct Step {
 
   // Norms and positions of heads, in place.
   void turn(const Block& block, const Norm& norm, float* head, int64_t t) const {
-    if (norm.weight) f.rms_norm(head, norm.weight, norm.eps, plan.head_dim, head);
+    if (norm.weight && !block.whole) f.normalize(head, norm, plan.head_dim, head);
     if (block.rope < 0) return;
     const int64_t at = position[t] * plan.half;
-    f.rotate(plan.ropes[block.rope][0] + at, plan.ropes[block.rope][1] + at, plan.half, head);
+    f.rotate(plan.ropes[block.rope][0] + at, plan.ropes[block.rope][1] + at, plan.half, plan.interleaved, head);
   }
 
   void attention(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
     const int64_t dim = plan.head_dim, group = plan.heads / plan.kv_heads, all = plan.heads + plan.kv_heads;
+    if (block.whole) {
+      for (int64_t i = share(2 * m, thread, count); i < share(2 * m, thread + 1, count); ++i) {
+        const Norm& norm = i < m ? block.query : block.key;
+        const int64_t width = i < m ? query_width : key_width;
+        float* row = i < m ? q + i * width : k + (i - m) * width;
+        if (norm.weight) f.normalize(row, norm, width, row);
+      }
+      barrier(count);
+    }
     for (int64_t i = share(m * all, thread, count); i < share(m * all, thread + 1, count); ++i) {
       const int64_t t = i / all, head = i % all - plan.heads;
       if (head < 0) {
@@ -178,26 +188,26 @@ struct Step {
             const int64_t seen = block.window && block.window < last ? block.window : last;
             tile[i] = {q + row * query_width + of * dim, attended + row * query_width + of * dim, last - seen, last};
           }
-          f.attend(plan.cache_type, cached(b, t, head), tile, here, dim,
+          f.attend(plan.cache_type, cached(b, t, head), tile, here, dim, plan.cap,
                    static_cast<float*>(attention_scratch.memory));
         }
     }
   }
 
-  // x += y, after a norm of y if there is one. A thread has written its share of y's columns; all see x afterwards.
-  void add(const Norm& norm, int64_t columns, int thread, int count) const {
+  // x += from, after a norm of it if there is one. A thread has written its share of from's columns; all see x afterwards.
+  void add(float* from, const Norm& norm, int thread, int count) const {
     if (norm.weight) {
       barrier(count);
       for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
-        float* row = y + t * plan.hidden;
-        f.rms_norm(row, norm.weight, norm.eps, plan.hidden, row);
-        for (int64_t i = 0; i < plan.hidden; ++i) x[t * plan.hidden + i] += row[i];
+        float* row = from + t * plan.hidden;
+        f.normalize(row, norm, plan.hidden, row);
+        for (int64_t i = 0; i < plan.hidden; ++i) x[t * plan.hidden + i] += row[i] * plan.residual;
       }
     } else {
-      const int64_t blocks = ceil_div(columns, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
-                    last = smaller(share(blocks, thread + 1, count) * kBlockRows, columns);
+      const int64_t blocks = ceil_div(plan.hidden, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
+                    last = smaller(share(blocks, thread + 1, count) * kBlockRows, plan.hidden);
       for (int64_t t = 0; t < m; ++t)
-        for (int64_t i = first; i < last; ++i) x[t * plan.hidden + i] += y[t * plan.hidden + i];
+        for (int64_t i = t * plan.hidden + first; i < t * plan.hidden + last; ++i) x[i] += from[i] * plan.residual;
     }
     barrier(count);
   }
@@ -212,8 +222,9 @@ struct Step {
     barrier(count);
     attention(b, thread, count);
     barrier(count);
-    multiply(block.out, attended, &(in[0] = y), thread, count);
-    add(block.after_attention, plan.hidden, thread, count);
+    multiply(block.out, attended, &(in[0] = z), thread, count);
+    if (block.parallel) barrier(count);
+    else add(z, block.after_attention, thread, count);
     float* gates[] = {gate, up};
     for (int i = 0, at = 0; i < block.gate_count; at += int(block.gate[i++].count)) {
       if (i) barrier(count);
@@ -222,10 +233,11 @@ struct Step {
     const int64_t blocks = ceil_div(plan.inner, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
                   last = smaller(share(blocks, thread + 1, count) * kBlockRows, plan.inner);
     for (int64_t t = 0; t < m; ++t)
-      f.apply_gate(plan.gate, gate + t * plan.inner + first, up + t * plan.inner + first, last - first);
+      f.apply_gate(plan.gate, gate + t * plan.inner + first, plan.gated ? up + t * plan.inner + first : nullptr, last - first);
     barrier(count);
     multiply(block.down, gate, &(in[0] = y), thread, count);
-    add(block.after_mlp, plan.hidden, thread, count);
+    if (block.parallel) add(z, block.after_attention, thread, count);
+    add(y, block.after_mlp, thread, count);
   }
 
   Status run_all(int threads) {
@@ -253,7 +265,7 @@ struct Step {
       }
       for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
         float* row = x + t * plan.hidden;
-        if (plan.final.weight) f.rms_norm(row, plan.final.weight, plan.final.eps, plan.hidden, row);
+        if (plan.final.weight) f.normalize(row, plan.final, plan.hidden, row);
       }
     });
     return status;

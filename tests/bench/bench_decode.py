@@ -1,12 +1,14 @@
 """A token end to end: a random model of bitnet-b1.58-2B-4T's shape, here and in llama.cpp on the same weights.
 
-    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--stock] [--folder DIR] [--csv FILE]
+    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--architecture llama] [--stock] [--folder DIR]
+        [--csv FILE]
 
 A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabulary 128,256) with random ternary codes:
 speed does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
 through its own quantizer; ours has 8 bits. Rounds take turns, medians are compared; what a raw read of our weights
-takes stands beside.
---stock adds transformers' own `bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
+takes stands beside, and what the packed layers take in transformers' own forward, as it is.
+--architecture gives these sizes to another model type, without llama.cpp; --stock adds transformers' own
+`bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
 """
 
 import argparse
@@ -20,24 +22,27 @@ from typing import Any
 
 import results
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import bitnet
+from bitnet.decode.attach import attach_decoding
 from bitnet.decode.native import NativeSequences
 from bitnet.kernels.cpu import library
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear
 from bitnet.packing import to_packed
+from bitnet.serving.model import sequences_of
 
 VOCABULARY, WIDTH, ROUNDS = 128_256, 2560, 9
 CONTEXTS = (128, 1024)
 
 
-def build(folder: Path, layers: int) -> None:
+def build(folder: Path, layers: int, architecture: str) -> None:
     """Write the model, as published ones are: packed layers, and a bf16 embedding that is the head, too."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=6912,
@@ -46,9 +51,10 @@ def build(folder: Path, layers: int) -> None:
         num_key_value_heads=5,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
+        pad_token_id=0,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         bitnet.replace_linear(model)
         for module in [m for m in model.modules() if isinstance(m, BitLinear)]:
             to_packed(module)
@@ -62,6 +68,10 @@ def build(folder: Path, layers: int) -> None:
             module.weight = torch.nn.Parameter(torch.randn(module.weight.shape, dtype=torch.bfloat16) * 0.02)
         elif "Norm" in type(module).__name__:
             module.weight = torch.nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16))
+        for name in ("weight", "bias"):
+            if (tensor := getattr(module, name, None)) is not None and tensor.is_meta:
+                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                setattr(module, name, torch.nn.Parameter(zeros) if isinstance(tensor, torch.nn.Parameter) else zeros)
     model.tie_weights()
     bitnet.save(model, folder)
 
@@ -84,12 +94,13 @@ def to_llama_cpp(folder: Path, file: Path) -> None:
 
 
 class Ours:
-    """The native step."""
+    """The native step, or transformers' forward running lean."""
 
     def __init__(self, folder: Path) -> None:
         model = bitnet.load(folder)
         bitnet.pack(model, head="int8")
-        self.model, self.sequences = model, NativeSequences(model, 9)
+        self.model, (self.sequences, _) = model, sequences_of(model, 9)
+        self.name = "native" if isinstance(self.sequences, NativeSequences) else "lean"
         layers = [m for m in model.modules() if isinstance(m, PackedBitLinear)]
         self.weights = [layer.prepack()[0] for layer in layers]
 
@@ -152,7 +163,7 @@ def measure(threads: int, ours: Ours, gguf: Path | None, generate: Generate) -> 
     found: dict[tuple[str, str], list[float]] = {}
     dice = torch.Generator().manual_seed(0)
     prompt: list[int] = torch.randint(0, VOCABULARY, (1024,), generator=dice).tolist()
-    others: dict[str, Any] = {"native": ours}
+    others: dict[str, Any] = {ours.name: ours}
     if gguf is not None:
         others["llama.cpp TQ2_0"] = LlamaCpp(gguf, threads)
 
@@ -182,9 +193,18 @@ def measure(threads: int, ours: Ours, gguf: Path | None, generate: Generate) -> 
     ours.reset()
     ours.batch(prompt[:128])
     for i in range(ROUNDS):
-        note("decode, batch 8, context 128", "native", lambda i=i: ours.batch([prompt[i]]))
+        note("decode, batch 8, context 128", ours.name, lambda i=i: ours.batch([prompt[i]]))
     others.clear()  # llama.cpp's threads would go on waiting for work on our cores
-    found["decode, context 128", "generate()"] = [generate.per_token(prompt[:128], 16) for _ in range(4)][1:]
+    for _ in range(3):
+        attach_decoding(ours.model)
+        generate.per_token(prompt[:8], 1)  # prepares
+        ways = {"generate()": generate.per_token(prompt[:128], 16)}
+        bitnet.native_decoding(ours.model, None)
+        ways["transformers' forward"] = generate.per_token(prompt[:128], 8)
+        for who, seconds in ways.items():
+            found.setdefault(("decode, context 128", who), []).append(seconds)
+        note("decode, context 128", "read", ours.read)
+    attach_decoding(ours.model)
     return found
 
 
@@ -192,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--architecture", default="llama", help="a model type of transformers")
     parser.add_argument("--stock", action="store_true", help="measure transformers' own layers, too")
     parser.add_argument("--folder", type=Path, help="where the model is, or is written to (default: a temporary one)")
     parser.add_argument("--csv", type=Path, default=results.FILE)
@@ -199,11 +220,13 @@ def main() -> None:
     logging.set_verbosity_error()
     common, rows = results.conditions(), []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.folder or Path(temporary)) / f"{args.layers}-layers"
+        folder = (args.folder or Path(temporary)) / f"{args.architecture}-{args.layers}-layers"
         gguf: Path | None = folder / "model.gguf"
         if not (folder / "config.json").exists():
-            build(folder, args.layers)
-        if not (folder / "model.gguf").exists():
+            build(folder, args.layers, args.architecture)
+        if args.architecture != "llama":
+            gguf = None
+        elif not (folder / "model.gguf").exists():
             try:
                 to_llama_cpp(folder, folder / "model.gguf")
             except ImportError:
@@ -212,7 +235,8 @@ def main() -> None:
         start = time.perf_counter()
         ours = Ours(folder)
         loading = time.perf_counter() - start
-        print(f"{common['hardware']}; {common['versions']}; {args.layers} layers; loaded in {loading:.1f} s")
+        kind = f"{args.layers} layers" + (f" of {args.architecture}" if args.architecture != "llama" else "")
+        print(f"{common['hardware']}; {common['versions']}; {kind}; loaded in {loading:.1f} s")
         size = sum(weight.nbytes for weight in ours.weights)
         generate = Generate(ours.model)
         for threads in args.threads:
@@ -222,17 +246,15 @@ def main() -> None:
                 found["decode, context 128", "transformers' bitnet"] = [stock.per_token([5] * 128, 2)]
             for (what, who), seconds in found.items():
                 middle = statistics.median(seconds)
-                own = statistics.median(found.get((what, "native"), seconds))
-                print(
-                    f"threads {threads}  {what:<30} {who:<22} {1e3 * middle:9.1f} ms  {middle / own:6.2f} of native",
-                    flush=True,
-                )
+                own = statistics.median(found.get((what, ours.name), seconds))
+                compared = f"{1e3 * middle:9.1f} ms  {middle / own:6.2f} of {ours.name}"
+                print(f"threads {threads}  {what:<30} {who:<22} {compared}", flush=True)
                 op = {
-                    "op": f"{what}, {args.layers} layers",
+                    "op": f"{what}, {kind}",
                     "m": 8 if "batch" in what else 512 if "prefill" in what else 1,
                 }
                 shape = {"n": VOCABULARY, "k": WIDTH, "dtype": "float32", "backend": who, "threads": threads}
-                moved = size if "decode" in what and who in ("native", "read") else None
+                moved = size if "decode" in what and who in (ours.name, "read") else None
                 rows.append(results.row(op | shape, torch.tensor(seconds, dtype=torch.float64), moved, common))
     results.append(rows, args.csv)
 
