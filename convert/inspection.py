@@ -12,8 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from bitnet import tables
-from bitnet.kernels import rotation
-from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import describe
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import track
@@ -22,6 +20,7 @@ from bitnet.quantize import QuantSpec
 from .files.safetensors import DTYPES
 from .hub.sentences import read_sentences
 from .opening import open_source
+from .rounding import turned_back
 from .source import Source, Weight, uniform
 
 
@@ -268,9 +267,7 @@ class _LowBit(NamedTuple):
 
     def floats(self) -> Tensor:
         """What the float model has for it."""
-        floats = dequantize_weight(self.codes, self.scale)
-        if self.block is not None:
-            floats = rotation.unrotate(floats, self.block, self.signs)
+        floats = turned_back(self.codes, self.scale, self.block, self.signs)
         return floats.mT if self.transposed else floats
 
     def comparable(self, other: "_LowBit") -> bool:
@@ -292,7 +289,7 @@ def _values(source: Source, weights: dict[str, Weight], key: str) -> _LowBit | T
         codes, scales = (torch.stack(each) for each in zip(*source.matrices(weight), strict=True))
         if weight.experts is None:
             codes, scales = codes[0], scales[0]
-        signs = source.tensor(f"{weight.name}.signs") if weight.spec.hadamard_signs else None
+        signs = source.signs(weight.name, weight.in_features, weight.spec)
         return _LowBit(codes, scales, weight.spec.hadamard, signs, weight.transposed)
     if (stack := weights.get(key.removesuffix("_bias"))) and not source.parts(key):
         key = f"{stack.name}.bias"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
-from bitnet.linear import BitLayer, BitLinear
+from bitnet.linear import BitLayer, BitLinear, random_signs
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
@@ -55,6 +55,7 @@ class Source:
 
     multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
     ternary: Set[str] = frozenset()  # layers of a plain source whose floats seem to be codes * scale already
+    signs_seed = 0  # of a plain source, what the signs of layers with hadamard_signs are drawn from
 
     def __init__(self, path: Path, config: dict[str, Any], model: PreTrainedModel, report: Report | None) -> None:
         self.path, self.config, self.model, self.report = path, config, model, report
@@ -92,6 +93,12 @@ class Source:
         Raises ValueError naming the layer for NaN or Inf, or bytes that encode no weight.
         """
         raise NotImplementedError
+
+    def signs(self, name: str, in_features: int, spec: QuantSpec) -> Tensor | None:
+        """The signs int8 [K] of a layer, stored or, of a plain source, to be; None where its options ask for none."""
+        if not spec.hadamard_signs:
+            return None
+        return random_signs(in_features, spec, "cpu", self.signs_seed) if self.plain else self.tensor(f"{name}.signs")
 
     def check_other_files(self, tokenizer: bool = True) -> None:
         """Raise ValueError if copy_other_files could not do what it is to."""

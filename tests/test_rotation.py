@@ -182,8 +182,6 @@ def test_a_conversion_rotates_as_a_swap_does(tmp_path: Path) -> None:
     assert torch.equal(bitnet.load(tmp_path / "hub")(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match="rotates its activations"):
         bitnet.convert_checkpoint(tmp_path / "hub", tmp_path / "x.gguf", "gguf-q2_0", tokenizer=False, console=QUIET)
-    with pytest.raises(ValueError, match="without signs"):
-        open_source(tmp_path / "float", hadamard=32, hadamard_signs=True)
 
 
 def test_a_rotated_layer_is_one_graph_for_the_compiler_and_for_export() -> None:

@@ -86,6 +86,14 @@ def add(commands: Any) -> None:
         help="pass activations through a Walsh-Hadamard transform of so many features, and the weights with them "
         "(loads with this package only)",
     )
+    swap.add_argument(
+        "--rotate-signs",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="SEED",
+        help="with --rotate, multiply features by signs first, drawn from SEED (default: 0)",
+    )
     calibrate = parser.add_argument_group(
         "of a float model, rounding that is calibrated on text",
         "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "
@@ -112,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     if args.per_row is None:
         options["per_row"] = args.calibrate is not None and args.group_size is None
+    if (seed := options.pop("rotate_signs")) is not None:
+        options |= {"hadamard_signs": True, "signs_seed": seed}
     for name in ("weights", "centered"):
         if options[name] is None:
             del options[name]

@@ -13,7 +13,7 @@ import ctypes
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
@@ -162,7 +162,7 @@ class Plan:
         for name, module in named:
             layer = self._layer(name, module)
             inner, block, signs = module.rms_norm, module.spec.hadamard or 0, module.signs
-            alike = inner is None and signs is None and previous == (block,)
+            alike = inner is None and previous is not None and previous[0] == block and _equal(previous[1], signs)
             product = into[count - 1 if alike else count]
             if not alike:
                 norms = [n for n in (outer, None if inner is None else self._inner(inner)) if n is not None]
@@ -172,7 +172,7 @@ class Plan:
                 count += 1
             product.layers[product.count] = ctypes.pointer(layer)
             product.count += 1
-            previous = (block,) if inner is None and signs is None else None
+            previous = (block, signs) if inner is None else None
         return count
 
     def _inner(self, norm: nn.RMSNorm) -> native.Norm:
@@ -229,6 +229,10 @@ class Plan:
             self.native.ropes[index][0], self.native.ropes[index][1] = (table.data_ptr() for table in tables[-2:])
         self.native.half, self.native.positions = half, positions
         self._kept.append(tables)  # and the ones before, which another thread may be reading
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _kind(layer: Any) -> str:
