@@ -160,7 +160,8 @@ class Source:
     def missing(self) -> list[str]:
         """What the model needs and the checkpoint lacks, a line each."""
         tied = self.model.all_tied_weights_keys
-        needed = [key for key in self.model.state_dict() if key not in tied and not self.parts(key)]
+        drawn = {f"{name}.signs" for name, m in self.model.named_modules() if self.plain and isinstance(m, BitLayer)}
+        needed = [key for key in self.model.state_dict() if key not in drawn and key not in tied and not self.parts(key)]
         return [f"there is no tensor {key}" for key in needed if not match.computed(self.model, key)]
 
     def mismatches(self) -> list[str]:

@@ -14,6 +14,11 @@ back when it is read. Keys, all of them behind `prism.hadamard.`:
     tied_output               these rows are the output head's, too
     gdn_v_grouped             features of a folded ssm_out stand in transformers' order of heads, not in ggml's
 
+Written is version 1, with embeddings as they are: `contract`. PrismML's llama.cpp, the fork that these keys are of,
+applies it to the architectures and matrices that READERS and MATRICES list, and refuses others. Stock llama.cpp does not
+know the keys, and would compute with rotated matrices as if they were not; so they are written in the fork's own types
+only (TYPES), which stock refuses to load.
+
 Source: PrismML-Eng/llama.cpp, pull requests 120 and 121.
 """
 
@@ -27,10 +32,15 @@ from bitnet.kernels import rotation
 
 from ..files.damaged import Damaged
 from ..files.gguf import REMEDY, TensorInfo
+from .header import Value
 
 PREFIX = "prism.hadamard."
 TRANSFORM, AXIS = "normalized-sylvester-walsh-hadamard", "input-last-dimension"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+TYPES = ("PQ2_0", "PTQ1_0")
+READERS = ("llama", "qwen3", "qwen3moe", "qwen35")
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "attn_gate", "ssm_out")
+MATRICES += ("ffn_gate", "ffn_up", "ffn_down", "output")
 
 
 class Rotation(NamedTuple):
@@ -47,6 +57,59 @@ class Rotation(NamedTuple):
             return values
         signs = None if self.signs is None else self.signs[values.shape[-1]]
         return rotation.unrotate(values.float(), self.block, signs)
+
+
+class Folded(NamedTuple):
+    """A rotated matrix that is to be written."""
+
+    layer: str  # its name in the model
+    features: int
+    block: int
+    signs: Tensor | None
+
+
+def contract(arch: str, folded: dict[str, Folded], grouped: bool) -> dict[str, Value]:
+    """The keys that describe rotated matrices, by their names in the file; {} where there are none.
+
+    grouped: features of ssm_out stand in transformers' order of heads
+    Raises ValueError naming the layer for what the keys cannot express, or PrismML's llama.cpp does not apply.
+    """
+    if not folded:
+        return {}
+    first = next(iter(folded.values()))
+    if arch not in READERS:
+        raise ValueError(
+            f"{first.layer} rotates its activations (hadamard), and PrismML's llama.cpp applies that to "
+            f"{', '.join(READERS)} only, not to {arch}; take gguf-bf16"
+        )
+    signs: dict[int, Folded] = {}  # the first layer of each number of features
+    for name, matrix in folded.items():
+        other = signs.setdefault(matrix.features, matrix)
+        what = ""
+        if name.split(".")[-2] not in MATRICES:
+            what = f"is {name} there, whose input PrismML's llama.cpp does not rotate (skip leaves a layer float)"
+        elif matrix.block != first.block:
+            what = f"rotates in blocks of {matrix.block} and {first.layer} of {first.block}, where one size is for all"
+        elif (matrix.signs is None) != (first.signs is None):
+            have = ("no", "signs") if matrix.signs is None else ("signs", "none")
+            what = f"has {have[0]} signs, and {first.layer} {have[1]}".replace("signs signs", "signs")
+        elif matrix.signs is not None and other.signs is not None and not torch.equal(matrix.signs, other.signs):
+            what = f"has other signs than {other.layer}, where they go by the number of features ({matrix.features})"
+        if what:
+            raise ValueError(f"{matrix.layer} {what}; take gguf-bf16")
+    keys: dict[str, Value] = {
+        "version": 1,
+        "block_size": first.block,
+        "transform": TRANSFORM,
+        "axis": AXIS,
+        "sign_mode": "identity" if first.signs is None else "explicit",
+        "weight_names": list(folded),
+        "gdn_v_grouped": grouped,
+    }
+    if first.signs is not None:
+        values = [matrix.signs for matrix in signs.values() if matrix.signs is not None]
+        keys |= {"sign_widths": list(signs), "sign_values": torch.cat(values).tolist()}
+    return {f"{PREFIX}{key}": value for key, value in keys.items()}
 
 
 def rotation_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo]) -> Rotation:
