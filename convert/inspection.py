@@ -52,6 +52,7 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)  # how each kind of low-bit layer runs on this machine
     sentences: str = ""  # what makes embeddings of it, in words, where the folder says it
+    notes: list[str] = field(default_factory=list)  # what of it is not read
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [
@@ -76,7 +77,7 @@ class Inspection:
             if some:
                 lines.append(f"{kind}: {len(some)} matrices, {weights:,} weights, {size / 1e6:,.2f} MB")
         lines.append(f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB")
-        return "\n".join([*lines, *([self.sentences] if self.sentences else [])])
+        return "\n".join([*lines, *([self.sentences] if self.sentences else []), *self.notes])
 
     def verdict(self) -> str:
         """The problems, or that there are none."""
@@ -125,7 +126,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
     found.problems += [*source.problems, *source.mismatches()]
-    found.runs = runs_here(weights.values())
+    found.runs, found.notes = runs_here(weights.values()), list(source.notes)
     try:
         found.sentences = str(read_sentences(source.path) or "")
     except (ValueError, OSError) as error:

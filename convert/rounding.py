@@ -42,7 +42,7 @@ def rounded(weight: Tensor, spec: QuantSpec) -> Quantized:
 
 
 def rotated(x: Tensor, spec: QuantSpec, signs: Tensor | None) -> Tensor:
-    """Floats [..., K] of a plain layer, its weight or its input, in the basis of these options: themselves, or x S H."""
+    """Floats [..., K] of a plain layer, its weight or input, in the basis of these options: themselves, or x S H."""
     return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard, signs)
 
 

@@ -1,6 +1,6 @@
 """A checkpoint read one tensor at a time: what conversion, calibration and inspection start from."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ class Source:
 
     multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
     ternary: Set[str] = frozenset()  # layers of a plain source whose floats seem to be codes * scale already
+    notes: Sequence[str] = ()  # what of it is not read, in sentences
     signs_seed = 0  # of a plain source, what the signs of layers with hadamard_signs are drawn from
 
     def __init__(self, path: Path, config: dict[str, Any], model: PreTrainedModel, report: Report | None) -> None:
@@ -159,9 +160,10 @@ class Source:
 
     def missing(self) -> list[str]:
         """What the model needs and the checkpoint lacks, a line each."""
-        tied = self.model.all_tied_weights_keys
-        drawn = {f"{name}.signs" for name, m in self.model.named_modules() if self.plain and isinstance(m, BitLayer)}
-        needed = [key for key in self.model.state_dict() if key not in drawn and key not in tied and not self.parts(key)]
+        absent = set(self.model.all_tied_weights_keys)
+        if self.plain:  # whose signs are drawn
+            absent |= {f"{name}.signs" for name, m in self.model.named_modules() if isinstance(m, BitLayer)}
+        needed = [key for key in self.model.state_dict() if key not in absent and not self.parts(key)]
         return [f"there is no tensor {key}" for key in needed if not match.computed(self.model, key)]
 
     def mismatches(self) -> list[str]:

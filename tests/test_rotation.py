@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.cli import main
-from bitnet.convert.opening import open_source
 from bitnet.kernels import backends, reference, rotation
 from bitnet.kernels.cpu import latent as cpu_latent
 from bitnet.kernels.cpu import library as cpu_library
@@ -194,9 +193,7 @@ def test_a_conversion_draws_signs_as_a_swap_does(transposed: bool, tmp_path: Pat
     options: dict[str, Any] = {"hadamard": 8, "hadamard_signs": True, "signs_seed": 7, "group_size": 32}
     bitnet.replace_linear(model, **options)
     for to in ("latent", "hub"):
-        bitnet.convert_checkpoint(
-            tmp_path / "float", tmp_path / to, to, tokenizer=False, console=QUIET, **options
-        )
+        bitnet.convert_checkpoint(tmp_path / "float", tmp_path / to, to, tokenizer=False, console=QUIET, **options)
     command = ["convert", str(tmp_path / "float"), str(tmp_path / "typed"), "--to", "latent", "--no-tokenizer"]
     assert main([*command, "--rotate", "8", "--rotate-signs", "7", "--group-size", "32"]) == 0
     quantized = model.eval()(IDS).logits
@@ -228,7 +225,9 @@ def test_signs_go_by_the_seed_and_the_number_of_features() -> None:
     assert not torch.equal(one[0], one[2][:64])
     assert all(map(torch.equal, one, drawn(signs_seed=1)))
     assert not any(map(torch.equal, one, other))
-    assert all(map(torch.equal, drawn(), [BitLinear(k, 8, hadamard=32, hadamard_signs=True).signs for k in (64, 64, 96)]))
+    assert all(
+        map(torch.equal, drawn(), [BitLinear(k, 8, hadamard=32, hadamard_signs=True).signs for k in (64, 64, 96)])
+    )
     with pytest.raises(ValueError, match="signs_seed=3 is an option of hadamard_signs=True, which is missing"):
         bitnet.replace_linear(torch.nn.Linear(64, 8), hadamard=32, signs_seed=3)
 

@@ -106,8 +106,8 @@ def convert_checkpoint(
         folder_plan = mlx_writer.plan(opened) if to == "mlx" else plan(opened, to, bool(calibrate), head)
     if folder_plan:
         opened.check_other_files(tokenizer)
-    if gguf_plan and (note := writer.readers(gguf_plan, to)):
-        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+    for note in [*opened.notes, *(writer.readers(gguf_plan, to) if gguf_plan else [])]:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     with work_folder(target, "converting", wait=False) as folder:
         work = Work(target, folder, fingerprint, resume)

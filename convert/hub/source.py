@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,11 @@ class FolderSource(Source):
         return stats(self.headers.values())
 
 
-def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
-    """Copy what of a checkpoint folder is no weights and no config.json, the tokenizer perhaps."""
+def copy_files(source: Path, folder: Path, tokenizer: bool, but: Collection[str] = ()) -> None:
+    """Copy what of a checkpoint folder is no weights and no config.json, nor named in `but`; the tokenizer perhaps."""
     for path in sorted(source.iterdir()):
         wanted = not NOT_COPIED.fullmatch(path.name) and (tokenizer or not tokenizers.FILES.fullmatch(path.name))
+        wanted = wanted and path.name not in but
         if path.is_file() and wanted:
             shutil.copyfile(path, folder / path.name)
 

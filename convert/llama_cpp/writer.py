@@ -155,13 +155,13 @@ def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
     return metadata | gguf_tokenizer.metadata_of(source.path, config), entries
 
 
-def readers(planned: Plan, kind: str) -> str:
-    """Who reads a file, in words, where that is not stock llama.cpp; else empty."""
+def readers(planned: Plan, kind: str) -> list[str]:
+    """A sentence on who reads a file, where that is not stock llama.cpp."""
     if KINDS[kind] not in rotated.TYPES:
-        return ""
+        return []
     turned = any(key.startswith(rotated.PREFIX) for key in planned[0])
     what = f", and applies the rotation that its {rotated.PREFIX}* keys describe" * turned
-    return f"PrismML's llama.cpp reads {KINDS[kind]}{what}; stock llama.cpp does not know the type and refuses the file"
+    return [f"PrismML's llama.cpp reads {KINDS[kind]}{what}; stock llama.cpp does not know the type and refuses it"]
 
 
 def _entries(source: Source, family: Family, ternary: str) -> tuple[dict[str, Entry], dict[str, Value]]:
@@ -176,8 +176,8 @@ def _entries(source: Source, family: Family, ternary: str) -> tuple[dict[str, En
     turned = [weight for weight in weights.values() if weight.spec.hadamard is not None]
     if turned and ternary not in (*rotated.TYPES, "BF16"):
         raise ValueError(
-            f"{turned[0].name} rotates its activations (hadamard), which llama.cpp's graphs do not, and would misread in "
-            f"{ternary}; take gguf-pq2_0, which PrismML's llama.cpp reads, or gguf-bf16, turned back"
+            f"{turned[0].name} rotates its activations (hadamard), which llama.cpp's graphs do not, and would misread "
+            f"in {ternary}; take gguf-pq2_0, which PrismML's llama.cpp reads, or gguf-bf16, turned back"
         )
     if wide := [weight for weight in turned if weight.spec.wide]:
         raise ValueError(f"{wide[0].name} rotates its activations (hadamard) and has {wide[0].spec.weights} weights")
