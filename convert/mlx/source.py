@@ -78,7 +78,7 @@ class MlxSource(Source):
                 self._quantized(key, name, scheme.of(module), tuple(state[name].shape), dequantize)
             elif header.dtype not in DTYPES:
                 raise Damaged(header.file, f"{key} is stored as {header.dtype}, and has no scales")
-            if self._rotated(name) and not self._has_signs(name, headers.get(f"{module}.signs")):
+            if self._rotated(name) and not self._has_signs(tuple(state[name].shape), headers.get(f"{module}.signs")):
                 raise Damaged(header.file, f"the signs of {key} are not those of {prism.MANIFEST}")
 
     def _quantized(
@@ -127,11 +127,10 @@ class MlxSource(Source):
     def _rotated(self, name: str) -> bool:
         return self.pack is not None and name in self.pack.rotation.names
 
-    def _has_signs(self, name: str, stored: TensorHeader | None) -> bool:
+    def _has_signs(self, shape: tuple[int, ...], stored: TensorHeader | None) -> bool:
         """Whether a rotated module's own signs, stored beside it, are those of its number of features."""
-        assert self.pack is not None
-        expected = self.pack.signs[self.model.state_dict()[name].shape[1]]
-        if stored is None or stored.dtype not in DTYPES or stored.shape != tuple(expected.shape):
+        expected = self.pack.signs.get(shape[-1]) if self.pack else None
+        if expected is None or stored is None or stored.dtype not in DTYPES or stored.shape != shape[-1:]:
             return False
         return torch.equal(_read(stored).float(), expected.float())
 
