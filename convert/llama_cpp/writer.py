@@ -180,7 +180,8 @@ def _entries(source: Source, family: Family, ternary: str) -> tuple[dict[str, En
             f"in {ternary}; take gguf-pq2_0, which PrismML's llama.cpp reads, or gguf-bf16, turned back"
         )
     if wide := [weight for weight in turned if weight.spec.wide]:
-        raise ValueError(f"{wide[0].name} rotates its activations (hadamard) and has {wide[0].spec.weights} weights")
+        kind = wide[0].spec.weights
+        raise ValueError(f"{wide[0].name} rotates its activations (hadamard) and has {kind} weights; take --to bf16")
     entries = {}
     folded: dict[str, rotated.Folded] = {}
     grouped = False
