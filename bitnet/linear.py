@@ -10,6 +10,7 @@ from .kernels.rotation import hadamard
 from .quantize import QuantSpec, bit_linear
 
 M = TypeVar("M", bound=nn.Module)
+SEEDS = 0x9E3779B1  # odd, so that every seed makes other signs of a number of features
 
 
 def become(module: nn.Module, cls: type[M]) -> M:
@@ -167,11 +168,11 @@ def check_features(in_features: int, spec: QuantSpec) -> None:
         raise ValueError(f"its {in_features} features are no multiple of hadamard={spec.hadamard}")
 
 
-def random_signs(in_features: int, spec: QuantSpec, device: Any) -> Tensor | None:
+def random_signs(in_features: int, spec: QuantSpec, device: Any, seed: int = 0) -> Tensor | None:
     """The signs of a fresh layer: the same for all layers with as many features, so that layers can share an input."""
     if not spec.hadamard_signs:
         return None
-    draw = torch.Generator().manual_seed(in_features)
+    draw = torch.Generator().manual_seed((in_features + SEEDS * seed) % 2**32)  # torch takes no more of a seed
     bits = torch.randint(0, 2, (in_features,), generator=draw, device="cpu", dtype=torch.int8)
     return (2 * bits - 1).to(device)
 

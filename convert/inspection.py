@@ -12,8 +12,6 @@ from rich.console import Console
 from torch import Tensor
 
 from bitnet import tables
-from bitnet.kernels import rotation
-from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import describe
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import track
@@ -22,6 +20,7 @@ from bitnet.quantize import QuantSpec
 from .files.safetensors import DTYPES
 from .hub.sentences import read_sentences
 from .opening import open_source
+from .rounding import turned_back
 from .source import Source, Weight, uniform
 
 
@@ -53,6 +52,7 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)  # how each kind of low-bit layer runs on this machine
     sentences: str = ""  # what makes embeddings of it, in words, where the folder says it
+    notes: list[str] = field(default_factory=list)  # what of it is not read
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [
@@ -77,7 +77,7 @@ class Inspection:
             if some:
                 lines.append(f"{kind}: {len(some)} matrices, {weights:,} weights, {size / 1e6:,.2f} MB")
         lines.append(f"norms, biases and other vectors: {self.other_bytes / 1e6:,.2f} MB")
-        return "\n".join([*lines, *([self.sentences] if self.sentences else [])])
+        return "\n".join([*lines, *([self.sentences] if self.sentences else []), *self.notes])
 
     def verdict(self) -> str:
         """The problems, or that there are none."""
@@ -126,7 +126,7 @@ def inspect_checkpoint(path: str | Path, console: Console | None = None) -> Insp
     inner |= {f"{name}.weight_scale" for name in weights}
     stored = source.stored()
     found.problems += [*source.problems, *source.mismatches()]
-    found.runs = runs_here(weights.values())
+    found.runs, found.notes = runs_here(weights.values()), list(source.notes)
     try:
         found.sentences = str(read_sentences(source.path) or "")
     except (ValueError, OSError) as error:
@@ -268,9 +268,7 @@ class _LowBit(NamedTuple):
 
     def floats(self) -> Tensor:
         """What the float model has for it."""
-        floats = dequantize_weight(self.codes, self.scale)
-        if self.block is not None:
-            floats = rotation.unrotate(floats, self.block, self.signs)
+        floats = turned_back(self.codes, self.scale, self.block, self.signs)
         return floats.mT if self.transposed else floats
 
     def comparable(self, other: "_LowBit") -> bool:
@@ -292,7 +290,7 @@ def _values(source: Source, weights: dict[str, Weight], key: str) -> _LowBit | T
         codes, scales = (torch.stack(each) for each in zip(*source.matrices(weight), strict=True))
         if weight.experts is None:
             codes, scales = codes[0], scales[0]
-        signs = source.tensor(f"{weight.name}.signs") if weight.spec.hadamard_signs else None
+        signs = source.signs(weight.name, weight.in_features, weight.spec)
         return _LowBit(codes, scales, weight.spec.hadamard, signs, weight.transposed)
     if (stack := weights.get(key.removesuffix("_bias"))) and not source.parts(key):
         key = f"{stack.name}.bias"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import rotation
-from bitnet.kernels.reference import GROUP_SIZES, group_sizes, grouped, size_of_groups
+from bitnet.kernels.reference import GROUP_SIZES, dequantize_weight, group_sizes, grouped, size_of_groups
 from bitnet.packing import quantize_matrix
 from bitnet.quantize import QuantSpec
 
@@ -41,9 +41,15 @@ def rounded(weight: Tensor, spec: QuantSpec) -> Quantized:
     return found or Quantized(*quantize_matrix(weight, spec))
 
 
-def rotated(x: Tensor, spec: QuantSpec) -> Tensor:
-    """Floats [..., K] of a plain layer, its weight or its input, in the basis of these options: themselves, or x H."""
-    return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard)
+def rotated(x: Tensor, spec: QuantSpec, signs: Tensor | None) -> Tensor:
+    """Floats [..., K] of a plain layer, its weight or input, in the basis of these options: themselves, or x S H."""
+    return x if spec.hadamard is None else rotation.hadamard(x, spec.hadamard, signs)
+
+
+def turned_back(codes: Tensor, scale: Tensor, block: int | None, signs: Tensor | None) -> Tensor:
+    """codes * scale as float32 [..., N, K], out of the basis of hadamard=block, where the layer is in one."""
+    floats = dequantize_weight(codes, scale)
+    return floats if block is None else rotation.unrotate(floats, block, signs)
 
 
 def latent_weight(codes: Tensor, scale: Tensor, like: Tensor | None = None, spec: QuantSpec | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """A checkpoint read one tensor at a time: what conversion, calibration and inspection start from."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bitnet.experts import PackedExperts
 from bitnet.kernels import layout
-from bitnet.linear import BitLayer, BitLinear
+from bitnet.linear import BitLayer, BitLinear, random_signs
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quantize import QuantSpec
 
@@ -55,6 +55,8 @@ class Source:
 
     multiplies: bool = False  # it is of transformers' form whose scales are stored as they are, not as 1 / scale
     ternary: Set[str] = frozenset()  # layers of a plain source whose floats seem to be codes * scale already
+    notes: Sequence[str] = ()  # what of it is not read, in sentences
+    signs_seed = 0  # of a plain source, what the signs of layers with hadamard_signs are drawn from
 
     def __init__(self, path: Path, config: dict[str, Any], model: PreTrainedModel, report: Report | None) -> None:
         self.path, self.config, self.model, self.report = path, config, model, report
@@ -92,6 +94,12 @@ class Source:
         Raises ValueError naming the layer for NaN or Inf, or bytes that encode no weight.
         """
         raise NotImplementedError
+
+    def signs(self, name: str, in_features: int, spec: QuantSpec) -> Tensor | None:
+        """The signs int8 [K] of a layer, stored or, of a plain source, to be; None where its options ask for none."""
+        if not spec.hadamard_signs:
+            return None
+        return random_signs(in_features, spec, "cpu", self.signs_seed) if self.plain else self.tensor(f"{name}.signs")
 
     def check_other_files(self, tokenizer: bool = True) -> None:
         """Raise ValueError if copy_other_files could not do what it is to."""
@@ -152,8 +160,10 @@ class Source:
 
     def missing(self) -> list[str]:
         """What the model needs and the checkpoint lacks, a line each."""
-        tied = self.model.all_tied_weights_keys
-        needed = [key for key in self.model.state_dict() if key not in tied and not self.parts(key)]
+        absent = set(self.model.all_tied_weights_keys)
+        if self.plain:  # whose signs are drawn
+            absent |= {f"{name}.signs" for name, m in self.model.named_modules() if isinstance(m, BitLayer)}
+        needed = [key for key in self.model.state_dict() if key not in absent and not self.parts(key)]
         return [f"there is no tensor {key}" for key in needed if not match.computed(self.model, key)]
 
     def mismatches(self) -> list[str]:

@@ -242,19 +242,26 @@ def perplexity(model: PreTrainedModel, texts: Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.parametrize("per_row", [True, False], ids=["per_row", "per_tensor"])
+SERVED: dict[str, dict[str, Any]] = {
+    "per_row": {"per_row": True},
+    "per_tensor": {"per_row": False},
+    "rotated": {"per_row": True, "hadamard": 8, "hadamard_signs": True, "signs_seed": 5},
+}
+
+
+@pytest.mark.parametrize("options", SERVED.values(), ids=SERVED)
 @pytest.mark.parametrize("build", [lambda: llama(vocab_size=257, tie_word_embeddings=True), neox_257, opt])
 def test_scores_are_those_of_the_whole_model_as_it_is_served(
-    build: Callable[[], PreTrainedModel], per_row: bool, text: Path, tmp_path: Path
+    build: Callable[[], PreTrainedModel], options: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
-    folder = checkpoint(build(), tmp_path / "float")
-    result = calibrate(FolderSource(folder, per_row=per_row), text, tmp_path / "store", **OPTIONS)
+    folder, per_row = checkpoint(build(), tmp_path / "float"), options["per_row"]
+    result = calibrate(FolderSource(folder, **options), text, tmp_path / "store", **OPTIONS)
     _, held_out = read_text(text, build_tokenizer(), OPTIONS["samples"], OPTIONS["length"], 0)
     assert result.tokens == 2 * 15
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert result.perplexity["float"] == pytest.approx(perplexity(model, held_out), rel=1e-5)
     assert result.bits_per_byte["float"] == pytest.approx(math.log2(result.perplexity["float"]))  # a byte is a token
-    bitnet.replace_linear(model, per_row=per_row)
+    bitnet.replace_linear(model, **options)
     assert result.perplexity["plain"] == pytest.approx(perplexity(model, held_out), rel=1e-4)
     codes = calibrated(tmp_path / "store")
     rows = {row.name: row for row in result.layers}
@@ -475,6 +482,7 @@ def test_a_row_of_zeros_stays_one() -> None:
 
 
 CONVERTED = SCALES | {"binary groups": BINARY["binary groups"]}
+CONVERTED["rotated"] = {"per_row": True, "hadamard": 8, "hadamard_signs": True, "signs_seed": 5}
 
 
 @pytest.mark.parametrize("options", CONVERTED.values(), ids=CONVERTED)
@@ -495,12 +503,17 @@ def test_a_conversion_writes_what_was_calibrated(
             layer = models[to].get_submodule(name)
             assert torch.equal(layer.codes(), codes)
             assert torch.equal(layer.weight_scale, scale)
-        again, scale_again = quantize_matrix(models["latent"].get_submodule(name).weight, QuantSpec(**shape))
+        latent = models["latent"].get_submodule(name)
+        again, scale_again = quantize_matrix(latent.weight, latent.spec)
         assert torch.equal(again, codes)
         torch.testing.assert_close(scale_again, scale)
         for to in {"bf16"}.intersection(others):
             weight = models[to].get_submodule(name).weight
-            assert torch.equal(weight, reference.dequantize_weight(codes, scale, torch.bfloat16))
+            floats = reference.dequantize_weight(codes, scale)
+            if "hadamard" in shape:
+                assert torch.equal(layer.signs, latent.signs)
+                floats = reference.hadamard(floats, shape["hadamard"]) * latent.signs
+            assert torch.equal(weight, floats.bfloat16())
     assert len(expected) == 14
     assert {path.name for path in tmp_path.iterdir()} == {"store", *packed, *others}
 

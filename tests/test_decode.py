@@ -16,6 +16,7 @@ from bitnet.decode.attach import NativeForward, native_decoding, why_not
 from bitnet.decode.native import Cached, NativeSequences, run
 from bitnet.decode.plan import Plan, Unplanned
 from bitnet.kernels.cpu import library
+from bitnet.kernels.cpu import step as native
 
 pytestmark = pytest.mark.skipif(isinstance(library.load(), str), reason="there is no native library")
 
@@ -60,6 +61,24 @@ def test_a_step_computes_every_option_of_the_layers(name: str) -> None:
     model = packed("llama", **SPECS[name])
     found = stepwise(NativeSequences(model, 1, "float32"), IDS)
     assert_same_but_for_roundings(found, reference(model), model.model.layers[0].mlp.up_proj.activation_bits)
+
+
+def test_layers_that_rotate_their_common_input_alike_share_the_transform() -> None:
+    """And those whose signs differ do not, which decides what is computed."""
+    model = packed("llama", **SPECS["rotated"])
+    block = Plan(model.model).native.blocks
+    assert _products(block) == (1, 1)
+    layer = model.model.layers[0]
+    layer.self_attn.k_proj.signs = -layer.self_attn.k_proj.signs
+    layer.mlp.up_proj.signs = -layer.mlp.up_proj.signs
+    assert _products(Plan(model.model).native.blocks) == (3, 2)
+    assert_same_but_for_roundings(stepwise(NativeSequences(model, 1, "float32"), IDS), reference(model))
+
+
+def _products(blocks: int) -> tuple[int, int]:
+    """Of the first block: for queries, keys and values, and for gate and up."""
+    block = native.Block.from_address(blocks)
+    return block.in_count, block.gate_count
 
 
 @pytest.mark.parametrize("family", FAMILIES)

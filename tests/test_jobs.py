@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_to_the_very_same_end(
 OTHERS = [
     {"per_row": True, "rms_norm": True, "activation_bits": 4, "accumulation": 2, "documents": "joined"},
     {"group_size": 32, "activation_bits": None, "precision": "bf16", "optimizer": "adamw"},
-    {"weights": "binary", "hadamard": 8, "schedule": "two-stage"},
+    {"weights": "binary", "hadamard": 8, "hadamard_signs": True, "schedule": "two-stage"},
     {"weights": "float", "gradient_checkpointing": True},
     {"architecture": {"model_type": "mixtral", **{k: v for k, v in LLAMA.items() if k != "model_type"}}},
 ]

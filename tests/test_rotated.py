@@ -1,9 +1,12 @@
 """GGUF files whose matrices were rotated (prism.hadamard): made here from the description, with a Hadamard matrix."""
 
+import io
 from contextlib import nullcontext
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_models
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from bitnet.convert.files.gguf import padded, read_header, read_tensor
 from bitnet.convert.inspection import inspect_checkpoint
 from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.source import GgufSource
+from bitnet.convert.opening import open_source
 
 QUIET = Console(quiet=True)
 BLOCK = 128
@@ -227,10 +231,145 @@ def test_heads_in_an_order_that_was_not_said_are_refused(exported: Path, tmp_pat
         GgufSource(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize(("to", "reason"), [("gguf-q2_0", "rotates its activations"), ("mlx", "rotates its")])
-def test_rotated_models_are_not_written_where_nothing_would_rotate(
-    to: str, reason: str, llama: Path, tmp_path: Path
+WRITTEN: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "signs": ("llama", "PQ2_0", {"hadamard": 128, "hadamard_signs": True, "signs_seed": 3, "group_size": 128}),
+    "no signs": ("qwen3", "PTQ1_0", {"hadamard": 64, "group_size": 128}),
+    "heads": ("qwen3_5", "PQ2_0", {"hadamard": 128, "hadamard_signs": True, "group_size": 128, "skip": "in_proj_[ab]"}),
+    "scales of rows": ("llama", "PTQ1_0", {"hadamard": 256, "per_row": True, "hadamard_signs": True}),
+    "binary": ("llama", "PQ2_0", {"hadamard": 32, "weights": "binary", "centered": False, "group_size": 128}),
+}
+
+
+def float_model(folder: Path, family: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    built = gguf_models.model(family, **{"num_hidden_layers": 1} | changes if family != "qwen3_5" else changes)
+    built.save_pretrained(folder)
+    gguf_models.tokenizer().save_pretrained(folder)
+    return built
+
+
+def independently(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata, and the bytes of each tensor with its shape [N, K], as the gguf package reads a file."""
+    kinds = {"PQ2_0": (142, (128, 34)), "PTQ1_0": (143, (128, 28))}  # which its version need not know
+    known = {kind.name: kind.value for kind in gguf.GGMLQuantizationType}
+    extended = IntEnum("GGMLQuantizationType", known | {name: number for name, (number, _) in kinds.items()})
+    monkeypatch.setattr(gguf.gguf_reader, "GGMLQuantizationType", extended)
+    for number, size in kinds.values():
+        monkeypatch.setitem(gguf.GGML_QUANT_SIZES, number, size)
+    reader = gguf.GGUFReader(file)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    return fields, {t.name: (t.data.tobytes(), tuple(int(n) for n in t.shape[::-1])) for t in reader.tensors}
+
+
+@pytest.mark.parametrize(("family", "kind", "options"), WRITTEN.values(), ids=WRITTEN)
+def test_a_rotated_model_comes_back_from_a_file_bit_for_bit(
+    family: str, kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folded(llama, tmp_path / "m.gguf")
+    float_model(tmp_path / "float", family)
+    convert_checkpoint(tmp_path / "float", tmp_path / "hub", "hub", console=QUIET, **options)
+    said = Console(record=True, quiet=False, file=io.StringIO(), width=300)
+    convert_checkpoint(tmp_path / "hub", tmp_path / "m.gguf", f"gguf-{kind.lower()}", console=said)
+    assert f"PrismML's llama.cpp reads {kind}, and applies the rotation" in (text := said.export_text())
+    assert "stock llama.cpp does not know the type and refuses it" in text
+    before, after = (open_source(tmp_path / name) for name in ("hub", "m.gguf"))
+    assert after.layers().keys() == before.layers().keys()
+    rotates = 0
+    for name, weight in before.weights().items():
+        ours, theirs = weight.spec, after.weights()[name].spec
+        assert (theirs.hadamard, theirs.hadamard_signs) == (ours.hadamard, ours.hadamard_signs)
+        codes, scale = before.quantized(name)
+        found = after.quantized(name)
+        assert torch.equal(found.codes, codes)
+        scale = scale.half() if scale.ndim > 1 else scale.half().float()  # as all blocks hold them
+        assert torch.equal(found.scale, scale)
+        signs = [source.signs(name, weight.in_features, spec) for source, spec in ((before, ours), (after, theirs))]
+        assert (signs[0] is None) == (signs[1] is None) == (not options.get("hadamard_signs"))
+        assert signs[0] is None or torch.equal(*signs)
+        rotates += ours.hadamard is not None
+    # the same by another reader, whose blocks are compared with those of another packer
+    fields, tensors = independently(tmp_path / "m.gguf", monkeypatch)
+    assert fields["prism.hadamard.version"] == 1
+    assert fields["prism.hadamard.block_size"] == options["hadamard"]
+    assert fields.get("prism.hadamard.gdn_v_grouped", False) is (family == "qwen3_5")
+    names = fields["prism.hadamard.weight_names"]
+    assert len(names) == rotates == len(set(names))
+    for key, homes in after.homes.items():
+        for place, _ in homes:
+            if (name := key.removesuffix(".weight")) not in before.weights():
+                assert place.name not in names
+                continue
+            codes, scale = after.quantized(name)
+            order = slice(None) if place.rows is None else place.rows
+            scale = scale.float() if scale.ndim > 1 else scale[:, None].float().expand(len(codes), 1)
+            data, shape = tensors[place.name]
+            assert shape == tuple(codes.shape)
+            groups = scale.repeat_interleave(codes.shape[1] // 128 // scale.shape[1], dim=1)[order].numpy()
+            assert data == PACKERS[kind](codes[order].numpy(), groups)
+    if options.get("hadamard_signs"):
+        widths = fields["prism.hadamard.sign_widths"]
+        values = torch.tensor(fields["prism.hadamard.sign_values"], dtype=torch.int8).split(widths)
+        by_width = dict(zip(widths, values, strict=True))
+        for name, weight in before.weights().items():
+            if weight.spec.hadamard is not None:
+                assert torch.equal(before.tensor(f"{name}.signs"), by_width[weight.in_features])
+    if "group_size" in options:
+        logits = bitnet.load(tmp_path / "hub")(gguf_models.IDS).logits
+        assert torch.equal(bitnet.load(tmp_path / "m.gguf")(gguf_models.IDS).logits, logits)
+
+
+def test_floats_for_llama_cpp_are_turned_back(tmp_path: Path) -> None:
+    float_model(tmp_path / "float", "llama")
+    options: dict[str, Any] = {"hadamard": 64, "hadamard_signs": True, "group_size": 32, "activation_bits": None}
+    convert_checkpoint(tmp_path / "float", tmp_path / "hub", "hub", console=QUIET, **options)
+    convert_checkpoint(tmp_path / "hub", tmp_path / "bf16", "bf16", console=QUIET)
+    convert_checkpoint(tmp_path / "hub", tmp_path / "m.gguf", "gguf-bf16", console=QUIET)
+    assert not any(key.startswith("prism.") for key in read_header(tmp_path / "m.gguf")[0])
+    expected = load_file(tmp_path / "bf16" / "model.safetensors")
+    source = GgufSource(tmp_path / "m.gguf")
+    for name in open_source(tmp_path / "hub").weights():
+        assert torch.equal(source.tensor(f"{name}.weight").bfloat16(), expected[f"{name}.weight"]), name
+
+
+UNWRITABLE: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "stock": ("llama", "gguf-q2_0", {}, "and would misread in Q2_0; take gguf-pq2_0, which PrismML's llama.cpp reads"),
+    "mlx": ("llama", "mlx", {}, "rotates its activations .hadamard., which mlx's layers do not"),
+    "family": ("qwen2", "gguf-pq2_0", {}, "PrismML's llama.cpp applies that to llama, qwen3, qwen3moe, qwen35 only"),
+    "matrix": ("qwen3_5", "gguf-pq2_0", {}, r"in_proj_[ab] is blk\.0\.ssm_(alpha|beta)\.weight there, whose input"),
+    "groups": ("llama", "gguf-pq2_0", {"group_size": 64}, "has scales of groups of 64, and PQ2_0 of 128"),
+    "8 bits": ("llama", "gguf-ptq1_0", {"weights": "int8", "group_size": None}, "and has int8 weights"),
+}
+
+
+@pytest.mark.parametrize(("family", "to", "options", "reason"), UNWRITABLE.values(), ids=UNWRITABLE)
+def test_what_no_reader_would_rotate_is_not_written(
+    family: str, to: str, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    float_model(tmp_path / "float", family)
+    chosen = {"hadamard": 64, "group_size": 128} | options
     with pytest.raises(ValueError, match=reason):
-        convert_checkpoint(tmp_path / "m.gguf", tmp_path / "out", to, console=QUIET)
+        convert_checkpoint(tmp_path / "float", tmp_path / "out", to, console=QUIET, **chosen)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rotations_that_one_contract_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """By layers in memory, which can differ."""
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "blocks": ({"hadamard": 64}, "rotates in blocks of 64 and .*q_proj of 32, where one size is for all"),
+        "some signs": ({"hadamard": 32, "hadamard_signs": True}, "down_proj has signs, unlike .*q_proj"),
+    }
+    for what, (options, reason) in changes.items():
+        model = float_model(tmp_path / f"float {what}", "llama")
+        bitnet.replace_linear(model, group_size=128, include="down_proj", **options)
+        bitnet.replace_linear(model, group_size=128, skip="down_proj", hadamard=32)
+        bitnet.pack(model)
+        bitnet.save(model, tmp_path / what)
+        with pytest.raises(ValueError, match=reason):
+            convert_checkpoint(tmp_path / what, tmp_path / "m.gguf", "gguf-pq2_0", tokenizer=False, console=QUIET)
+    model = float_model(tmp_path / "float", "llama")
+    bitnet.replace_linear(model, group_size=128, hadamard=32, hadamard_signs=True)
+    signs = model.model.layers[0].mlp.up_proj.signs
+    signs[5] = -signs[5]
+    bitnet.pack(model)
+    bitnet.save(model, tmp_path / "other signs")
+    with pytest.raises(ValueError, match=r"up_proj has other signs than .*q_proj, where they go by the number of"):
+        convert_checkpoint(tmp_path / "other signs", tmp_path / "m.gguf", "gguf-pq2_0", tokenizer=False, console=QUIET)

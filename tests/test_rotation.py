@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny import IDS, Mlp, llama
+from tiny import IDS, Mlp, gpt2, llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bitnet
 from bitnet import BitLinear, PackedBitLinear
 from bitnet.cli import main
-from bitnet.convert.opening import open_source
 from bitnet.kernels import backends, reference, rotation
 from bitnet.kernels.cpu import latent as cpu_latent
 from bitnet.kernels.cpu import library as cpu_library
@@ -182,8 +181,55 @@ def test_a_conversion_rotates_as_a_swap_does(tmp_path: Path) -> None:
     assert torch.equal(bitnet.load(tmp_path / "hub")(IDS).logits, model(IDS).logits)
     with pytest.raises(ValueError, match="rotates its activations"):
         bitnet.convert_checkpoint(tmp_path / "hub", tmp_path / "x.gguf", "gguf-q2_0", tokenizer=False, console=QUIET)
-    with pytest.raises(ValueError, match="without signs"):
-        open_source(tmp_path / "float", hadamard=32, hadamard_signs=True)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["llama", "gpt2"])
+def test_a_conversion_draws_signs_as_a_swap_does(transposed: bool, tmp_path: Path) -> None:
+    """The float model stays what it is; trained, packed, saved, loaded and served are one."""
+    torch.manual_seed(0)
+    model = gpt2() if transposed else llama(hidden_size=64, intermediate_size=96)
+    model.save_pretrained(tmp_path / "float")
+    expected = model.eval()(IDS).logits
+    options: dict[str, Any] = {"hadamard": 8, "hadamard_signs": True, "signs_seed": 7, "group_size": 32}
+    bitnet.replace_linear(model, **options)
+    for to in ("latent", "hub"):
+        bitnet.convert_checkpoint(tmp_path / "float", tmp_path / to, to, tokenizer=False, console=QUIET, **options)
+    command = ["convert", str(tmp_path / "float"), str(tmp_path / "typed"), "--to", "latent", "--no-tokenizer"]
+    assert main([*command, "--rotate", "8", "--rotate-signs", "7", "--group-size", "32"]) == 0
+    quantized = model.eval()(IDS).logits
+    for name in ("latent", "typed"):
+        found = bitnet.load(tmp_path / name)
+        assert torch.equal(found.eval()(IDS).logits, quantized)
+        bitnet.set_strength(found.train(), 0.0)
+        if not transposed:  # without dropout
+            assert torch.allclose(found(IDS).logits, expected, atol=1e-5)
+    state = bitnet.load(tmp_path / "hub").state_dict()
+    bitnet.pack(model)
+    assert torch.equal(model(IDS).logits, quantized)
+    assert torch.equal(bitnet.load(tmp_path / "hub")(IDS).logits, quantized)
+    bitnet.save(model, tmp_path / "saved")
+    assert torch.equal(bitnet.load(tmp_path / "saved")(IDS).logits, quantized)
+    signs = {key: value for key, value in state.items() if key.endswith(".signs")}
+    assert signs
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in signs.items())
+
+
+def test_signs_go_by_the_seed_and_the_number_of_features() -> None:
+    def drawn(**options: Any) -> list[Tensor]:
+        model = torch.nn.ModuleList([torch.nn.Linear(k, 8) for k in (64, 64, 96)])
+        bitnet.replace_linear(model, hadamard=32, hadamard_signs=True, **options)
+        return [layer.signs for layer in model]  # type: ignore[misc]
+
+    one, other = drawn(signs_seed=1), drawn(signs_seed=2)
+    assert torch.equal(one[0], one[1])
+    assert not torch.equal(one[0], one[2][:64])
+    assert all(map(torch.equal, one, drawn(signs_seed=1)))
+    assert not any(map(torch.equal, one, other))
+    assert all(
+        map(torch.equal, drawn(), [BitLinear(k, 8, hadamard=32, hadamard_signs=True).signs for k in (64, 64, 96)])
+    )
+    with pytest.raises(ValueError, match="signs_seed=3 is an option of hadamard_signs=True, which is missing"):
+        bitnet.replace_linear(torch.nn.Linear(64, 8), hadamard=32, signs_seed=3)
 
 
 def test_a_rotated_layer_is_one_graph_for_the_compiler_and_for_export() -> None:

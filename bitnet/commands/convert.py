@@ -16,6 +16,8 @@ FORMS = {
     "gguf-q2_0": "for recent llama.cpp, 2.25 bits; row lengths may be any multiple of 64 instead of 256",
     "gguf-q1_0": "of a model of 1-bit weights, for recent llama.cpp, 1.125 bits",
     "gguf-i2_s": "for bitnet.cpp on x86-64, 2 bits",
+    "gguf-pq2_0": "for PrismML's llama.cpp, 2.13 bits, rotated layers too; stock llama.cpp refuses it",
+    "gguf-ptq1_0": "the same, 1.75 bits",
     "gguf-bf16": "codes x scale in bfloat16, for llama.cpp; activations are no longer quantized",
 }
 
@@ -29,7 +31,7 @@ def add(commands: Any) -> None:
         "folder, a float model or a `bitnet` one in any published form, one that MLX quantized to 1 or\n"
         "2 bits, or a GGUF file. DST must not exist yet, or be an empty folder, and can be loaded only\n"
         "when it is complete.",
-        epilog="forms:\n" + "".join(f"  {name:<10}  {what}\n" for name, what in FORMS.items()) + "\n"
+        epilog="forms:\n" + "".join(f"  {name:<11}  {what}\n" for name, what in FORMS.items()) + "\n"
         "A float model is rounded, not trained: expect nonsense from the result until it is\n"
         "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -86,6 +88,14 @@ def add(commands: Any) -> None:
         help="pass activations through a Walsh-Hadamard transform of so many features, and the weights with them "
         "(loads with this package only)",
     )
+    swap.add_argument(
+        "--rotate-signs",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="SEED",
+        help="with --rotate, multiply features by signs first, drawn from SEED (default: 0)",
+    )
     calibrate = parser.add_argument_group(
         "of a float model, rounding that is calibrated on text",
         "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "
@@ -112,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     if args.per_row is None:
         options["per_row"] = args.calibrate is not None and args.group_size is None
+    if (seed := options.pop("rotate_signs")) is not None:
+        options |= {"hadamard_signs": True, "signs_seed": seed}
     for name in ("weights", "centered"):
         if options[name] is None:
             del options[name]

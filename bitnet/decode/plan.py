@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
@@ -239,7 +239,7 @@ class Plan:
         for name, module, *rows in named:
             layer = self._layer(name, module, *rows)
             inner, block, signs = module.rms_norm, module.spec.hadamard or 0, module.signs
-            alike = inner is None and signs is None and previous == (block,)
+            alike = inner is None and previous is not None and previous[0] == block and _equal(previous[1], signs)
             product = into[count - 1 if alike else count]
             if not alike:
                 norms = [n for n in (outer, None if inner is None else self._inner(inner)) if n is not None]
@@ -249,7 +249,7 @@ class Plan:
                 count += 1
             product.layers[product.count] = ctypes.pointer(layer)
             product.count += 1
-            previous = (block,) if inner is None and signs is None else None
+            previous = (block, signs) if inner is None else None
         return count
 
     def _inner(self, norm: nn.RMSNorm) -> native.Norm:
@@ -333,6 +333,10 @@ def _parts(holder: str, module: Any, names: list[str], fused: str, sizes: tuple[
         parts.append((f"{holder}.{fused}", layer, (first, first + size)))
         first += size
     return parts
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _kind(layer: Any) -> str:

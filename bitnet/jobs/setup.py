@@ -83,7 +83,7 @@ def build(options: TrainOptions, tokenizer: Any, console: Console) -> Any:
     if limit and options.context > limit:
         raise ValueError(f"--context {options.context} is more than the {limit} positions of the model")
     if options.weights != "float":
-        names = ("weights", "per_row", "group_size", "activation_bits", "rms_norm", "hadamard")
+        names = ("weights", "per_row", "group_size", "activation_bits", "rms_norm", "hadamard", "hadamard_signs")
         chosen = {name: getattr(options, name) for name in names}
         report = replace_linear(model, skip=options.skip or None, include=options.include or None, **chosen)
         console.print(str(report), highlight=False, markup=False, soft_wrap=True)

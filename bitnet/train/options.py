@@ -75,6 +75,7 @@ class TrainOptions:
     activation_bits: int | None = _option(LAYERS, 8, "16, 8, 4, or none for float activations")
     rms_norm: bool = _option(LAYERS, False, "an RMSNorm inside each layer")
     hadamard: int | None = _option(LAYERS, None, "rotate activations in blocks of so many features, a power of two")
+    hadamard_signs: bool = _option(LAYERS, False, "multiply features by fixed random signs before they are rotated")
     skip: list[str] = _option(LAYERS, [], "layers to leave float besides head and routers", metavar="REGEX")
     include: list[str] = _option(LAYERS, [], "only these layers", metavar="REGEX")
 

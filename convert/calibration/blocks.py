@@ -43,7 +43,7 @@ class ObservedLinear(BitLinear):
 
     def output(self, input: Tensor, stream: str) -> Tensor:
         """In float32, or exactly as it will be served."""
-        input = rotated(input, self.spec)
+        input = rotated(input, self.spec, self.signs)
         if stream not in self.rounded:
             return F.linear(input, self.weight, self.bias)
         x = input.reshape(-1, self.in_features)
@@ -84,6 +84,7 @@ class BlockModel:
             if isinstance(module, BitLinear):
                 layer = become(BitLinear.from_linear(self.model.get_submodule(name), module.spec), ObservedLinear)
                 layer.context, layer.rounded = self, {}
+                layer.signs = source.signs(name, layer.in_features, layer.spec)
         for name, module in self.model.named_modules():
             self.names[module] = name
             module.register_forward_pre_hook(self._about_to_run)
@@ -117,7 +118,7 @@ class BlockModel:
             if parameter is not None and parameter.is_meta:
                 value = self.read(f"{name}.{leaf}" if name else leaf, parameter.shape)
                 if isinstance(module, ObservedLinear) and leaf == "weight":
-                    value = rotated(value, module.spec)
+                    value = rotated(value, module.spec, module.signs)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for leaf, buffer in module._buffers.items():
             if buffer is not None and f"{name}.{leaf}" in self.stored:
@@ -252,7 +253,7 @@ class BlockModel:
             self.watch = watch
             self.block(index, hidden, stream)
         except _Stop as stop:
-            return rotated(stop.args[0], layer.spec).reshape(-1, layer.in_features)
+            return rotated(stop.args[0], layer.spec, layer.signs).reshape(-1, layer.in_features)
         finally:
             self.watch = None
         raise self.refusal(f"{self.names[layer]} does not run for every text")

@@ -217,7 +217,7 @@ def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) 
 
 def _fingerprint(source: Source, texts: Tensor, held_out: Tensor, device: torch.device) -> str:
     """Changes with anything that decides the results, but for the tensors' values, told by their files' times."""
-    facts: list[Any] = [source.fingerprint()]
+    facts: list[Any] = [source.fingerprint(), source.signs_seed]
     facts += [[name, asdict(layer.spec)] for name, layer in source.layers().items()]
     facts += [texts.tolist(), held_out.tolist(), source.model.config.to_json_string(), device.type]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -63,8 +63,8 @@ def convert_checkpoint(
                     "latent": the float weights, marked for training in 1.58 bit
                     "bf16":   codes * scale in bfloat16, for any runtime; activations are no longer quantized
                     "mlx":    a folder for MLX, 2 bits a weight; activations are no longer quantized
-                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-q1_0", "gguf-i2_s", "gguf-bf16": a GGUF file, see
-                              llama_cpp/
+                    "gguf-tq2_0", "gguf-tq1_0", "gguf-q2_0", "gguf-q1_0", "gguf-i2_s", "gguf-pq2_0", "gguf-ptq1_0",
+                    "gguf-bf16": a GGUF file, see llama_cpp/
     max_shard_size: of the output's files, in bytes or as "5GB", "500MB"
     resume:         go on with an interrupted conversion of the same source to the same target
     tokenizer:      False leaves it out, where it is missing or cannot be converted
@@ -106,6 +106,8 @@ def convert_checkpoint(
         folder_plan = mlx_writer.plan(opened) if to == "mlx" else plan(opened, to, bool(calibrate), head)
     if folder_plan:
         opened.check_other_files(tokenizer)
+    for note in [*opened.notes, *(writer.readers(gguf_plan, to) if gguf_plan else [])]:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     _announce(opened, rounded=to != "latent" and not calibrate, console=console)
     with work_folder(target, "converting", wait=False) as folder:
         work = Work(target, folder, fingerprint, resume)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet.experts import BitExperts, PackedExperts
-from bitnet.kernels import layout, rotation
+from bitnet.kernels import layout
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear
@@ -22,7 +22,7 @@ from ..files.safetensors import DTYPES
 from ..hub.config import config_of
 from ..hub.values import stored_scale
 from ..llama_cpp import writer
-from ..rounding import exact, latent_weight, rotated
+from ..rounding import exact, latent_weight, rotated, turned_back
 from ..source import Source, Weight
 from ..swap.pack import HEADS
 from .heads import head_job, pack_head
@@ -128,21 +128,30 @@ def copy_tensor(source: Source, key: str, dtype: str, shape: tuple[int, ...], na
 def _latent(source: Source, weight: Weight) -> Job:
     """Float weights that round to codes which were calibrated, or which the floats are times a scale; or rotated."""
     dtype, shape = source.stored()[weight.key]
+    signs = source.signs(weight.name, weight.in_features, weight.spec) if source.plain else None
 
     def make() -> list[Iterable[Tensor]]:
+        return [latent(), *([[signs]] if signs is not None else [])]
+
+    def latent() -> Iterable[Tensor]:
         floats = source.tensor(weight.key)
         if source.plain and weight.spec.hadamard is not None:
-            floats = (
-                rotated(floats.mT.contiguous(), weight.spec).mT if weight.transposed else rotated(floats, weight.spec)
-            )
+            floats = rotated(floats.mT.contiguous() if weight.transposed else floats, weight.spec, signs)
+            floats = floats.mT if weight.transposed else floats
         if weight.name in source.calibrated:
             matrices = source.matrices(weight)
-            return [(latent_weight(*matrix, floats, weight.spec).to(DTYPES[dtype]) for matrix in matrices)]
+            return (latent_weight(*matrix, floats, weight.spec).to(DTYPES[dtype]) for matrix in matrices)
         found = exact(floats, weight.spec) if weight.name in source.ternary else None
-        return [[latent_weight(*found).to(DTYPES[dtype]) if found else floats]]
+        return [latent_weight(*found).to(DTYPES[dtype]) if found else floats]
 
-    output = Output(source.file_key(weight.key), dtype, shape)
-    return Job(weight.name, [output], source.nbytes(weight.key), 30 * prod(shape), make)
+    outputs = [Output(source.file_key(weight.key), dtype, shape), *_signs(source, weight)]
+    return Job(weight.name, outputs, source.nbytes(weight.key), 30 * prod(shape), make)
+
+
+def _signs(source: Source, weight: Weight) -> list[Output]:
+    """The signs that a layer of a plain source gets, if its options ask for any; others have theirs stored."""
+    wanted = source.plain and weight.spec.hadamard_signs
+    return [Output(source.file_key(f"{weight.name}.signs"), "I8", (weight.in_features,))] if wanted else []
 
 
 def _weight(source: Source, weight: Weight, to: str) -> Job:
@@ -166,6 +175,7 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
     outputs = [Output(key, dtype, (*stack, *size)), Output(f"{key}_scale", kind, scale)]
     if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
         outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
+    outputs += (drawn := _signs(source, weight))
 
     def pack() -> list[Iterable[Tensor]]:
         scales: list[Tensor] = []  # known once the codes have been made, which are written first
@@ -175,20 +185,21 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
                 scales.append(stored_scale(scale))
                 yield from map(dense.pack, _blocks(matrix)) if dense else [matrix]
 
-        return [codes(), [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)]
+        scaling = [source.tensor(f"{weight.name}.weight_scale")] if multiplies else (s for s in scales)
+        signs = source.signs(weight.name, k, spec)
+        return [codes(), scaling, *([[signs]] if drawn and signs is not None else [])]
 
     return Job(weight.name, outputs, reads, memory, pack)
 
 
 def _floats(source: Source, weight: Weight) -> Iterator[Tensor]:
     """A low-bit weight as floats in bfloat16, out of the basis that its activations were transformed to."""
-    block, key = weight.spec.hadamard, f"{weight.name}.signs"
-    if block is None:
+    if weight.spec.hadamard is None:
         yield from _bfloat16(source.matrices(weight), weight.transposed)
         return
-    signs = source.tensor(key) if weight.spec.hadamard_signs else None
+    signs = source.signs(weight.name, weight.in_features, weight.spec)
     for codes, scale in source.matrices(weight):
-        floats = rotation.unrotate(dequantize_weight(codes, scale), block, signs).bfloat16()
+        floats = turned_back(codes, scale, weight.spec.hadamard, signs).bfloat16()
         yield floats.T if weight.transposed else floats
 
 

@@ -65,8 +65,8 @@ TERNARY = {
     "Q2_0": Ternary(42, 64, 18, 41),
     "Q1_0": Ternary(41, 128, 18, 40),
     "I2_S": Ternary(36, 128, 32, 40),
-    "PQ2_0": Ternary(142, 128, 34),
-    "PTQ1_0": Ternary(143, 128, 28),
+    "PQ2_0": Ternary(142, 128, 34, 128),
+    "PTQ1_0": Ternary(143, 128, 28, 129),
     "IQ1_BN": Ternary(134, 64, 13, row=2),
     "IQ2_BN": Ternary(135, 64, 16, row=4),
     "IQ2_BN_R4": Ternary(335, 64, 16, row=4, rows=4),
@@ -155,9 +155,9 @@ def pack(name: str, codes: Tensor, scale: Tensor) -> Bytes:
         packed[:, :2] = d
         packed[:, 2:] = np.packbits(blocks > 0, axis=1, bitorder="little")
         return packed.reshape(-1)
-    if name == "Q2_0":
+    if name in ("Q2_0", "PQ2_0"):
         packed[:, :2] = d
-        packed[:, 2:] = _planes(fields.reshape(-1, 16, 4).transpose(0, 2, 1), (0, 2, 4, 6))
+        packed[:, 2:] = _planes(fields.reshape(len(blocks), -1, 4).transpose(0, 2, 1), (0, 2, 4, 6))
         return packed.reshape(-1)
     packed[:, -2:] = d
     if name == "TQ2_0":

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,15 @@ NOT_COPIED = re.compile(
 class FolderSource(Source):
     """A Hugging Face checkpoint directory: float, or `bitnet` in any of the forms that config.py lists.
 
-    skip, include, options: those of replace_linear, for a float checkpoint; they decide which layers become low-bit.
+    skip, include, signs_seed, options: those of replace_linear, for a float checkpoint; they decide which layers become
+        low-bit, and how.
 
     Raises FileNotFoundError or ValueError naming the file or tensor that is missing, damaged or contradicts the config.
     """
 
-    def __init__(self, path: str | Path, *, skip: Any = None, include: Any = None, **options: Any) -> None:
+    def __init__(
+        self, path: str | Path, *, skip: Any = None, include: Any = None, signs_seed: int = 0, **options: Any
+    ) -> None:
         headers = read_headers(weight_files(path))
         file = Path(path) / CONFIG
         stored_config, renamed = modernize(read_json(file), headers)
@@ -66,11 +69,8 @@ class FolderSource(Source):
         self.settings: BitNetConfig | None = None
         report = None
         if settings is None:
-            if options.get("hadamard_signs"):
-                raise ValueError(
-                    "hadamard_signs is for models in memory; convert rotates without signs: hadamard=BLOCK"
-                )
-            report = replace_linear(model, skip=skip, include=include, **options)
+            report = replace_linear(model, skip=skip, include=include, signs_seed=signs_seed, **options)
+            self.signs_seed = signs_seed
         else:
             if not isinstance(settings, dict):
                 settings = settings.to_dict()
@@ -196,7 +196,9 @@ class FolderSource(Source):
             values = values.mT
         if weight.experts is None:
             values = values.contiguous()
-            yield weight.name, rotated(values, weight.spec) if self.plain else values, scale
+            if self.plain:
+                values = rotated(values, weight.spec, self.signs(weight.name, weight.in_features, weight.spec))
+            yield weight.name, values, scale
             return
         for expert in range(weight.experts):
             part = None if scale is None else scale[expert]
@@ -223,10 +225,11 @@ class FolderSource(Source):
         return stats(self.headers.values())
 
 
-def copy_files(source: Path, folder: Path, tokenizer: bool) -> None:
-    """Copy what of a checkpoint folder is no weights and no config.json, the tokenizer perhaps."""
+def copy_files(source: Path, folder: Path, tokenizer: bool, but: Collection[str] = ()) -> None:
+    """Copy what of a checkpoint folder is no weights and no config.json, nor named in `but`; the tokenizer perhaps."""
     for path in sorted(source.iterdir()):
         wanted = not NOT_COPIED.fullmatch(path.name) and (tokenizer or not tokenizers.FILES.fullmatch(path.name))
+        wanted = wanted and path.name not in but
         if path.is_file() and wanted:
             shutil.copyfile(path, folder / path.name)
 

@@ -14,6 +14,11 @@ back when it is read. Keys, all of them behind `prism.hadamard.`:
     tied_output               these rows are the output head's, too
     gdn_v_grouped             features of a folded ssm_out stand in transformers' order of heads, not in ggml's
 
+Written is version 1, with embeddings as they are: `contract`. PrismML's llama.cpp, the fork that these keys are of,
+applies it to the architectures and matrices that READERS and MATRICES list, and refuses others. Stock llama.cpp does
+not know the keys, and would compute with rotated matrices as if they were not; so they are written in the fork's own
+types only (TYPES), which stock refuses to load.
+
 Source: PrismML-Eng/llama.cpp, pull requests 120 and 121.
 """
 
@@ -26,11 +31,16 @@ from torch import Tensor
 from bitnet.kernels import rotation
 
 from ..files.damaged import Damaged
-from ..files.gguf import REMEDY, TensorInfo
+from ..files.gguf import REMEDY
+from .header import Value
 
 PREFIX = "prism.hadamard."
 TRANSFORM, AXIS = "normalized-sylvester-walsh-hadamard", "input-last-dimension"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+TYPES = ("PQ2_0", "PTQ1_0")
+READERS = ("llama", "qwen3", "qwen3moe", "qwen35")
+MATRICES: tuple[str, ...] = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "attn_gate", "ssm_out")
+MATRICES += ("ffn_gate", "ffn_up", "ffn_down", "output")
 
 
 class Rotation(NamedTuple):
@@ -49,9 +59,65 @@ class Rotation(NamedTuple):
         return rotation.unrotate(values.float(), self.block, signs)
 
 
-def rotation_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorInfo]) -> Rotation:
+class Folded(NamedTuple):
+    """A rotated matrix that is to be written."""
+
+    layer: str  # its name in the model
+    features: int
+    block: int
+    signs: Tensor | None
+
+
+def contract(arch: str, folded: dict[str, Folded], grouped: bool) -> dict[str, Value]:
+    """The keys that describe rotated matrices, by their names in the file; {} where there are none.
+
+    grouped: features of ssm_out stand in transformers' order of heads
+    Raises ValueError naming the layer for what the keys cannot express, or PrismML's llama.cpp does not apply.
+    """
+    if not folded:
+        return {}
+    first = next(iter(folded.values()))
+    if arch not in READERS:
+        raise ValueError(
+            f"{first.layer} rotates its activations (hadamard), and PrismML's llama.cpp applies that to "
+            f"{', '.join(READERS)} only, not to {arch}; take gguf-bf16"
+        )
+    signs: dict[int, Folded] = {}  # the first layer of each number of features
+    for name, matrix in folded.items():
+        other = signs.setdefault(matrix.features, matrix)
+        what = ""
+        if name.split(".")[-2] not in MATRICES:
+            what = f"is {name} there, whose input PrismML's llama.cpp does not rotate (skip leaves a layer float)"
+        elif matrix.block != first.block:
+            what = f"rotates in blocks of {matrix.block} and {first.layer} of {first.block}, where one size is for all"
+        elif (matrix.signs is None) != (first.signs is None):
+            what = f"has {'no signs' if matrix.signs is None else 'signs'}, unlike {first.layer}"
+        elif matrix.signs is not None and other.signs is not None and not torch.equal(matrix.signs, other.signs):
+            what = f"has other signs than {other.layer}, where they go by the number of features ({matrix.features})"
+        if what:
+            raise ValueError(f"{matrix.layer} {what}; take gguf-bf16")
+    keys: dict[str, Value] = {
+        "version": 1,
+        "block_size": first.block,
+        "transform": TRANSFORM,
+        "axis": AXIS,
+        "sign_mode": "identity" if first.signs is None else "explicit",
+        "weight_names": list(folded),
+    }
+    if grouped:
+        keys["gdn_v_grouped"] = True
+    if first.signs is not None:
+        values = [matrix.signs for matrix in signs.values() if matrix.signs is not None]
+        keys |= {"sign_widths": list(signs), "sign_values": torch.cat(values).tolist()}
+    return {f"{PREFIX}{key}": value for key, value in keys.items()}
+
+
+def rotation_of(
+    path: Path, metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], embedding: str, head: str
+) -> Rotation:
     """What a file's metadata say; nothing is rotated where they say nothing.
 
+    shapes: of its tensors, by their names, [N, K]; embedding, head: two of the names
     Raises ValueError naming the key for what is not known here, and Damaged for what contradicts itself.
     """
     own: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
@@ -77,27 +143,31 @@ def rotation_of(path: Path, metadata: dict[str, Any], stored: dict[str, TensorIn
         raise ValueError(f"{path}: {PREFIX}block_size: {error}") from None
     names, inverse = (own.get(key, []) for key in ("weight_names", "inverse_weight_names"))
     lists = [own.get(key, []) for key in ("sign_widths", "sign_values")]
-    if not all(isinstance(item, list) for item in (names, inverse, *lists)) or not names:
+    if not names or not all(map(_is_plain, (names, inverse, *lists))):
         raise Damaged(path, f"{PREFIX}weight_names, or another list beside it, is none", REMEDY)
     used = {"version", "transform", "axis", "sign_mode", "block_size", "weight_names", "inverse_weight_names"}
     used |= {"sign_widths", "sign_values"} if explicit else set()
     if unknown := sorted(own.keys() - used):
         raise ValueError(f"{path}: its weights are rotated, and {PREFIX}{unknown[0]} is not known here")
-    if not set(inverse) <= {EMBEDDING} or EMBEDDING in names:
-        raise ValueError(f"{path}: {PREFIX}inverse_weight_names are {inverse!r:.80}; {EMBEDDING} alone is known here")
-    if bool(tied) != (EMBEDDING in inverse and HEAD not in stored):
+    if not set(inverse) <= {embedding} or embedding in names:
+        raise ValueError(f"{path}: {PREFIX}inverse_weight_names are {inverse!r:.80}; {embedding} alone is known here")
+    if bool(tied) != (embedding in inverse and head not in shapes):
         raise Damaged(
             path, f"{PREFIX}tied_output is {tied}, which its tensors and inverse_weight_names are not", REMEDY
         )
     signs = _signs(path, *lists) if explicit else None
     for name in (*names, *inverse):
-        info = stored.get(name)
-        if info is None or len(info.shape) != 2:
+        shape = shapes.get(name, ())
+        if len(shape) != 2:
             raise Damaged(path, f"{PREFIX}weight_names have {name}, which is no matrix of the file", REMEDY)
-        if info.shape[1] % block or (signs is not None and info.shape[1] not in signs):
-            what = f"block_size is {block}" if info.shape[1] % block else "sign_widths lack that"
-            raise Damaged(path, f"{name} has {info.shape[1]} features, but {PREFIX}{what}", REMEDY)
+        if shape[1] % block or (signs is not None and shape[1] not in signs):
+            what = f"block_size is {block}" if shape[1] % block else "sign_widths lack that"
+            raise Damaged(path, f"{name} has {shape[1]} features, but {PREFIX}{what}", REMEDY)
     return Rotation(block, signs, frozenset((*names, *inverse)), bool(grouped))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, list | dict) for item in value)
 
 
 def _signs(path: Path, widths: list[int], values: list[int]) -> dict[int, Tensor]:

@@ -31,7 +31,7 @@ from ..swap.kinds import to_training
 from . import tokenizer as gguf_tokenizer
 from .metadata import POOLINGS, config_of, without_drafts
 from .places import INNER_NORM, Place, all_places, places
-from .rotated import rotation_of
+from .rotated import EMBEDDING, HEAD, rotation_of
 
 
 class GgufSource(Source):
@@ -55,7 +55,8 @@ class GgufSource(Source):
     def __init__(self, file: str | Path, *, dequantize: bool = False) -> None:
         self.path = Path(file)
         self.metadata, stored = read_header(self.path)
-        self.rotation = rotation_of(self.path, self.metadata, stored)
+        shapes = {name: info.shape for name, info in stored.items()}
+        self.rotation = rotation_of(self.path, self.metadata, shapes, EMBEDDING, HEAD)
         stored = without_drafts(self.metadata, stored)
         self.family, config = config_of(self.path, self.metadata, stored, lambda: self._vector(stored))
         model = skeleton(config, self.path, len(stored))

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp and bitnet.cpp.
+"""GGUF files for llama.cpp, PrismML's fork of it, and bitnet.cpp.
 
 What differs there from the model that is written: activations are rounded to 8 bits in blocks of 256 (Q2_0, Q1_0: 32;
 bitnet.cpp: per token, as here) instead of per token; all types but I2_S hold scales as float16; the key-value cache is
@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.kernels.reference import dequantize_weight
-
 from ..files import ggml
 from ..files.gguf import TensorInfo, padded
 from ..files.safetensors import DTYPES
-from ..rounding import Quantized
+from ..rounding import Quantized, turned_back
 from ..source import Source, Weight
+from . import rotated
 from . import tokenizer as gguf_tokenizer
 from .families import FAMILIES, Family, rope_factors
 from .header import Value, header_bytes
@@ -29,7 +28,7 @@ from .metadata import described
 from .places import Place, group_order, places
 from .source import GgufSource
 
-KINDS = {f"gguf-{name.lower()}": name for name in ("TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "I2_S")}
+KINDS = {f"gguf-{name.lower()}": name for name in ("TQ1_0", "TQ2_0", "Q2_0", "Q1_0", "I2_S", *rotated.TYPES)}
 KINDS["gguf-bf16"] = "BF16"  # codes * scale, for whatever takes no ternary type
 
 
@@ -131,7 +130,7 @@ def _complete_part(partial: Path, note: Path, header: bytes, ends: list[int], fi
 
 
 def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
-    """The metadata and tensors of a GGUF file, without reading a tensor.
+    """The metadata and tensors of a GGUF file, without reading a tensor but the signs of rotated layers.
 
     Raises ValueError with the reason for what the target cannot express.
     """
@@ -144,9 +143,10 @@ def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
         raise ValueError(f"{source.path}: {kind} is written for {names}; this is a {type(model).__name__}")
     try:
         metadata = described(config, family, ternary)
-        entries = _entries(source, family, ternary)
+        entries, contract = _entries(source, family, ternary)
     except ValueError as error:
         raise ValueError(f"{source.path}: {kind} cannot hold this model: {error}") from None
+    metadata |= contract
     metadata["general.name"] = source.path.resolve().name.removesuffix(".gguf")
     if not tokenizer:
         return metadata | gguf_tokenizer.NO_TOKENIZER, entries
@@ -155,7 +155,17 @@ def plan(source: Source, kind: str, tokenizer: bool = True) -> Plan:
     return metadata | gguf_tokenizer.metadata_of(source.path, config), entries
 
 
-def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
+def readers(planned: Plan, kind: str) -> list[str]:
+    """A sentence on who reads a file, where that is not stock llama.cpp."""
+    if KINDS[kind] not in rotated.TYPES:
+        return []
+    turned = any(key.startswith(rotated.PREFIX) for key in planned[0])
+    what = f", and applies the rotation that its {rotated.PREFIX}* keys describe" * turned
+    return [f"PrismML's llama.cpp reads {KINDS[kind]}{what}; stock llama.cpp does not know the type and refuses it"]
+
+
+def _entries(source: Source, family: Family, ternary: str) -> tuple[dict[str, Entry], dict[str, Value]]:
+    """The tensors, and the metadata that say which of them are rotated."""
     model, config = source.model, source.model.config
     weights, state = source.weights(), model.state_dict()
     tied = model.all_tied_weights_keys
@@ -163,9 +173,18 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         raise ValueError(mismatches[0])
     if inside := [weight.name for weight in weights.values() if weight.spec.rms_norm]:
         raise ValueError(f"{inside[0]} has an RMSNorm inside the layer")
-    if turned := [weight.name for weight in weights.values() if weight.spec.hadamard is not None]:
-        raise ValueError(f"{turned[0]} rotates its activations (hadamard), which llama.cpp's graphs do not; take bf16")
+    turned = [weight for weight in weights.values() if weight.spec.hadamard is not None]
+    if turned and ternary not in (*rotated.TYPES, "BF16"):
+        raise ValueError(
+            f"{turned[0].name} rotates its activations (hadamard), which llama.cpp's graphs do not, and would misread "
+            f"in {ternary}; take gguf-pq2_0, which PrismML's llama.cpp reads, or gguf-bf16, turned back"
+        )
+    if wide := [weight for weight in turned if weight.spec.wide]:
+        kind = wide[0].spec.weights
+        raise ValueError(f"{wide[0].name} rotates its activations (hadamard) and has {kind} weights; take --to bf16")
     entries = {}
+    folded: dict[str, rotated.Folded] = {}
+    grouped = False
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = rope_factors(config)
         entries["rope_freqs.weight"] = Entry(ggml.F32, tuple(factors.shape), lambda: _bytes(factors, torch.float32))
@@ -173,7 +192,7 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
     known = [key for key in state if source.parts(key)]
     parts = {part for key in known for part in source.parts(key)}
     for key in [*known, *sorted(source.stored().keys() - parts)]:
-        if key.endswith(".weight_scale") or key in tied or key.endswith("rotary_emb.inv_freq"):
+        if key.endswith((".weight_scale", ".signs")) or key in tied or key.endswith("rotary_emb.inv_freq"):
             continue
         weight = low_bit.get(key)
         shape = tuple(state[key].shape) if key in state else ()
@@ -181,11 +200,16 @@ def _entries(source: Source, family: Family, ternary: str) -> dict[str, Entry]:
         if not found:
             raise ValueError(f"the graph of `{family.arch}` has no place for {key}")
         for place in found:
+            if weight is not None and weight.spec.hadamard is not None and ternary != "BF16":
+                signs = source.signs(weight.name, weight.in_features, weight.spec)
+                folded[place.name] = rotated.Folded(weight.name, weight.in_features, weight.spec.hadamard, signs)
+                grouped |= place.columns is not None
+                place = place._replace(columns=None)  # a transform cannot be undone by another order of its features
             if weight is not None:
                 entries[place.name] = _quantized_entry(source, weight, ternary, place)
             else:
                 entries[place.name] = _float_entry(source, key, shape, place)
-    return entries
+    return entries, rotated.contract(family.arch, folded, grouped)
 
 
 def _float(key: str, shape: tuple[int, ...], weight: Weight | None) -> tuple[str, tuple[int, ...]]:
@@ -198,7 +222,8 @@ def _quantized_entry(source: Source, weight: Weight, ternary: str, place: Place)
     if ternary == "BF16" and not spec.wide:
 
         def floats() -> ggml.Bytes:
-            matrices = (dequantize_weight(*found, torch.bfloat16) for found in source.matrices(weight))
+            signs = source.signs(name, weight.in_features, spec)
+            matrices = (turned_back(*found, spec.hadamard, signs) for found in source.matrices(weight))
             return np.concatenate([_bytes(place.stored_rows(matrix), torch.bfloat16) for matrix in matrices])
 
         return Entry(ggml.BF16, place.shape, floats)

@@ -1,5 +1,6 @@
 """A checkpoint folder that MLX quantized, as a Source."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..hub.names import model_names, stored_name
 from ..hub.source import copy_files, stats
 from ..rounding import Quantized, spec_of
 from ..source import Source, naming
+from . import prism
 
 
 class MlxSource(Source):
@@ -27,6 +29,7 @@ class MlxSource(Source):
 
     Its ternary and binary linear layers are PackedBitLinear layers; all other tensors count as floats, embeddings and
     what has more bits as float32. The file does not say which activations the layers take (MLX's are floats): 8 bits.
+    Of PrismML's packs (prism.py), rotated layers have `hadamard` and its signs, and floats that were are turned back.
 
     path:       the folder
     dequantize: all tensors count as floats, the ternary ones, too, and those of 1 and 2 bits that are none
@@ -40,12 +43,18 @@ class MlxSource(Source):
         headers = read_headers(weight_files(path))
         stored_config = read_json(file)
         scheme, config = mlx.scheme(file, stored_config), mlx.without(stored_config)
-        if rotated := next((key for key in config if "hadamard" in key), None):
+        self.pack = prism.pack_of(file, config, headers)
+        if self.pack:
+            config, headers = self.pack.config, self.pack.headers
+            if self.pack.vision:
+                self.notes = [f"{path}: its vision tower ({self.pack.vision} tensors) is left out"]
+        elif rotated := next((key for key in config if "hadamard" in key), None):
             raise ValueError(f"{file}: its weights are rotated ({rotated}), which is not read here")
         described = model_config(file, config, len(headers))
         super().__init__(path, config, skeleton(described, file, len(headers)), report=None)
         quantized = {key.removesuffix(".scales") for key in headers if key.endswith(".scales")}
-        parts = {f"{name}.{leaf}" for name in quantized for leaf in ("scales", "biases")}
+        leaves = ("scales", "biases", "signs") if self.pack else ("scales", "biases")
+        parts = {f"{name}.{leaf}" for name in quantized for leaf in leaves}
         with naming(str(path)):
             names = model_names(self.model, [key for key in headers if key not in parts])
         state = self.model.state_dict()
@@ -69,6 +78,8 @@ class MlxSource(Source):
                 self._quantized(key, name, scheme.of(module), tuple(state[name].shape), dequantize)
             elif header.dtype not in DTYPES:
                 raise Damaged(header.file, f"{key} is stored as {header.dtype}, and has no scales")
+            if self._rotated(name) and not self._has_signs(tuple(state[name].shape), headers.get(f"{module}.signs")):
+                raise Damaged(header.file, f"the signs of {key} are not those of {prism.MANIFEST}")
 
     def _quantized(
         self,
@@ -108,13 +119,27 @@ class MlxSource(Source):
         with naming(f"{self.path}: tensor {key}"):
             scale, binary = mlx.scale_of(_read(grids[0]), _read(grids[1]), affine)
         self.scales[module] = scale
-        PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec_of(scale, shape[1], binary)))
+        spec = spec_of(scale, shape[1], binary)
+        if self.pack and self._rotated(name):
+            spec = replace(spec, hadamard=self.pack.rotation.block, hadamard_signs=True)
+        PackedBitLinear.from_bit_linear(BitLinear.from_linear(linear, spec))
+
+    def _rotated(self, name: str) -> bool:
+        return self.pack is not None and name in self.pack.rotation.names
+
+    def _has_signs(self, shape: tuple[int, ...], stored: TensorHeader | None) -> bool:
+        """Whether a rotated module's own signs, stored beside it, are those of its number of features."""
+        expected = self.pack.signs.get(shape[-1]) if self.pack else None
+        if expected is None or stored is None or stored.dtype not in DTYPES or stored.shape != shape[-1:]:
+            return False
+        return torch.equal(_read(stored).float(), expected.float())
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         described: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, header in self.headers.items():
             described[name] = header.dtype, header.shape
             if name not in self.affine:
+                described[name] = self.pack.described(name, header) if self.pack else described[name]
                 continue
             n, groups = self.grids[name][0].shape
             k = groups * self.affine[name].group_size
@@ -122,6 +147,8 @@ class MlxSource(Source):
             if (scale := self.scales.get(name.removesuffix(".weight"))) is not None:
                 described[name] = "U8", (layout.packed_rows(n), k)
                 described[f"{name}_scale"] = "F16" if scale.ndim > 1 else "F32", tuple(scale.shape)
+                if self._rotated(name):
+                    described[f"{name.removesuffix('.weight')}.signs"] = "I8", (k,)
         return described
 
     def tensor(self, key: str) -> Tensor:
@@ -130,10 +157,13 @@ class MlxSource(Source):
             return self.scales[module]
         if module in self.scales and leaf == "weight":
             return layout.pack_ternary(self.quantized(module).codes)
+        if module in self.scales and leaf == "signs" and self.pack:
+            return self.pack.signs[self.stored()[f"{module}.weight"][1][1]].clone()
         if key not in self.affine:
-            return _read(self.headers[key])
+            return self.pack.restored(key, _read(self.headers[key])) if self.pack else _read(self.headers[key])
         with naming(f"{self.path}: {key}"):
-            return mlx.dequantize(*self._parts(key), self.affine[key])
+            values = mlx.dequantize(*self._parts(key), self.affine[key])
+        return self.pack.rotation.unrotated(key, values) if self.pack else values
 
     def quantized(self, name: str) -> Quantized:
         key = f"{name}.weight"
@@ -148,7 +178,7 @@ class MlxSource(Source):
         return self.file_keys.get(key) or stored_name(self.model, key)
 
     def copy_other_files(self, folder: Path, tokenizer: bool = True) -> None:
-        copy_files(self.path, folder, tokenizer)
+        copy_files(self.path, folder, tokenizer, but=prism.FILES if self.pack else ())
 
     def fingerprint(self) -> Any:
         return stats(self.headers.values())

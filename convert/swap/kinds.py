@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitnet.experts import BitExperts, stacks_of
 from bitnet.kernels import rotation
-from bitnet.linear import BitConv1D, BitLayer, BitLinear, check_features
+from bitnet.linear import BitConv1D, BitLayer, BitLinear, check_features, random_signs
 from bitnet.packed import PackedBitLinear
 from bitnet.quantize import QuantSpec
 
@@ -51,9 +51,13 @@ def misfit(module: nn.Module, spec: QuantSpec) -> str:
     return ""
 
 
-def rotate(layer: BitLayer) -> None:
-    """Take the float weights of a fresh layer into the basis that its activations are transformed to, in place."""
+def rotate(layer: BitLayer, seed: int = 0) -> None:
+    """Take the float weights of a fresh layer into the basis that its activations are transformed to, in place.
+
+    seed: of its signs
+    """
     if isinstance(layer, BitLinear | BitConv1D) and layer.spec.hadamard is not None and not layer.weight.is_meta:
+        layer.signs = random_signs(layer.in_features, layer.spec, layer.weight.device, seed)
         (weight,) = layer.latent_weights()[0].views(layer.weight.detach())
         weight.copy_(rotation.hadamard(weight.contiguous(), layer.spec.hadamard, layer.signs))
 

@@ -24,7 +24,12 @@ Patterns = Pattern | Iterable[Pattern]
 
 
 def replace_linear(
-    model: nn.Module, *, skip: Patterns | None = None, include: Patterns | None = None, **options: Any
+    model: nn.Module,
+    *,
+    skip: Patterns | None = None,
+    include: Patterns | None = None,
+    signs_seed: int = 0,
+    **options: Any,
 ) -> Report:
     """Turn the linear layers of any model into BitLinear, in place, keeping the trained weights.
 
@@ -37,6 +42,8 @@ def replace_linear(
     include: swap only what matches; being named here overrides those defaults
     options: those of bitnet.QuantSpec: weights, per_row, group_size, activation_bits, rms_norm, hadamard, ...; with
              hadamard, weights are rotated (in place) so that the float model stays what it is, but for their rounding
+    signs_seed: with hadamard_signs, which signs: they are drawn from it and the number of features, so that layers that
+             share an input share them
 
     A pattern is a regular expression that must match the whole module name or its last dotted parts ("fc1" hits
     "layers.0.fc1", not "xfc1"), or a predicate (name, module) -> bool; give one or several. One that matches no
@@ -50,6 +57,8 @@ def replace_linear(
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
     spec = QuantSpec(**options)
+    if signs_seed and not spec.hadamard_signs:
+        raise ValueError(f"signs_seed={signs_seed} is an option of hadamard_signs=True, which is missing")
     skips, includes = _compile(skip), _compile(include)
     layers: dict[nn.Module, list[str]] = {}  # and all names of each
     for name, module in model.named_modules(remove_duplicate=False):
@@ -76,7 +85,7 @@ def replace_linear(
         if reason:
             reasons[names[0]] = reason
         else:
-            rotate(to_training(module, spec))
+            rotate(to_training(module, spec), signs_seed)
     settle_fast_paths(model)
     quantizer.attach(model)
     return report_on(model, reasons)
