@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, drop_stored
 from bitnet.quantize import is_sharded
 from bitnet.train.fsdp import unwrapped
 
@@ -30,7 +30,7 @@ from .hub.models import model_config, refusals, skeleton
 from .hub.names import forget_names
 from .hub.quantizer import attach
 from .hub.values import stored_state
-from .swap.pack import pack
+from .swap.pack import pack_quickly
 from .writing import replacing
 
 
@@ -148,14 +148,15 @@ def load(
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
         finish_loading(model, settings)
-    if head is not None:
-        pack(model, head=head)
+    packed_head = pack_quickly(model, head=head) if head is not None else None
     for module in model.modules():
         if isinstance(module, PackedBitLinear | PackedStack):
             module.set_backend(backend, weight_bits, activation_bits)
             for layer in module.layers() if isinstance(module, PackedStack) else [module]:
                 if not layer.weight.is_meta:  # offloaded
                     layer.prepack()
+    if packed_head is not None:
+        drop_stored(packed_head.layer, packed_head.tied)
     return model.eval()
 
 
