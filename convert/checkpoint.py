@@ -149,14 +149,15 @@ def load(
             model.to(dtype)
         finish_loading(model, settings)
     packed_head = pack_quickly(model, head=head) if head is not None else None
-    for module in model.modules():
-        if isinstance(module, PackedBitLinear | PackedStack):
-            module.set_backend(backend, weight_bits, activation_bits)
-            for layer in module.layers() if isinstance(module, PackedStack) else [module]:
-                if not layer.weight.is_meta:  # offloaded
-                    layer.prepack()
-    if packed_head is not None:
+    modules = [module for module in model.modules() if isinstance(module, PackedBitLinear | PackedStack)]
+    for module in modules:
+        module.set_backend(backend, weight_bits, activation_bits)
+    if packed_head is not None:  # first, as it is in memory twice meanwhile
         drop_stored(packed_head.layer, packed_head.tied)
+    for module in modules:
+        for layer in module.layers() if isinstance(module, PackedStack) else [module]:
+            if not layer.weight_scale.is_meta:  # offloaded
+                layer.prepack()
     return model.eval()
 
 

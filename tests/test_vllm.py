@@ -265,4 +265,6 @@ def test_vllms_server_answers_with_the_tokens_of_the_model(
     prompt = words.apply_chat_template(chat["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert talk["prompt_token_ids"] == prompt
     assert talk["choices"][0]["token_ids"] == tokens(model, prompt)
-    assert talk["choices"][0]["message"]["content"] == words.decode(tokens(model, prompt), skip_special_tokens=True)
+    text = words.decode(tokens(model, prompt), skip_special_tokens=True)
+    # vLLM holds back a character that is not complete
+    assert talk["choices"][0]["message"]["content"].rstrip("\ufffd") == text.rstrip("\ufffd")
