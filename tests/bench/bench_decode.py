@@ -1,20 +1,24 @@
 """A token end to end: a random model of bitnet-b1.58-2B-4T's shape, here and in llama.cpp on the same weights.
 
-    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--stock] [--folder DIR] [--csv FILE]
+    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--stock | --core-taken] [--folder DIR] [--csv FILE]
 
 A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabulary 128,256) with random ternary codes:
 speed does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
 through its own quantizer; ours has 8 bits. Rounds take turns, medians are compared; what a raw read of our weights
 takes stands beside.
 --stock adds transformers' own `bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
+--core-taken measures something else: 1 and 2 threads in turns, while another process is at work on one of two cores.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +192,48 @@ def measure(threads: int, ours: Ours, gguf: Path | None, generate: Generate) -> 
     return found
 
 
+@contextmanager
+def core_taken() -> Iterator[None]:
+    """This process on two cores, and one that never rests on one of them."""
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)[:2]
+    if len(cores) < 2:
+        raise SystemExit("--core-taken needs two cores")
+    code = f"import os\nos.sched_setaffinity(0, {{{cores[1]}}})\nwhile True: pass"
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+    with subprocess.Popen([sys.executable, "-c", code]) as other:
+        try:
+            time.sleep(1)
+            yield
+        finally:
+            other.kill()
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), before)
+
+
+def measure_taken(ours: Ours) -> dict[int, list[float]]:
+    """Seconds of a token at context 128, by threads, while a core is taken; 64 tokens by one, then by two, in turns."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    prompt = list(range(128))
+    torch.set_num_threads(2)
+    with core_taken():
+        for _ in range(ROUNDS):
+            for threads, seconds in found.items():
+                ours.reset()
+                ours.extend(prompt)
+                torch.set_num_threads(threads)
+                ours.extend(prompt[:1])
+                seconds += [timed(lambda i=i: ours.extend([i])) for i in range(64)]  # type: ignore[misc]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--stock", action="store_true", help="measure transformers' own layers, too")
+    parser.add_argument("--core-taken", action="store_true", help="1 and 2 threads while another process takes a core")
     parser.add_argument("--folder", type=Path, help="where the model is, or is written to (default: a temporary one)")
     parser.add_argument("--csv", type=Path, default=results.FILE)
     args = parser.parse_args()
@@ -203,6 +244,16 @@ def main() -> None:
         gguf: Path | None = folder / "model.gguf"
         if not (folder / "config.json").exists():
             build(folder, args.layers)
+        if args.core_taken:
+            taken = measure_taken(Ours(folder))
+            for threads, seconds in taken.items():
+                mean = statistics.mean(seconds)
+                times = statistics.mean(taken[1]) / mean
+                print(f"threads {threads}  a core taken: {1e3 * mean:.1f} ms a token, {times:.2f} times as fast as one")
+                op = {"op": f"decode, context 128, a core taken, {args.layers} layers", "m": 1, "n": VOCABULARY}
+                shape = {"k": WIDTH, "dtype": "float32", "backend": "native", "threads": threads}
+                rows.append(results.row(op | shape, torch.tensor(seconds, dtype=torch.float64), None, common))
+            return results.append(rows, args.csv)
         if not (folder / "model.gguf").exists():
             try:
                 to_llama_cpp(folder, folder / "model.gguf")
