@@ -1,6 +1,6 @@
 """A token end to end: a random model of bitnet-b1.58-2B-4T's shape, here and in llama.cpp on the same weights.
 
-    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--stock | --core-taken] [--folder DIR] [--csv FILE]
+    python tests/bench/bench_decode.py [--threads 1 2] [--layers 30] [--stock] [--folder DIR] [--csv FILE]
 
 A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabulary 128,256) with random ternary codes:
 speed does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
