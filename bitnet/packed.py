@@ -9,61 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deprecated import renamed
-from .kept import Kept
+from .kept import Kept, Packed
 from .kernels import backends, layout, observed, ops, reference, rotation
 from .linear import BitConv1D, BitLinear, become, cast_for_autocast, check_features, describe, random_signs
 from .quantize import QuantSpec
-
-
-class Packed(nn.Module):
-    """A module whose weight_scale keeps its dtype under .to(bfloat16), .half(): the scale is exact or it is wrong.
-
-    Its weight need not be in memory as it is stored: see drop_stored.
-    """
-
-    weight_scale: Tensor
-    _kept: Kept | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self._kept is not None:
-            self._kept.give_back()
-        return super().__getattr__(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._give_back()
-        return vars(self)
-
-    def _give_back(self) -> None:
-        if self._kept is not None:
-            self._kept.give_back()
-
-    def take_back(self, weight: Tensor) -> None:
-        """What give_back calls."""
-        self._buffers["weight"] = weight
-        del self._kept
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._give_back()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._give_back()
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        self._drop_derived()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._give_back()
-        self._drop_derived()
-        dtype = self.weight_scale.dtype
-        super()._load_from_state_dict(*args, **kwargs)
-        self.weight_scale = self.weight_scale.to(dtype)  # assign=True may have put another dtype there
-
-    def _drop_derived(self) -> None:
-        """Forget what was made from the buffers; the next call makes it again."""
 
 
 class PackedBitLinear(Packed):
