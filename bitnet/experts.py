@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .deprecated import renamed
+from .kept import Packed
 from .kernels import reference
 from .linear import BitLayer, LatentWeight, become, cast_for_autocast, describe
-from .packed import Packed, PackedBitLinear, check_backend, packed_zeros
+from .packed import PackedBitLinear, check_backend, packed_zeros
 from .quantize import QuantSpec, bit_linear
 
 Product = Callable[[int, Tensor], Tensor]  # (expert, x [M, K]) -> [M, N]

@@ -1,6 +1,7 @@
 """PackedBitLinear: a trained BitLinear as it is stored and served, two bits a weight (four or eight, for heads)."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,32 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deprecated import renamed
+from .kept import Kept, Packed
 from .kernels import backends, layout, observed, ops, reference, rotation
 from .linear import BitConv1D, BitLinear, become, cast_for_autocast, check_features, describe, random_signs
 from .quantize import QuantSpec
-
-
-class Packed(nn.Module):
-    """A module whose weight_scale keeps its dtype under .to(bfloat16), .half(): the scale is exact or it is wrong."""
-
-    weight_scale: Tensor
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        self._drop_derived()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._drop_derived()
-        dtype = self.weight_scale.dtype
-        super()._load_from_state_dict(*args, **kwargs)
-        self.weight_scale = self.weight_scale.to(dtype)  # assign=True may have put another dtype there
-
-    def _drop_derived(self) -> None:
-        """Forget what was made from the buffers; the next call makes it again."""
 
 
 class PackedBitLinear(Packed):
@@ -147,6 +126,11 @@ class PackedBitLinear(Packed):
         self._prepacked: _Prepacked | None = None
         self._bound: _Bound | None = None
 
+    def take_back(self, weight: Tensor) -> None:
+        super().take_back(weight)
+        if (made := self._prepacked) is not None:
+            self._prepacked = made._replace(source=weight, tracked=weight, version=weight._version)
+
     @renamed(bits="weight_bits")
     def set_backend(
         self, backend: str = "auto", weight_bits: float = 2, activation_bits: int | str | None = "auto"
@@ -162,6 +146,7 @@ class PackedBitLinear(Packed):
             raise ValueError(f"activation_bits must be 'auto', None, 8 or 16, got {activation_bits!r}")
         chosen = backend, weight_bits, activation_bits
         if (self.backend, self.weight_bits, self._activation_bits) != chosen:
+            self._give_back()
             self.backend, self.weight_bits, self._activation_bits = chosen
             self._drop_derived()
 
@@ -188,10 +173,11 @@ class PackedBitLinear(Packed):
         Made again when the weight has been replaced or written to, which only inference tensors do not tell.
         Raises ValueError if the bytes or the scale are not those of a ternary weight.
         """
-        made, weight = self._prepacked, self.weight
+        made, weight = self._prepacked, self._buffers["weight"]
         tracing = torch.compiler.is_compiling()  # a compiled graph notices a new tensor, but no writing
         if made is None or made.source is not weight or not (tracing or made.tracked._version == made.version):
             self._check_scale()
+            weight = self.weight
             bits, groups = self.activation_bits, self.spec.group_size is not None
             backend = backends.choose_backend(self.backend, weight.device, bits, self.weight_bits, groups)
             tracked = _NEVER_WRITTEN if tracing or weight.is_inference() else weight
@@ -299,7 +285,7 @@ class PackedBitLinear(Packed):
         return run, made.source, made.tracked, made.version, scale, copied, copied._version, bias
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_prepacked": None, "_bound": None}
+        return {**super().__getstate__(), "_prepacked": None, "_bound": None}
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -317,7 +303,7 @@ class _Prepacked(NamedTuple):
 
     weight: Tensor
     backend: str
-    source: Tensor
+    source: Tensor | None  # None while the module keeps this form only
     tracked: Tensor  # the source, or a tensor that nobody writes to where the source does not count its versions
     version: int
 
@@ -326,7 +312,7 @@ _NEVER_WRITTEN = torch.empty(0, device="cpu")
 
 # the layer as a function of x; source, tracked and version of _Prepacked; the scale it is bound to, a tensor that
 # counts its versions if it was copied, and that version; the bias
-_Bound = tuple[backends.Linear, Tensor, Tensor, int, Tensor, Tensor, int, Tensor | None]
+_Bound = tuple[backends.Linear, Tensor | None, Tensor, int, Tensor, Tensor, int, Tensor | None]
 
 
 def check_backend(backend: str, weight_bits: float) -> None:
@@ -349,13 +335,30 @@ def zero_scale(in_features: int, out_features: int, spec: QuantSpec, device: Any
     return torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
-def embedding_rows(ids: Tensor, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+def drop_stored(layer: PackedBitLinear, others: Iterable[Packed] = ()) -> None:
+    """Keep of a prepacked layer's weight, and of the others' that share it, the form of the backend `cpu` alone.
+
+    The stored weight comes back, to all of them, when it is looked at, saved, copied or moved. Nothing is done for a
+    layer on another backend, whose weight is observed or was written to.
+    """
+    weight, backend = layer.prepack()
+    made = layer._prepacked
+    if backend != "cpu" or made is None or made.source is not layer.weight:
+        return
+    sharing = [layer, *others]
+    kept = Kept(sharing, weight, layer.out_features, layer.in_features, layer.spec.weights)
+    for module in sharing:
+        module._buffers["weight"], module._kept = None, kept
+    layer._prepacked = made._replace(source=None, tracked=_NEVER_WRITTEN, version=_NEVER_WRITTEN._version)
+
+
+def embedding_rows(ids: Tensor, weight: Tensor | Kept, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """Rows of a packed embedding: codes * scale, as dtype [..., D].
 
     weight, scale: as a PackedBitLinear of D features stores them, with a scale for each row, [V], or group, [V, G]
     """
     found = F.embedding(ids, scale if scale.ndim > 1 else scale[:, None])  # raises where there is no such row
-    codes = layout.codes_of_rows(weight, ids, in_features)
+    codes = weight.rows(ids) if isinstance(weight, Kept) else layout.codes_of_rows(weight, ids, in_features)
     return reference.dequantize_weight(codes, found if scale.ndim > 1 else found.squeeze(-1), dtype)
 
 
@@ -399,7 +402,8 @@ class PackedEmbedding(Packed):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = embedding_rows(input, self.weight, self.weight_scale, self.in_features, self.dtype_of.dtype)
+        weight = self._kept or self.weight
+        rows = embedding_rows(input, weight, self.weight_scale, self.in_features, self.dtype_of.dtype)
         if self.multiplier is None:
             return rows
         return rows * torch.full((), self.multiplier, dtype=rows.dtype, device=rows.device)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
-from bitnet.packed import PackedBitLinear
+from bitnet.packed import PackedBitLinear, drop_stored
 from bitnet.quantize import is_sharded
 from bitnet.train.fsdp import unwrapped
 
@@ -30,7 +30,7 @@ from .hub.models import model_config, refusals, skeleton
 from .hub.names import forget_names
 from .hub.quantizer import attach
 from .hub.values import stored_state
-from .swap.pack import pack
+from .swap.pack import pack_quickly
 from .writing import replacing
 
 
@@ -148,14 +148,16 @@ def load(
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
         finish_loading(model, settings)
-    if head is not None:
-        pack(model, head=head)
-    for module in model.modules():
-        if isinstance(module, PackedBitLinear | PackedStack):
-            module.set_backend(backend, weight_bits, activation_bits)
-            for layer in module.layers() if isinstance(module, PackedStack) else [module]:
-                if not layer.weight.is_meta:  # offloaded
-                    layer.prepack()
+    packed_head = pack_quickly(model, head=head) if head is not None else None
+    modules = [module for module in model.modules() if isinstance(module, PackedBitLinear | PackedStack)]
+    for module in modules:
+        module.set_backend(backend, weight_bits, activation_bits)
+    if packed_head is not None:  # first, as it is in memory twice meanwhile
+        drop_stored(packed_head.layer, packed_head.tied)
+    for module in modules:
+        for layer in module.layers() if isinstance(module, PackedStack) else [module]:
+            if not layer.weight_scale.is_meta:  # offloaded
+                layer.prepack()
     return model.eval()
 
 

@@ -109,7 +109,9 @@ class PackedConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             skips = self.config.modules_to_not_convert
             spec = None if skips is None else self._spec(prefix)  # without patterns heads are kept
-            kinds = {spec.weights if spec else "", self.config.embedding_spec.weights}
+            kinds = {spec.weights if spec else ""}
+            if self.config.embedding:
+                kinds.add(self.config.embedding_spec.weights)
             if "int4" in kinds or (self.config.embedding and kinds != {"int8"}):
                 raise ValueError(f"{prefix}: vLLM serves heads of 8 bits, and untied ternary ones; {ELSEWHERE}")
             return None if spec is None else PackedVocabulary(self.config, spec, prefix)

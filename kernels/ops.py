@@ -48,7 +48,7 @@ def quantize_weight(
     if group_size is not None and (group_size not in reference.GROUP_SIZES or per_row or kind == "int8"):
         sizes = f"one of {reference.GROUP_SIZES}, without per_row and not for int8"
         raise ValueError(f"quantize_weight: group_size must be {sizes}; got {group_size!r}, {per_row=}, {kind=}")
-    if group_size is None and is_native(weight, kind):
+    if group_size is None and is_native(weight, kind, per_row):
         codes, scale = quantize_latent(weight, kind, per_row)
         if bool(scale.isfinite().all()):  # as it is unless the weight holds NaN or Inf
             return codes, scale
@@ -75,7 +75,7 @@ def pack_latent(weight: Tensor, *, per_row: bool = False) -> tuple[Tensor, Tenso
     weight: floating [N, K]; returns uint8 [ceil(N/4), K] and float32 [1] ([N] if per_row)
     Raises as quantize_weight does.
     """
-    if not is_native(weight, "ternary") or weight.ndim != 2 or 0 in weight.shape:
+    if not is_native(weight, "ternary", per_row) or weight.ndim != 2 or 0 in weight.shape:
         codes, scale = quantize_weight(weight, per_row=per_row)
         return pack_ternary(codes), scale
     inv = inverse_of_sums(cpu_latent.magnitudes(weight), weight, per_row)

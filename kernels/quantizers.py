@@ -24,11 +24,13 @@ def quantize_latent(
     weight: Tensor, kind: str, per_row: bool, group_size: int | None = None, centered: bool = True
 ) -> tuple[Tensor, Tensor]:
     """reference.quantize_weight for every step of training; never waits for a GPU."""
-    whole = kind == "ternary" and group_size is None
-    gpu = whole and on_triton(weight)
-    if not gpu and not (whole and is_native(weight, kind)):
+    gpu = kind == "ternary" and group_size is None and on_triton(weight)
+    if not gpu and not (group_size is None and is_native(weight, kind, per_row)):
         codes, scale = reference.quantize_weight(weight, kind, per_row, group_size, centered)
         return codes.contiguous(), scale  # also of a transposed view: the order of float sums depends on it
+    if kind == "int8":  # rows as tokens are quantized, whose s divides
+        codes, s = cpu_latent.quantize_tokens(weight, 8)
+        return codes, (1 / s).reshape(-1)
     inv = inverse_of_sums(
         torch.ops.bitnet.gpu_magnitudes(weight) if gpu else cpu_latent.magnitudes(weight), weight, per_row
     )
@@ -99,9 +101,10 @@ def _triton_is_chosen() -> bool:
     return choose_backend("auto", torch.device("cuda")) == "triton"
 
 
-def is_native(weight: Tensor, kind: str) -> bool:
+def is_native(weight: Tensor, kind: str, per_row: bool) -> bool:
     """Whether the CPU library can quantize this weight."""
-    return kind == "ternary" and weight.is_contiguous() and on_native(weight)
+    able = kind == "ternary" or (kind == "int8" and per_row and weight.ndim == 2)
+    return able and weight.is_contiguous() and on_native(weight)
 
 
 def on_native(t: Tensor) -> bool:

@@ -1,3 +1,4 @@
+import gc
 import json
 import re
 import subprocess
@@ -66,6 +67,22 @@ def test_tokenizer_tokens_are_the_bytes_of_any_text(checkpoint: Path) -> None:
     text = "def f(x):\n\treturn 'zażółć 漢字 🙂'  # 3  spaces"
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
+
+
+def test_garbage_is_collected_again_once_a_model_is_loaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where loading fails."""
+    from bitnet.serving import run
+    from bitnet.serving.generate import TextStreamer
+
+    seen, load, end = [], run.load, TextStreamer.end
+    monkeypatch.setattr(run, "load", lambda *args, **kwargs: seen.append(gc.isenabled()) or load(*args, **kwargs))
+    monkeypatch.setattr(TextStreamer, "end", lambda self: seen.append(gc.isenabled()) or end(self))
+    assert cli.main(["generate", str(checkpoint), "def ", "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert seen == [False, True]
+    assert cli.main(["generate", str(checkpoint), "def ", "--backend", "abacus", "--device", "cpu"]) == 1
+    assert seen == [False, True, False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_generate_streams_what_the_model_says(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

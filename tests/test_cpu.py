@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import bitnet
 from bitnet import PackedBitLinear
-from bitnet.kernels import backends, ops, quantizers, reference
+from bitnet.kernels import backends, layout, ops, quantizers, reference
 from bitnet.kernels.cpu import arena
 from bitnet.kernels.cpu import latent as cpu_latent
 from bitnet.kernels.cpu import library as cpu_library
@@ -577,6 +577,36 @@ def test_codes_of_a_latent_weight_are_the_references(dtype: torch.dtype, per_row
             assert torch.equal(scale, expected_scale)
     ties = torch.tensor([[0.5, -0.5, 1.5, -1.5, 0.75, -0.25, 2.5, 0.0]])
     assert cpu_latent.ternary_codes(ties, torch.ones(1, 1)).tolist() == [[0, 0, 1, -1, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "ternary"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (33, 7), (100, 130), (64, 2560)])
+def test_rows_are_taken_out_of_what_is_prepacked(kind: str, n: int, k: int) -> None:
+    """Fails if a row's lane, the bits of its bytes or the end of its last step are others than unprepack's."""
+    low, high = {"int8": (-128, 128), "int4": (-8, 8), "ternary": (-1, 2)}[kind]
+    codes = torch.randint(low, high, (n, k), dtype=torch.int8)
+    weight = cpu_linear.prepack(layout.pack_codes(codes, kind), n, k=k)
+    for rows in (torch.arange(n), torch.randint(n, (2, 3)), torch.zeros(1, 0, dtype=torch.int64)):
+        assert torch.equal(cpu_linear.unprepack_rows(weight, rows, k), codes[rows])
+
+
+@each_dtype
+def test_8_bit_codes_of_rows_are_the_references(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a row of zeros, a tie or the largest value is rounded otherwise than in weights, or NaN goes unseen."""
+    for n, k in [(1, 1), (3, 7), (64, 33), (500, 700)]:
+        weight = (torch.randn(n, k) * 10 ** torch.randn(n, 1)).to(dtype)
+        weight[n // 2] = 0
+        weight[0] = grid(1, k).to(dtype)
+        expected_codes, expected_scale = reference.quantize_weight(weight, "int8", per_row=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "quantize_weight", None)
+            codes, scale = ops.quantize_weight(weight, kind="int8", per_row=True)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(scale, expected_scale)
+        for bad in (float("nan"), float("-inf")):
+            weight[n - 1, k - 1] = bad
+            with pytest.raises(ValueError, match="1 NaN or Inf"):
+                ops.quantize_weight(weight, kind="int8", per_row=True)
 
 
 @each_dtype

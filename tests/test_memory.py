@@ -1,6 +1,8 @@
 """What of a loaded model is in memory: the backend's own layout, and not the files' bytes beside it."""
 
+import copy
 import mmap
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,9 +138,78 @@ def test_a_head_packed_by_load_is_that_of_pack_and_its_float_rows_leave_memory(
     assert isinstance(model.lm_head, PackedBitLinear)
     assert isinstance(model.get_input_embeddings(), PackedEmbedding) == tied
     state, same = model.state_dict(), expected.state_dict()
+    assert state.keys() == same.keys()
     assert all(state[key].equal(same[key]) for key in same)
     assert len(counts) == 4
     assert 0 < max(counts) <= 2 * (2 << 20) // PAGE  # of four blocks of 2 MB
+
+
+def held(model: Any) -> int:
+    """Bytes of all that a model's modules hold."""
+    tensors = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values())]
+    tensors += [m._prepacked.weight for m in model.modules() if isinstance(m, PackedBitLinear) and m._prepacked]
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+
+
+LOOKS = {
+    "read": lambda model: model.lm_head.weight,
+    "codes": lambda model: model.lm_head.codes(),
+    "saved": lambda model: model.state_dict(),
+    "copied": copy.deepcopy,
+    "pickled": pickle.dumps,
+    "moved": lambda model: model.to("cpu"),
+    "on another backend": lambda model: model.lm_head.set_backend("torch"),
+    "loaded": lambda model: model.load_state_dict(bitnet.load(model.folder, head=model.kind).state_dict()),
+}
+
+
+@native
+@pytest.mark.parametrize(("head", "tied"), [("int8", True), ("int8", False), ("int4", True), ("ternary", True)])
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_head_packed_by_load_is_in_memory_once_until_it_is_looked_at(
+    head: str, tied: bool, look: str, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path / "model", tie_word_embeddings=tied, vocab_size=5003)
+    ids = torch.tensor([[5, 17, 3000, 0, 5002], [31, 32, 5002, 5002, 4999]])
+    expected = bitnet.load(folder)
+    bitnet.pack(expected, head=head)
+    with torch.no_grad():
+        logits = expected(ids).logits
+    model = bitnet.load(folder, head=head)
+    stored = expected.lm_head.weight
+    assert held(model) <= held(expected) - stored.nbytes
+    assert torch.equal(model(ids).logits, logits)
+    assert held(model) <= held(expected) - stored.nbytes
+    model.folder, model.kind = folder, head
+    LOOKS[look](model)
+    assert model.lm_head.weight.equal(stored)
+    if tied:
+        assert model.get_input_embeddings().weight is model.lm_head.weight
+    assert torch.equal(model(ids).logits, logits)
+
+
+@native
+def test_what_is_written_to_a_head_after_it_was_let_go_is_seen(tmp_path: Path) -> None:
+    """By the embedding tied to it, too."""
+    model = bitnet.load(checkpoint(tmp_path / "model", tie_word_embeddings=True), head="int8")
+    ids = torch.tensor([[5, 17]])
+    before, prepacked = model(ids).logits, model.lm_head.prepack()[0]
+    model.lm_head.weight  # noqa: B018  only looked at
+    assert model.lm_head.prepack()[0] is prepacked
+    model.lm_head.weight[5] = 0
+    embedding = model.get_input_embeddings()
+    assert embedding(ids)[0, 0].eq(0).all()
+    after = model(ids).logits
+    assert after[..., 5].eq(0).all()
+    assert not torch.equal(after, before)
+
+
+@native
+def test_rows_of_a_head_that_there_are_not_are_refused(tmp_path: Path) -> None:
+    model = bitnet.load(checkpoint(tmp_path / "model", tie_word_embeddings=True), head="int8")
+    for bad in (-1, 4096):
+        with pytest.raises(IndexError):
+            model.get_input_embeddings()(torch.tensor([bad]))
 
 
 def test_a_packed_head_is_not_packed_again(tmp_path: Path) -> None:

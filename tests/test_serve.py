@@ -186,15 +186,23 @@ def test_a_schema_is_followed_always(address: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
 
     def ask(seed: int) -> None:
-        answer = chat(address, response_format=form, temperature=1.5, seed=seed, max_tokens=200)
-        if answer["choices"][0]["finish_reason"] == "stop":  # blanks may go on for ever
-            person = json.loads(text_of(answer))
-            assert set(person) == {"name", "age"}
-            assert person["name"] in ("a", "b")
-            assert 0 <= person["age"] <= 99
+        answer = chat(address, response_format=form, temperature=1.5, seed=seed, max_tokens=400)
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        person = json.loads(text_of(answer))
+        assert set(person) == {"name", "age"}
+        assert person["name"] in ("a", "b")
+        assert 0 <= person["age"] <= 99
 
     for seed in range(100):
         ask(seed)
+
+
+def test_json_ends_though_a_model_writes_nothing_but_blanks(address: str) -> None:
+    blanks = {str(tokenizer().encode(blank)[0]): 100 for blank in " \t\r\n"}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    answer = chat(address, response_format=form, logit_bias=blanks, max_tokens=400)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert set(json.loads(text_of(answer))) == {"name", "age"}
 
 
 def test_an_answer_in_json_waits_for_the_end_of_the_reasoning(address: str) -> None:
@@ -244,17 +252,19 @@ BAD = {
     "top_p": ({"messages": HI, "top_p": 0}, "top_p"),
     "n": ({"messages": HI, "n": 0}, "n"),
     "nested": ({"messages": HI, "stream": True, "stream_options": {"include": True}}, "stream_options.include"),
-    "options without a stream": ({"messages": HI, "stream_options": {"include_usage": True}}, None),
-    "top_logprobs": ({"messages": HI, "top_logprobs": 2}, None),
+    "options without a stream": ({"messages": HI, "stream_options": {"include_usage": True}}, "stream_options"),
+    "top_logprobs": ({"messages": HI, "top_logprobs": 2}, "top_logprobs"),
+    "choice of no tool": ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
     "bias": ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias"),
     "bias of no token": ({"messages": HI, "logit_bias": {"99999": 1}}, "logit_bias"),
-    "schema": ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
+    "schema": ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     "impossible schema": (
         {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
         "response_format",
     ),
-    "too long": ({"messages": [{"role": "user", "content": "x" * 1000}]}, "prompt"),
-    "too many tokens": ({"messages": HI, "max_tokens": 600}, "prompt"),
+    "too long": ({"messages": [{"role": "user", "content": "x" * 1000}]}, "messages"),
+    "too many tokens": ({"messages": HI, "max_tokens": 600}, "max_tokens"),
+    "too many tokens, by the newer name": ({"messages": HI, "max_completion_tokens": 600}, "max_completion_tokens"),
     "a list": ([], None),
     "a number": (5, None),
 }

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ..collector import collector_off
 from .serve import MODEL, add_model_options, model_options
 
 
@@ -31,9 +32,10 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..serving.talk import talk
+    with collector_off() as loaded:
+        from ..serving.talk import talk
 
-    options = model_options(args, context=args.context, max_batch=1)
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "seed": args.seed}
-    talk(args.checkpoint, options, args.system, **settings)
+        options = model_options(args, context=args.context, max_batch=1, loaded=loaded)
+        settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+        talk(args.checkpoint, options, args.system, **settings)
     return 0

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..collector import collector_off
 from .serve import MODEL, add_model_options, model_options
 
 
@@ -26,9 +27,11 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..serving.generate import generate
+    with collector_off() as loaded:
+        from ..serving.generate import generate
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    names = ("checkpoint", "max_new_tokens", "temperature", "top_p", "seed", "chat")
-    generate(prompt=prompt, options=model_options(args), **{name: getattr(args, name) for name in names})
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        names = ("checkpoint", "max_new_tokens", "temperature", "top_p", "seed", "chat")
+        options = model_options(args, loaded=loaded)
+        generate(prompt=prompt, options=options, **{name: getattr(args, name) for name in names})
     return 0

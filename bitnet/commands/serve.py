@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..collector import collector_off
+
 MODEL = "a checkpoint folder, a GGUF file, or a name on the Hugging Face Hub: org/name, org/name@revision"
 
 
@@ -67,14 +69,17 @@ def model_options(args: argparse.Namespace, **more: Any) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..serving.run import serve
+    with collector_off() as loaded:
+        from ..serving.run import serve
 
-    for name in ("max_batch", "max_queue", "context", "timeout"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value:g}")
-    options = model_options(args, context=args.context, max_batch=args.max_batch, max_queue=args.max_queue)
-    key = args.api_key if args.api_key_file is None else args.api_key_file.read_text().strip()
-    if key == "":
-        raise ValueError("the API key is empty")
-    serve(args.checkpoint, options, host=args.host, port=args.port, api_key=key, seconds=args.timeout, name=args.name)
+        for name in ("max_batch", "max_queue", "context", "timeout"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value:g}")
+        limits = {"context": args.context, "max_batch": args.max_batch, "max_queue": args.max_queue}
+        key = args.api_key if args.api_key_file is None else args.api_key_file.read_text().strip()
+        if key == "":
+            raise ValueError("the API key is empty")
+        where = {"host": args.host, "port": args.port, "name": args.name}
+        options = model_options(args, **limits, loaded=loaded)
+        serve(args.checkpoint, options, **where, api_key=key, seconds=args.timeout)
     return 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu import step as native
+from ..packed import PackedBitLinear
 from .plan import Plan
 
 _ROOM = 256  # positions a cache has room for at first; it doubles
@@ -112,8 +113,8 @@ def embed(base: Any, ids: Tensor) -> Tensor:
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits float32 [M, V] of last hidden states [M, hidden]."""
     lm_head = model.get_output_embeddings()
-    weight = lm_head.weight
-    logits: Tensor = lm_head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden).float()
+    packed = isinstance(lm_head, PackedBitLinear)
+    logits: Tensor = lm_head(hidden if packed else hidden.to(lm_head.weight.dtype)).float()
     config = model.config.get_text_config()
     logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere's, Granite's
     cap = getattr(config, "final_logit_softcapping", None)

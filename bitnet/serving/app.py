@@ -222,7 +222,8 @@ def _errors(app: FastAPI, server: Server) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, found: RequestValidationError) -> Response:
         first = found.errors()[0]
-        path = ".".join(str(part) for part in first["loc"] if part != "body")
+        parts = [str(part) for part in first["loc"] if part != "body"]
+        path = ".".join(parts + [field for field in [first.get("ctx", {}).get("field")] if field])
         if first["type"] == "json_invalid":
             return error(
                 400, "invalid_json", f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"

@@ -59,7 +59,8 @@ async def start(model: TextModel, body: ChatRequest) -> "Chat":
         if isinstance(message.get("content"), list):
             message["content"] = joined(message["content"])
     prompt = await asyncio.to_thread(model.chat_ids, messages, tools or None, **body.chat_template_kwargs or {})
-    most = model.check_prompt(prompt, body.max_completion_tokens or body.max_tokens)
+    limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    most = model.check_prompt(prompt, getattr(body, limit), ("messages", limit))
     options = sampling(model, body, (body.top_logprobs or 0) if body.logprobs else -1)
     schema = schema_of(body.response_format)
     forced = body.tool_choice not in (None, "none", "auto")

@@ -9,6 +9,8 @@ import llguidance.numpy
 from torch import Tensor
 
 JSON_OBJECT = {"type": "object"}
+# between two parts: with any number of blanks, a small model goes on writing them until its tokens are used up
+BLANKS: Any = {"whitespace_pattern": r"( |\r?\n[ \t]{0,32})"}
 
 
 class Grammars:
@@ -25,7 +27,7 @@ class Grammars:
     def json(self, schema: Any, prompt: list[int]) -> "JsonGrammar":
         """For an answer that is JSON by a schema. Raises ValueError for a schema that llguidance does not know."""
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=BLANKS)
         except (TypeError, ValueError) as error:
             raise ValueError(str(error)) from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar)

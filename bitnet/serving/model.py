@@ -104,17 +104,22 @@ class TextModel:
         ids: list[int] = list(self.tokenizer(text)["input_ids"])
         return ids
 
-    def check_prompt(self, ids: list[int], max_tokens: int | None) -> int:
-        """How many tokens an answer may have. Raises BadRequest for a prompt that leaves no room."""
+    def check_prompt(
+        self, ids: list[int], max_tokens: int | None, fields: tuple[str, str] = ("prompt", "max_tokens")
+    ) -> int:
+        """How many tokens an answer may have. Raises BadRequest for a prompt that leaves no room.
+
+        fields: what a client calls the two
+        """
         if not ids:
-            raise BadRequest("prompt", "the prompt is empty; give at least one token")
+            raise BadRequest(fields[0], "the prompt is empty; give at least one token")
         if wrong := [token for token in ids if not 0 <= token < self.vocabulary]:
-            raise BadRequest("prompt", f"there is no token {wrong[0]}")
+            raise BadRequest(fields[0], f"there is no token {wrong[0]}")
         context = self.scheduler.context
         if len(ids) >= context or len(ids) + (max_tokens or 1) > context:
             room = f", and {max_tokens} more are asked for" if max_tokens and len(ids) < context else ""
             raise BadRequest(
-                "prompt",
+                fields[bool(room)],
                 f"the prompt has {len(ids)} tokens{room}, but a sequence holds {context}",
                 "context_length_exceeded",
             )

@@ -28,7 +28,7 @@ async def start(model: TextModel, body: ResponsesRequest) -> "Responding":
             raise BadRequest("input", "a message has no content")
         turns.append({"role": item["role"], "content": content if isinstance(content, str) else joined(content)})
     prompt = await asyncio.to_thread(model.chat_ids, turns)
-    most = model.check_prompt(prompt, body.max_output_tokens)
+    most = model.check_prompt(prompt, body.max_output_tokens, ("input", "max_output_tokens"))
     form = body.text.format if body.text else None
     schema = None
     if form is not None and form.type != "text":

@@ -17,7 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is loaded and shared."""
+    """How a model is loaded and shared. loaded: is called when the weights and the tokenizer are there."""
 
     head: str | None = None
     adapter: str | None = None
@@ -27,6 +27,7 @@ class Options:
     context: int | None = None
     max_batch: int = 8
     max_queue: int = 64
+    loaded: Callable[[], None] = lambda: None
 
 
 def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
@@ -47,6 +48,7 @@ def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
         raise ValueError(f"{checkpoint} is a {type(model).__name__}, which does not generate text")
     if options.adapter is not None:
         add_adapter(model, options.adapter)
+    options.loaded()
     return model.eval(), tokenizer
 
 
@@ -101,6 +103,7 @@ def serve(
                 Encoder(folder, device=options.device or default_device(), backend=options.backend),
                 None,
             )
+            options.loaded()
         else:
             encoder, model = None, load_text_model(checkpoint, options)
         served = name or checkpoint

@@ -3,9 +3,15 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+def wrong(field: str, why: str) -> PydanticCustomError:
+    """What is wrong with a field because of another one."""
+    return PydanticCustomError("value_error", "{why}", {"field": field, "why": why})
 
 
 class Strict(BaseModel):
@@ -32,7 +38,7 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def _complete(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type json_schema, and to no other")
+            raise wrong("json_schema", "json_schema belongs to type json_schema, and to no other")
         return self
 
 
@@ -88,7 +94,7 @@ class Sampled(Common):
     @model_validator(mode="after")
     def _streams(self) -> "Sampled":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options need stream: true")
+            raise wrong("stream_options", "stream_options need stream: true")
         return self
 
 
@@ -116,11 +122,11 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs need logprobs: true")
+            raise wrong("top_logprobs", "top_logprobs need logprobs: true")
         if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise wrong("tool_choice", "tool_choice needs tools")
         if self.tools and self.response_format and self.response_format.type != "text":
-            raise ValueError("response_format and tools exclude each other")
+            raise wrong("response_format", "response_format and tools exclude each other")
         return self
 
 
@@ -177,7 +183,7 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise wrong("prompt", "give either prompt or messages")
         return self
 
 

@@ -12,11 +12,16 @@ MAX_DEPTH = 64
 
 def read_json(file: Path, kind: type = dict) -> Any:
     """The JSON object, or list, in a file. Raises Damaged for anything else; OSError where it cannot be read."""
+    return parse_json(file, read_bytes(file), kind=kind)
+
+
+def read_bytes(file: Path) -> bytes:
+    """All of a file, if it is no larger than JSON files are; raises as read_json does."""
     with file.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise Damaged(file, f"is larger than {MAX_BYTES >> 20} MB, which no JSON file of a model is")
-    return parse_json(file, data, kind=kind)
+    return data
 
 
 def parse_json(file: Path, data: bytes, what: str = "is", kind: type = dict) -> Any:

@@ -13,6 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitnet.experts import PackedStack
 from bitnet.kernels import layout
+from bitnet.kernels.cpu import pages
 from bitnet.linear import BitLinear
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.packing import to_packed
@@ -118,6 +119,8 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
                         "probably damaged (some uploads are)",
                         stacklevel=2,
                     )
+                if layer.weight.is_cpu:  # read again when the backend makes its own form of it
+                    pages.drop(layer.weight)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 

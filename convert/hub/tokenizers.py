@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files.damaged import Damaged
-from ..files.json_object import read_json
+from ..files.json_object import parse_json, read_bytes, read_json
 
 FILES = re.compile(
     r"tokenizer.*|.*vocab.*\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
     r"|.*\.(spm|tiktoken)|(sentencepiece|spiece|source|target|tekken).*"
 )
 MAX_TOKENS = 1 << 24
+_LONG_NUMBER = re.compile(rb":[ \t\r\n]*\d{8}")  # in JSON only 0 begins with 0
 
 
 def load_tokenizer(directory: str | Path, remedy: str = "") -> Any:
@@ -30,17 +31,26 @@ def load_tokenizer(directory: str | Path, remedy: str = "") -> Any:
             f"{directory}: no tokenizer there; copy its files to it, or AutoTokenizer.from_pretrained(...)."
             f"save_pretrained({str(directory)!r}) of the model it was made from{remedy}"
         )
-    if (directory / "tokenizer.json").is_file():
-        _check_ids(directory / "tokenizer.json")
-    with reading(f"{directory}: its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        tokenizer("a")  # some damage only shows when it is used
-        return tokenizer
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        _check_ids(file)
+    try:
+        with reading(f"{directory}: its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            tokenizer("a")  # some damage only shows when it is used
+            return tokenizer
+    except ValueError:
+        if file.is_file():
+            read_json(file)  # which says more, if it is no JSON
+        raise
 
 
 def _check_ids(file: Path) -> None:
     """Refuse numbers of tokens so large that the library would fill the memory with what is between them."""
-    model = read_json(file).get("model")
+    data = read_bytes(file)
+    if _LONG_NUMBER.search(data) is None:  # then there are none, and parsing takes as long as the library itself
+        return
+    model = parse_json(file, data).get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     numbers = vocabulary.values() if isinstance(vocabulary, dict) else ()
     for number in numbers:

@@ -3,7 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,24 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
     The latent weights are gone afterwards; keep a copy (copy.deepcopy, or a save) to train on. All weights are
     checked before the first layer changes. Raises ValueError if there is no BitLinear or a weight holds NaN.
     """
+    packed = pack_quickly(model, backend, head, measured=True)
+    costs = {} if packed is None else {packed.name: f"its weights move by {100 * packed.change:.2g} % (rms)"}
+    return report_on(model, costs, others="not a BitLinear, so not packed")
+
+
+class Head(NamedTuple):
+    """An output head that was packed."""
+
+    name: str
+    change: float  # how far its weights moved (rms, relative), if that was measured
+    layer: PackedBitLinear
+    tied: list[PackedEmbedding]  # to it: none or one
+
+
+def pack_quickly(
+    model: nn.Module, backend: str = "auto", head: str | None = None, *, measured: bool = False
+) -> Head | None:
+    """pack without its report, of which the head's measure takes most of the time; returns the head."""
     if head is not None and head not in HEADS:
         raise ValueError(f"pack: head must be None or one of {', '.join(map(repr, HEADS))}, got {head!r}")
     for name, parameter in model.named_parameters():
@@ -80,36 +98,38 @@ def pack(model: nn.Module, *, backend: str = "auto", head: str | None = None) ->
             packed[name] = pack_layer(layer)
         except ValueError as error:
             raise ValueError(f"pack: {name}: {error}") from None
-    costs = {}
+    made = None
     if found and head:
         name, linear, embedding = found
         spec = head_spec(model, head)
         try:
-            stored, scale, change = _packed_rows(linear.weight.detach(), spec)
+            stored, scale, change = _packed_rows(linear.weight.detach(), spec, measured)
         except ValueError as error:
             raise ValueError(f"pack: the output head, {name}: {error}") from None
         layers[name] = BitLinear.from_linear(linear, spec)
         packed[name] = [(stored, scale)]
-        costs[name] = f"its weights move by {100 * change:.2g} % (rms)"
-        if embedding is not None:
-            PackedEmbedding.from_embedding(embedding, spec, stored, scale)
+        tied = [] if embedding is None else [PackedEmbedding.from_embedding(embedding, spec, stored, scale)]
+        made = Head(name, change, linear, tied)  # type: ignore[arg-type]  # which linear becomes, in place
     for name, layer in layers.items():
         to_packed(layer, packed.pop(name), backend)
     quantizer.attach(model)
-    return report_on(model, costs, others="not a BitLinear, so not packed")
+    return made
 
 
-def _packed_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, float]:
-    """The stored weight and the scale of a head, and by how much it moves (rms, relative). A few rows at a time: a head
-    can be the largest matrix of a model."""
+def _packed_rows(weight: Tensor, spec: QuantSpec, measured: bool = True) -> tuple[Tensor, Tensor, float]:
+    """The stored weight and the scale of a head, and by how much it moves (rms, relative), if that is measured.
+
+    A few rows at a time: a head can be the largest matrix of a model.
+    """
     stored, scale = packed_zeros(weight.shape[1], weight.shape[0], spec, weight.device)
     moved, size, at = 0.0, 0.0, 0
     for rows in _rows(weight):
         codes, found = quantize_matrix(rows, spec)
         layout.put_rows(stored, at, codes)
         scale[at : at + len(rows)] = found
-        moved += _squares(dequantize_weight(codes, found) - rows)
-        size += _squares(rows)
+        if measured:
+            moved += _squares(dequantize_weight(codes, found) - rows)
+            size += _squares(rows)
         at += len(rows)
     return stored, scale, (moved / max(size, 1e-300)) ** 0.5
 

@@ -108,6 +108,19 @@ def unprepack(weight: Tensor, n: int, k: int, form: int = TWO_BITS) -> Tensor:
     return codes
 
 
+def unprepack_rows(weight: Tensor, rows: Tensor, k: int) -> Tensor:
+    """Some rows of unprepack(weight, n, k), of 2, 4 or 8 bits a weight: int8 [..., K] for rows [...]."""
+    lanes = weight.view(torch.int32)[rows // 32, :, rows % 32]  # of each step the 32 bits that are a row's
+    data = lanes.contiguous().view(torch.uint8).unflatten(-1, (-1, 1, 4))
+    if (form := form_of(weight, TWO_BITS)) == EIGHT_BITS:
+        codes = (data ^ 128).view(torch.int8)
+    else:
+        bits, zero = (4, 8) if form == FOUR_BITS else (2, 1)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+        codes = (data >> shifts & 2**bits - 1).view(torch.int8) - zero
+    return codes.flatten(-3)[..., :k]
+
+
 def check_prepacked(
     weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int, form: int = TWO_BITS
 ) -> None:

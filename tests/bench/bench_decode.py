@@ -9,14 +9,18 @@ through its own quantizer; ours has 8 bits. Rounds take turns, medians are compa
 takes stands beside, and what the packed layers take in transformers' own forward, as it is.
 --architecture gives these sizes to another model type, without llama.cpp; --stock adds transformers' own
 `bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
+--core-taken measures something else: 1 and 2 threads in turns, while another process is at work on one of two cores.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +212,49 @@ def measure(threads: int, ours: Ours, gguf: Path | None, generate: Generate) -> 
     return found
 
 
+@contextmanager
+def core_taken() -> Iterator[None]:
+    """This process on two cores, and one that never rests on one of them."""
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)[:2]
+    if len(cores) < 2:
+        raise SystemExit("--core-taken needs two cores")
+    code = f"import os\nos.sched_setaffinity(0, {{{cores[1]}}})\nwhile True: pass"
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+    with subprocess.Popen([sys.executable, "-c", code]) as other:
+        try:
+            time.sleep(1)
+            yield
+        finally:
+            other.kill()
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), before)
+
+
+def measure_taken(ours: Ours) -> dict[int, list[float]]:
+    """Seconds of a token at context 128, by threads, while a core is taken; 64 tokens by one, then by two, in turns."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    prompt = list(range(128))
+    torch.set_num_threads(2)
+    with core_taken():
+        for _ in range(ROUNDS):
+            for threads, seconds in found.items():
+                ours.reset()
+                ours.extend(prompt)
+                torch.set_num_threads(threads)
+                ours.extend(prompt[:1])
+                seconds += [timed(lambda i=i: ours.extend([i])) for i in range(64)]  # type: ignore[misc]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--architecture", default="llama", help="a model type of transformers")
     parser.add_argument("--stock", action="store_true", help="measure transformers' own layers, too")
+    parser.add_argument("--core-taken", action="store_true", help="1 and 2 threads while another process takes a core")
     parser.add_argument("--folder", type=Path, help="where the model is, or is written to (default: a temporary one)")
     parser.add_argument("--csv", type=Path, default=results.FILE)
     args = parser.parse_args()
@@ -224,6 +265,16 @@ def main() -> None:
         gguf: Path | None = folder / "model.gguf"
         if not (folder / "config.json").exists():
             build(folder, args.layers, args.architecture)
+        if args.core_taken:
+            taken = measure_taken(Ours(folder))
+            for threads, seconds in taken.items():
+                mean = statistics.mean(seconds)
+                times = statistics.mean(taken[1]) / mean
+                print(f"threads {threads}  a core taken: {1e3 * mean:.1f} ms a token, {times:.2f} times as fast as one")
+                op = {"op": f"decode, context 128, a core taken, {args.layers} layers", "m": 1, "n": VOCABULARY}
+                shape = {"k": WIDTH, "dtype": "float32", "backend": "native", "threads": threads}
+                rows.append(results.row(op | shape, torch.tensor(seconds, dtype=torch.float64), None, common))
+            return results.append(rows, args.csv)
         if args.architecture != "llama":
             gguf = None
         elif not (folder / "model.gguf").exists():
