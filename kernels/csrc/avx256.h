@@ -13,7 +13,7 @@ struct Avx256 {
   using Int = __m256i;
   struct Packed {};
   static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
-  static constexpr int kBytes = 32, kTileVecs = 2;
+  static constexpr int kBytes = 32, kTileVecs = 2, kTableLimbs = 0;
   static constexpr int kWideVecs = 1;
   static constexpr int kPlaneVecs = 2;  // with four, 16 registers do not hold the sums, the activations and the masks
 
@@ -111,7 +111,7 @@ struct OneBitTables : I {
     Vec lanes;
   };
   static constexpr int kForm = kOneBitTables, kFields = 8, kFactor = 2, kZero = 1;
-  static constexpr int kStoredPanels = 0, kFewTokens = 16;
+  static constexpr int kStoredPanels = 0, kTableLimbs = 16;
   static constexpr int64_t kPlaneSteps = 8;
   static constexpr int kTable = 32, kBias = 30;  // bytes: the sums of low parts, then of high ones
 

@@ -10,7 +10,7 @@ struct Avx512 {
   using Vec = __m512i;
   using Sum = __m512i;  // 16 x int32
   using Int = __m512i;
-  static constexpr int kBytes = 64, kPlaneVecs = 2, kWideVecs = 1, kTileVecs = 4;
+  static constexpr int kBytes = 64, kPlaneVecs = 2, kWideVecs = 1, kTileVecs = 4, kTableLimbs = 0;
   static constexpr int kMaxTokens = 5;  // 24 sums fit, but run a fifth slower on Zen 4
   static constexpr int kStoredPanels = kAnyPanels, kFewVecs = 2, kFewTokens = 10;
   static constexpr int64_t kSumSteps = kMaxFeatures;

@@ -17,8 +17,11 @@
 //                           float16, bfloat16 and int8
 //   kFactor, kZero            a weight is kFactor times what its field holds, minus kZero
 //
-// Those of form F have look_up(w, tables, steps, take) in place of Planes, make_tables, and transpose(w, rows) in place of
-// unpack: the 32-bit lanes of a step's rows, of which field<j>(w, packed) is a field.
+//   kTableLimbs               where it is not 0, up to so many limbs of tokens are given as tables of make_tables, for
+//                             look_up(w, tables, steps, take), in place of Planes
+//
+// Those of form F have transpose(w, rows) in place of unpack: the 32-bit lanes of a step's rows, of which
+// field<j>(w, packed) is a field.
 #pragma once
 #include "finish.h"
 #include "hadamard.h"
@@ -62,7 +65,7 @@ INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, co
 }
 
 template <class I>
-constexpr bool kTables = I::kForm == kOneBitTables;
+constexpr bool kTables = I::kTableLimbs > 0;
 
 // Bytes that a step takes of a token.
 template <class I, int kLimbs>
@@ -262,7 +265,7 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
                            int64_t all_steps, uint8_t* unpacked, const Take& take) {
   constexpr int kBlockVecs = kStepBytes / I::kBytes, kStep = 4 * I::kFields;
   const bool stored = !kUnpacks<I> || panels.count <= I::kStoredPanels;
-  if constexpr (kTables<I>)
+  if constexpr (I::kForm == kOneBitTables)
     for (int64_t step = 0; step < steps; ++step) {
       typename I::Packed rows[V];
       I::transpose(w + step * kStepBytes, rows);
@@ -278,7 +281,7 @@ INLINE void multiply_chunk(const uint8_t* w, int64_t block_bytes, int64_t steps,
   for (int64_t p = 0; p < panels.count; ++p) {
     const int64_t token = panels.first(p), limbs = (panels.first(p + 1) - token) * L;
     const int8_t* q = panels.codes + (token * L * all_steps + done * limbs) * kStep;
-    if constexpr (!kTables<I>)
+    if constexpr (I::kForm != kOneBitTables)
       if (stored) {
         multiply_panel<I, AsStored<I>, V, I::kFewTokens / L * L>(w, block_bytes, steps, q, int(limbs), take(token));
         continue;
@@ -458,7 +461,7 @@ template <class I>
 constexpr Isa make_isa(const char* name, bool (*supported)()) {
   void (*make_tables)(const int8_t*, int64_t, int, int8_t*) = nullptr;
   if constexpr (kTables<I>) make_tables = I::make_tables;
-  return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, I::kStoredPanels, quantize, sum_groups, split,
+  return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, I::kStoredPanels, I::kTableLimbs, quantize, sum_groups, split,
           hadamard, ternary_codes, pack_ternary, magnitude, make_tables, gemv<I>, gemm<I>, between<I>()};
 }
 

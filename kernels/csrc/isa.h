@@ -7,7 +7,7 @@
 constexpr int64_t kBlockRows = 32;    // rows of a block
 constexpr int64_t kTileRows = 64;     // at most, of what gemm multiplies at once
 constexpr int64_t kStepBytes = 128;   // bytes of one block and step: a 32-bit lane for each row
-constexpr int64_t kTableBytes = 8;    // of the tables that form F takes for codes, for each code
+constexpr int64_t kTableBytes = 8;    // of the tables that 1-bit weights may take for codes, for each code
 constexpr int64_t kMaxGroup = 256;    // features that may share a scale in a row
 constexpr int64_t kSpan = 1024;       // features whose groups are summed before the sum goes to the total
 constexpr int32_t kMax16 = 127 * 256 + 127;  // of 16-bit activations
@@ -51,8 +51,8 @@ struct Groups {
   }
 };
 
-// The codes of one token, in words of 4 codes: those of its limbs (one for 8 bits; for 16 the high one first) alternate. For
-// form F their tables, of which those of a step's codes alternate.
+// The codes of one token, in words of 4 codes: those of its limbs (one for 8 bits; for 16 the high one first) alternate. Or
+// their tables, of which those of a step's codes alternate.
 struct Token {
   const int8_t* codes;
   const int32_t* sums;  // of the codes of each group: times what was added to every weight's code, it has to come off
@@ -114,8 +114,9 @@ struct Isa {
   bool (*supported)();
   int form;
   int max_tokens;  // limbs that one of several panels may hold
-  int few_tokens;  // the same for panels that take weights as stored, and of how many there are tables
+  int few_tokens;  // the same for panels that take weights as stored
   int stored_panels;  // how many of these there may be
+  int table_limbs;  // so many are given as tables
 
   // Codes (int16 for 16 bits) and s of one token of k features. x_type may be that of codes: then x is copied, s is 1.
   float (*quantize)(const void* x, int32_t x_type, int32_t activation_bits, int64_t k, void* codes);
@@ -134,7 +135,7 @@ struct Isa {
   // Sum of the magnitudes of one row of k latent weights; Inf or NaN if one of them is.
   double (*magnitude)(const void* w, int32_t type, int64_t k);
 
-  // Tables of `count` codes of a limb, those of a step `limbs` of these apart; null but for form F.
+  // Tables of `count` codes of a limb, those of a step `limbs` of these apart; null where there are none.
   void (*make_tables)(const int8_t* codes, int64_t count, int limbs, int8_t* tables);
 
   // Rows of blocks [first, last) for one token.
@@ -149,5 +150,5 @@ struct Isa {
 
 extern const Isa kScalar, kScalarBinary, kScalarInt8, kScalarInt4;
 extern const Isa kAvx2, kAvx2Binary, kAvx2Int8, kAvx2Int4, kAvxVnni, kAvxVnniBinary, kAvxVnniInt8, kAvxVnniInt4;
-extern const Isa kAvx512Vnni, kAvx512VnniBinary, kAvx512VnniInt8, kAvx512VnniInt4, kAvx512Vbmi;
+extern const Isa kAvx512Vnni, kAvx512VnniBinary, kAvx512VnniInt8, kAvx512VnniInt4, kAvx512Vbmi, kAvx512VbmiBinary;
 extern const Isa kNeon, kNeonBinary, kNeonInt8, kNeonInt4, kNeonDot, kNeonDotBinary, kNeonDotInt8, kNeonDotInt4;

@@ -34,7 +34,7 @@ struct Call {
   int64_t row_bytes() const { return limbs * padded + 4 * layer.k; }
 
   // Whether the codes of so many tokens become tables, and the bytes of one's codes or tables.
-  bool tables(int64_t tokens) const { return isa.make_tables && tokens <= isa.few_tokens / limbs; }
+  bool tables(int64_t tokens) const { return tokens * limbs <= isa.table_limbs; }
   int64_t code_bytes(int64_t tokens) const { return limbs * padded * (tables(tokens) ? kTableBytes : 1); }
 
   // Codes of one token x: `limbs` rows of `padded` codes, and the sums of its groups; returns s. row: row_bytes().

@@ -14,7 +14,7 @@ struct Neon {
   using Int = int32x4_t;
   struct Packed {};
   static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
-  static constexpr int kBytes = 16, kPlaneVecs = 8, kWideVecs = 4, kTileVecs = 4;
+  static constexpr int kBytes = 16, kPlaneVecs = 8, kWideVecs = 4, kTileVecs = 4, kTableLimbs = 0;
 
   static INLINE Vec load(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
   static INLINE void store(void* p, Vec v) { vst1q_s8(static_cast<int8_t*>(p), v); }

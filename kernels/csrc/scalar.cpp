@@ -9,7 +9,7 @@ struct Scalar {
   using Int = int32_t;
   struct Packed {};
   static constexpr int kForm = kTwoBits, kFields = 4, kFactor = 1, kZero = 1;
-  static constexpr int kBytes = 4, kPlaneVecs = 32, kWideVecs = 16, kTileVecs = 4, kMaxTokens = 4, kStoredPanels = 1, kFewVecs = 4, kFewTokens = 4;
+  static constexpr int kBytes = 4, kPlaneVecs = 32, kWideVecs = 16, kTableLimbs = 0, kTileVecs = 4, kMaxTokens = 4, kStoredPanels = 1, kFewVecs = 4, kFewTokens = 4;
   static constexpr int64_t kSumSteps = kMaxFeatures, kPlaneSteps = kMaxFeatures;
 
   static INLINE Vec load(const void* p) {
