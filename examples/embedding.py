@@ -12,8 +12,8 @@ import argparse
 import copy
 import re
 import shutil
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,6 +33,7 @@ parser.add_argument("--minutes", type=float, help="how long to train, instead of
 parser.add_argument("--steps", type=int, default=60, help="of BATCH sentences (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+parser.add_argument("--bf16", action="store_true", help="autocast, on CPUs with such instructions and on GPUs")
 parser.add_argument("--out", type=Path, default=Path("embedding-1.58"), help="where the packed model goes")
 args = parser.parse_args()
 LENGTH, HELD_OUT = 64, 400
@@ -50,17 +51,21 @@ else:
 found = [" ".join(s.split()) for s in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)]
 sentences = list(dict.fromkeys(s for s in found if 20 <= len(s) <= 300))
 unseen = sentences[:: max(2, len(sentences) // HELD_OUT)][:HELD_OUT]
-sentences = sorted(set(sentences) - set(unseen))
+sentences = sorted(set(sentences) - set(unseen), key=lambda s: (len(tokenizer.tokenize(s)), s))
 print(f"{len(sentences):,} sentences to train on, {len(unseen)} held out")
 
 
+def encoded(some: list[str]) -> dict[str, Tensor]:
+    return dict(tokenizer(some, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"))
+
+
 class Sentences:
-    """Batch number i: BATCH sentences drawn with i, padded."""
+    """Batch number i: BATCH sentences drawn with i, alike in length, so that little of it is padding."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(index)
-        chosen = [sentences[i] for i in torch.randint(len(sentences), (args.batch,), generator=draw)]
-        batch = dict(tokenizer(chosen, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"))
+        dice = torch.Generator().manual_seed(index)
+        at = int(torch.randint(max(1, len(sentences) - args.batch), (), generator=dice))
+        batch = encoded(sentences[at : at + args.batch])
         return batch | {"labels": batch["input_ids"].where(batch["attention_mask"].bool(), IGNORED)}  # what counts
 
 
@@ -69,38 +74,34 @@ def similarities(model: nn.Module) -> Tensor:
     """The cosine similarity of all pairs of held-out sentences."""
     pooled = []
     for start in range(0, len(unseen), 50):
-        part = unseen[start : start + 50]
-        batch = tokenizer(part, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        batch = encoded(unseen[start : start + 50])
         mask = batch["attention_mask"][..., None]
         pooled.append((model.eval()(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
     vectors = nn.functional.normalize(torch.cat(pooled), dim=-1)
-    rows, columns = torch.triu_indices(len(unseen), len(unseen), 1)
-    return (vectors @ vectors.T)[rows, columns]
+    return (vectors @ vectors.T)[tuple(torch.triu_indices(len(unseen), len(unseen), 1))]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    return torch.corrcoef(ranks)[0, 1].item()
+    return torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1].item()
 
 
 # 2. Its copy gets low-bit layers, and follows the float model's hidden states, every layer's of every token.
 student = copy.deepcopy(teacher)
 print(bitnet.replace_linear(student, per_row=True))
-wanted = similarities(teacher)
-scores = {"rounded": spearman(similarities(student), wanted)}
+student.get_input_embeddings().requires_grad_(False)  # shared with the float model, and large
+for dropout in (module for module in student.modules() if isinstance(module, nn.Dropout)):
+    dropout.p = 0.0  # the float model that it follows has none
+scores = {"rounded": spearman(similarities(student), wanted := similarities(teacher))}
 loss = bitnet.Distillation(teacher, ce=0, kl=0, hidden=1.0, cosine=1.0)
+options: Any = {"loss": loss, "clip": 1.0, "autocast": torch.bfloat16 if args.bf16 else None}
 steps = args.steps
 if args.minutes:
-    trial = Loop(copy.deepcopy(student), Sentences(), [], Schedule(9, strength_start=0, strength_end=0.9), loss=loss)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        trial.one_step()
-        times.append(time.perf_counter() - start)
-    steps = max(10, int(60 * args.minutes / sorted(times)[4]))
+    trial = Loop(copy.deepcopy(student), Sentences(), [], Schedule(9, strength_start=0, strength_end=0.9), **options)
+    trial.run("a trial", Console(quiet=True))
+    steps = max(10, int(60 * args.minutes / (trial.seconds / trial.step)))
 optimizers = make_optimizers(student, "adamw", lr=args.lr, weight_decay=0.01)
 schedule = Schedule(steps, strength_start=0.0, strength_end=0.3)
-Loop(student, Sentences(), optimizers, schedule, loss=loss, clip=1.0).run("to 1.58 bit", Console())
+Loop(student, Sentences(), optimizers, schedule, **options).run("to 1.58 bit", Console())
 scores["trained"] = spearman(similarities(student), wanted)
 
 # 3. Packed, saved beside what the folder says of pooling, and measured as it is served.
