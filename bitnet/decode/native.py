@@ -107,7 +107,8 @@ class NativeSequences:
 def embed(base: Any, ids: Tensor) -> Tensor:
     """What the blocks of a base model begin with, [M, hidden] for ids [M]."""
     rows: Tensor = base.get_input_embeddings()(ids)
-    return rows * getattr(base.config, "embedding_multiplier", 1)  # of Granite; Gemma's embedding does it itself
+    multiplier = getattr(base.config, "embedding_multiplier", 1)  # of Granite; Gemma's embedding does it itself
+    return rows if multiplier == 1 else rows * multiplier
 
 
 def head(model: Any, hidden: Tensor) -> Tensor:
@@ -116,6 +117,9 @@ def head(model: Any, hidden: Tensor) -> Tensor:
     packed = isinstance(lm_head, PackedBitLinear)
     logits: Tensor = lm_head(hidden if packed else hidden.to(lm_head.weight.dtype)).float()
     config = model.config.get_text_config()
-    logits = logits * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere's, Granite's
+    if (factor := getattr(config, "logit_scale", 1)) != 1:  # Cohere's; a vocabulary is long: nothing is done in vain
+        logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", 1)) != 1:  # Granite's
+        logits = logits / divisor
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
