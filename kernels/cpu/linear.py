@@ -45,8 +45,8 @@ class PreparedWeight(ctypes.Structure):
     )
 
 
-# features of 32 bits
 ROWS = 32  # of a block
+# features of 32 bits
 _STEPS = {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, ONE_BIT_TABLES: 32, EIGHT_BITS: 4, FOUR_BITS: 8}
 
 
@@ -110,7 +110,7 @@ def unprepack(weight: Tensor, n: int, k: int, form: int = TWO_BITS) -> Tensor:
 
 def unprepack_rows(weight: Tensor, rows: Tensor, k: int) -> Tensor:
     """Some rows of unprepack(weight, n, k), of 2, 4 or 8 bits a weight: int8 [..., K] for rows [...]."""
-    lanes = weight.view(torch.int32)[rows // 32, :, rows % 32]  # of each step the 32 bits that are a row's
+    lanes = weight.view(torch.int32)[rows // ROWS, :, rows % ROWS]  # of each step the 32 bits that are a row's
     data = lanes.contiguous().view(torch.uint8).unflatten(-1, (-1, 1, 4))
     if (form := form_of(weight, TWO_BITS)) == EIGHT_BITS:
         codes = (data ^ 128).view(torch.int8)

@@ -259,13 +259,27 @@ void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float
   weigh_all<I, C, T>(values, dim, first, last, scores + first - start, stride, queries, dim);
 }
 
+template <int T>
+struct Tile {
+  static constexpr int kQueries = T;
+};
+
+// to(tile, at) for tiles of 4 queries, 2 and 1, which begin at query `at` of `count`.
+template <class To>
+INLINE void in_tiles(int count, const To& to) {
+  static_assert(kTileQueries == 4, "");
+  int at = 0;
+  for (; at + 4 <= count; at += 4) to(Tile<4>{}, at);
+  if (count & 2) to(Tile<2>{}, at);
+  at += count & 2;
+  if (count & 1) to(Tile<1>{}, at);
+}
+
 template <class I, class C>
 void attend_with(const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores) {
-  static_assert(kTileQueries == 4, "");
-  for (; count >= 4; count -= 4, queries += 4) attend_to<I, C, 4>(cache, queries, dim, cap, scores);
-  if (count & 2) attend_to<I, C, 2>(cache, queries, dim, cap, scores);
-  queries += count & 2;
-  if (count & 1) attend_to<I, C, 1>(cache, queries, dim, cap, scores);
+  in_tiles(count, [&](auto tile, int at) INLINE_LAMBDA {
+    attend_to<I, C, decltype(tile)::kQueries>(cache, queries + at, dim, cap, scores);
+  });
 }
 
 template <class I>

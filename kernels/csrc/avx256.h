@@ -81,20 +81,7 @@ struct TwoSums {
   INLINE __m256i total() const { return I::add32(I::total(even), _mm256_srai_epi32(I::total(odd), 2)); }
 };
 
-// Which of 16 codes the entries of a table are the sums of: entry i has code 4j where bit j of i is set. Bytes with the
-// highest bit set pick none. Both halves of a vector have the same.
-struct Picks {
-  alignas(32) uint8_t code[4][32];
-};
-
-constexpr Picks make_picks() {
-  Picks picks{};
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 32; ++i) picks.code[j][i] = uint8_t(i >> j & 1 ? 4 * j : 128);
-  return picks;
-}
-
-constexpr Picks kPicks = make_picks();
+constexpr auto kPicks = make_picks<32>(0);  // both halves of a vector have the same
 
 // Form F on the primitives of an instruction set. For one token, four weights of each of 32 rows are looked up at once
 // (T-MAC, arXiv 2407.00088): their four bits select one of the 16 sums that the four codes can make. Here exactly: a code is

@@ -59,20 +59,7 @@ struct Avx512Vbmi : Avx512 {
   static constexpr int64_t kPlaneSteps = int64_t(1) << 14;  // 4 products * 168 * 128 < 2^17 a step
 };
 
-// Which of 16 codes the entries of a table are the sums of: entry i of the table of byte b, for codes b, b + 4, .., has
-// code b + 4j where bit j of i is set. Bytes with the highest bit set pick none.
-struct Picks {
-  alignas(64) uint8_t code[4][64];
-};
-
-constexpr Picks make_picks() {
-  Picks picks{};
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 64; ++i) picks.code[j][i] = uint8_t(i >> j & 1 ? 4 * j + i / 16 : 128);
-  return picks;
-}
-
-constexpr Picks kPicks = make_picks();
+constexpr auto kPicks = make_picks<64>(1);  // a table for each byte of a lane
 
 // Form D, for few tokens by exact look-ups, as form F in avx256.h: four bits of each byte of a lane select one of the 16
 // sums of their codes, which are 16 high + low with high in -8..7 and low, less a bias, in bytes. vpermb looks the four

@@ -67,6 +67,21 @@ INLINE void multiply_planes(const uint8_t* w, const int8_t* q, int64_t steps, co
 template <class I>
 constexpr bool kTables = I::kTableLimbs > 0;
 
+// Which of 16 codes the entries of tables are the sums of: entry i of 16 has code 4j where bit j of i is set, and the same of
+// each next table a code that is `apart` further. Bytes with the highest bit set pick none.
+template <int kSize>
+struct Picks {
+  alignas(kSize) uint8_t code[4][kSize];
+};
+
+template <int kSize>
+constexpr Picks<kSize> make_picks(int apart) {
+  Picks<kSize> picks{};
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < kSize; ++i) picks.code[j][i] = uint8_t(i >> j & 1 ? 4 * j + i / 16 * apart : 128);
+  return picks;
+}
+
 // Bytes that a step takes of a token.
 template <class I, int kLimbs>
 constexpr int64_t kTokenStep = 4 * I::kFields * kLimbs * (kTables<I> ? kTableBytes : 1);

@@ -62,7 +62,7 @@ struct Token {
 };
 
 // The codes of many tokens, in `count` panels of up to max_tokens limbs: those of a panel [k/4, its limbs] in words. Or, for
-// form F and few tokens, the tables of each.
+// few tokens, the tables of each.
 struct Panels {
   const int8_t* codes;
   const int32_t* sums;  // [tokens, groups]

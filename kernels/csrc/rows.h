@@ -82,11 +82,9 @@ void attend_rows_to(const Attention& a, int64_t batch, int64_t kv_head, int64_t 
 
 template <class I, class C>
 void attend_rows_with(const Attention& a, int64_t batch, int64_t kv_head, int64_t first, int count, float* scratch) {
-  static_assert(kTileQueries == 4, "");
-  for (; count >= 4; count -= 4, first += 4) attend_rows_to<I, C, 4>(a, batch, kv_head, first, scratch);
-  if (count & 2) attend_rows_to<I, C, 2>(a, batch, kv_head, first, scratch);
-  first += count & 2;
-  if (count & 1) attend_rows_to<I, C, 1>(a, batch, kv_head, first, scratch);
+  in_tiles(count, [&](auto tile, int at) INLINE_LAMBDA {
+    attend_rows_to<I, C, decltype(tile)::kQueries>(a, batch, kv_head, first + at, scratch);
+  });
 }
 
 template <class I>
