@@ -29,9 +29,10 @@ from ..kernels import reference
 from ..kernels.cpu import library
 from ..kernels.cpu.attention import attention, bind_rms_norm
 from ..kernels.cpu.library import FLOATS
+from .native import ROOM
+from .plan import eps_of
 
 MOST_TOKENS = 8  # beyond these torch's matrix products are as fast
-_ROOM = 256  # positions a layer has room for at first; it doubles
 
 
 class _Here(threading.local):
@@ -148,7 +149,7 @@ def _append(room: Tensor | None, held: Tensor | None, new: Tensor) -> tuple[Tens
     """A room that begins with what is held and what is new, the same one if it can be, and that beginning of it."""
     past, tokens = 0 if held is None else held.shape[2], new.shape[2]
     if room is None or not _fits(room, held, past + tokens):
-        room = new.new_empty(*new.shape[:2], max(_ROOM, 1 << (past + tokens).bit_length()), new.shape[3])
+        room = new.new_empty(*new.shape[:2], max(ROOM, 1 << (past + tokens).bit_length()), new.shape[3])
         if held is not None:
             room.narrow(2, 0, past).copy_(held)
     room.narrow(2, past, tokens).copy_(new)
@@ -168,7 +169,7 @@ def _rms_norm(module: nn.Module) -> tuple[float, bool] | None:
 
     Told by what it computes, with random weights, large and tiny inputs: names are not to be trusted.
     """
-    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight, eps = module._parameters.get("weight"), eps_of(module)
     if "RMSNorm" not in type(module).__name__ or weight is None or weight.ndim != 1 or not isinstance(eps, float):
         return None
     if len(module._parameters) > 1 or module._buffers or module._modules or not weight.is_cpu:

@@ -10,7 +10,7 @@ from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
 from .plan import Plan
 
-_ROOM = 256  # positions a cache has room for at first; it doubles
+ROOM = 256  # positions a cache has room for at first; it doubles
 
 
 class Cached:
@@ -18,7 +18,7 @@ class Cached:
 
     def __init__(self, plan: Plan) -> None:
         self._shape = plan.blocks, plan.kv_heads, plan.head_dim
-        self.store = native.KeyValues.empty(*self._shape, _ROOM, plan.cache_type)
+        self.store = native.KeyValues.empty(*self._shape, ROOM, plan.cache_type)
         self.length = 0
 
     def reserve(self, tokens: int) -> None:
@@ -82,7 +82,7 @@ class NativeSequences:
         if tokens > self._caches[slot].length:
             raise ValueError(f"slot {slot} holds {self._caches[slot].length} tokens, not {tokens}")
         self._caches[slot].length = tokens
-        if tokens == 0 and self._caches[slot].store.capacity > _ROOM:
+        if tokens == 0 and self._caches[slot].store.capacity > ROOM:
             self._caches[slot] = Cached(self._plan)
 
     def copy(self, source: int, target: int, tokens: int) -> None:

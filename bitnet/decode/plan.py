@@ -113,6 +113,11 @@ def known(base: Any) -> bool:
     )
 
 
+def eps_of(norm: nn.Module) -> Any:
+    """The eps of a norm, under either of its names; None if it has none."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
 class Plan:
     """A model's plan, tied to the tensors and modules it was made from.
 
@@ -195,7 +200,7 @@ class Plan:
             self._watched.append((holder, name, value, version))
 
     def _norm(self, module: Any) -> native.Norm:
-        weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight, eps = module.weight, eps_of(module)
         bias = getattr(module, "bias", None)
         self._watch(module, "weight", *(["bias"] if bias is not None else []))
         if weight is None or not isinstance(eps, float):
