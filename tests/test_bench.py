@@ -83,3 +83,9 @@ def test_every_sequence_is_as_long_as_asked_for(folders: tuple[str, str], monkey
 def test_what_cannot_be_measured_is_refused(folders: tuple[str, str], options: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         bench(folders[0], **options)  # type: ignore[arg-type]
+
+
+def test_measured_rows_end_alike_whatever_appended_them() -> None:
+    files = sorted((Path(__file__).parent / "bench").glob("*.csv"))
+    assert files
+    assert not [file.name for file in files if b"\r" in file.read_bytes()]

@@ -68,7 +68,7 @@ def row(what: dict[str, Any], seconds: Tensor, nbytes: float | None, common: dic
 def append(rows: list[dict[str, Any]], file: Path) -> None:
     new = not file.exists()
     with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
