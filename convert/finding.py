@@ -68,6 +68,13 @@ def find(name: str | Path) -> Path:
         raise ValueError(f"{name}: the Hugging Face Hub did not answer as it should: {words:.300}") from None
 
 
+def from_anywhere(name: str | Path) -> str:
+    """What means in any folder what `name` means in this one: paths in full, names on the Hub as they are."""
+    path = Path(name)
+    asked = isinstance(name, str) and not path.exists() and _NAME.fullmatch(name) is not None
+    return str(name) if asked else str(path.resolve())
+
+
 _HINT = "; a name on the Hugging Face Hub has the form org/name"
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -17,6 +18,10 @@ import bitnet
 from bitnet.convert import finding
 from bitnet.convert.finding import find
 from bitnet.convert.folders import find_folder
+from bitnet.jobs.evaluate import evaluate
+from bitnet.jobs.train import REPORT, resume, train
+from bitnet.jobs.write import write
+from bitnet.train.options import TrainOptions
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
@@ -118,6 +123,26 @@ def test_a_repository_of_several_files_asks_which(offline: Path, monkeypatch: py
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *args, **kwargs: ["pytorch_model.bin"])
     with pytest.raises(ValueError, match="neither safetensors nor GGUF"):
         find("org/files")
+
+
+def test_jobs_take_names(offline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("as many words as a row has, and some more. " * 40)
+    found = evaluate("org/tiny", [text], against="org/tiny@v2", context=32, device="cpu")
+    assert list(found["models"]) == ["org/tiny", "org/tiny@v2"]
+    assert found["kl"] > 0
+    own = tmp_path / "own.jsonl"
+    options: dict[str, Any] = {"length": 32, "batch": 2, "device": "cpu"}
+    write("org/tiny", own, tokens=32, **options)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert write("org/tiny", own, tokens=96, resume=True, **options) >= 96
+    bitnet.convert_checkpoint("org/tiny", "float", "bf16")
+    settings = {"model": "float", "teacher": "org/tiny", "data": [str(text)], "context": 32, "device": "cpu"}
+    train(TrainOptions(**settings, out="run", steps=2, batch=1))
+    Path("run", REPORT).unlink()  # as if it had been stopped at the end
+    monkeypatch.chdir(tmp_path)
+    resume("elsewhere/run")
 
 
 def test_commands_take_names(home: Path) -> None:

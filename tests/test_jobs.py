@@ -367,7 +367,7 @@ def test_packed_models_cannot_be_trained_and_say_what_to_do(text: str, tmp_path:
     bitnet.pack(model)
     bitnet.save(model, tmp_path / "packed")
     build_tokenizer().save_pretrained(tmp_path / "packed")
-    with pytest.raises(ValueError, match=r"packed, which cannot be trained.*--to latent"):
+    with pytest.raises(ValueError, match=r"packed, which cannot be trained.*--to bf16"):
         job.train(options(text, tmp_path / "run", architecture=None, model=str(tmp_path / "packed")), QUIET)
     assert not (tmp_path / "run").exists()
 

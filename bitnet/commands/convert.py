@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from .serve import MODEL
+
 # The forms `bitnet convert` writes: conversion/plan.py's TARGETS, in words; importing that here would take seconds.
 FORMS = {
     "hub": "packed, 2 bits a weight, in the Hub's `bitnet` format, which stock transformers loads, too",
@@ -36,7 +38,7 @@ def add(commands: Any) -> None:
         "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="a checkpoint folder, MLX's too, or a GGUF file")
+    parser.add_argument("source", metavar="SRC", help=MODEL)
     parser.add_argument(
         "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
     )

@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from .serve import MODEL
+
 
 def add(commands: Any) -> None:
     """The command's options."""
@@ -20,12 +22,12 @@ def add(commands: Any) -> None:
         "  bitnet eval my-model-1.58 --tasks arc_easy,hellaswag --limit 200      needs pip install -e '.[eval]'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder with a tokenizer, or a GGUF file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--text", nargs="+", default=[], metavar="FILE", help="text files, .jsonl, .parquet, or folders of `datasets`"
     )
     parser.add_argument("--column", default="text", metavar="NAME", help="where rows have text (default: %(default)s)")
-    parser.add_argument("--against", metavar="OTHER", help="compare with a model: KL(OTHER || MODEL), agreement")
+    parser.add_argument("--against", metavar="OTHER", help="compare with another: KL(OTHER || MODEL), agreement")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter beside MODEL's layers, as PEFT saves it")
     parser.add_argument(
         "--context", type=int, metavar="N", help="tokens of a window (default: the model's, at most 2048)"

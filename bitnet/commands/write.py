@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from .serve import MODEL
+
 
 def add(commands: Any) -> None:
     """The command's options."""
@@ -17,7 +19,7 @@ def add(commands: Any) -> None:
         "  bitnet train --model my-model --teacher my-model --data own-text.jsonl --ce 0 --out run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder with a tokenizer, or a GGUF file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("out", metavar="OUT.jsonl", help='a new file, one document a line: {"text": ...}')
     parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="in all (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, metavar="N", help="of a document (default: %(default)s)")

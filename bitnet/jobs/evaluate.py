@@ -46,7 +46,7 @@ def evaluate(
              there is none; without either, from its first token on. "bytes" are the documents' UTF-8 bytes.
     """
     console = console or Console(quiet=True)
-    paths = [Path(path) for path in (model, *([] if against is None else [against]))]
+    paths = [model, *([] if against is None else [against])]
     documents = [text for text, _ in texts.documents(files, column) if text]
     if not documents:
         raise ValueError("there is no text to score in " + ", ".join(map(str, files)))

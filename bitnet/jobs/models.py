@@ -100,7 +100,7 @@ def trainable(name: str | Path) -> Any:
     if any(isinstance(module, PackedBitLinear | PackedExperts) for module in model.modules()):
         raise ValueError(
             f"{name}: its layers are packed, which cannot be trained; start from the checkpoint it was packed from, or "
-            f"from what it encodes: bitnet convert {name} FOLDER --to latent"
+            f"from what it encodes: bitnet convert {name} FOLDER --to bf16"
         )
     return model
 

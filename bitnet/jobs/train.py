@@ -22,6 +22,7 @@ from rich.console import Console
 
 from .. import tables
 from ..convert.checkpoint import load, save
+from ..convert.finding import from_anywhere
 from ..convert.swap.pack import pack
 from ..convert.writing import write_whole
 from ..info import hardware, versions
@@ -291,7 +292,7 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     for name in ("model", "tokenizer", "teacher", "architecture"):
         path = getattr(options, name)
         if isinstance(path, str) and not path.lstrip().startswith("{"):
-            changes[name] = str(Path(path).resolve())
+            changes[name] = from_anywhere(path)
     for name in ("data", "eval_data"):
         changes[name] = [str(Path(path).resolve()) for path in getattr(options, name)]
     return replace(options, **changes)

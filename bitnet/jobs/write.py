@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..convert.finding import from_anywhere
 from ..convert.writing import write_whole
 from ..progress import Progress
 from ..train.texts import prefix
@@ -57,8 +58,8 @@ def write(
             f"--tokens and --batch must be at least 1, --length more than {GREEDY + 1}, --chat a share from 0 to 1, "
             f"--temperature positive; got {tokens}, {batch}, {length}, {chat} and {temperature}"
         )
-    path = str(Path(model).resolve())
-    settings = {"model": path, "length": length, "batch": batch, "chat": chat, "temperature": temperature, "seed": seed}
+    settings: dict[str, Any] = {"model": from_anywhere(model), "length": length, "batch": batch, "chat": chat}
+    settings |= {"temperature": temperature, "seed": seed}
     beside = out.with_name(f"{out.name}.json")
     done = _written(out, beside, settings, resume)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

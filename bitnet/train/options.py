@@ -38,7 +38,11 @@ def _option(group: str, default: Any, text: str, choices: tuple[str, ...] = (), 
 class TrainOptions:
     """Everything that decides what `bitnet train` does; each field's help is in its metadata."""
 
-    model: str | None = _option(START, None, "checkpoint folder to start from: a float model, or one in training")
+    model: str | None = _option(
+        START,
+        None,
+        "checkpoint to start from, float or in training: a folder, a GGUF file, org/name",
+    )
     architecture: str | dict[str, Any] | None = _option(
         START,
         None,
@@ -114,7 +118,7 @@ class TrainOptions:
         "0)",
     )
 
-    teacher: str | None = _option(TEACHER, None, "checkpoint folder of a model with the same vocabulary")
+    teacher: str | None = _option(TEACHER, None, "checkpoint of a model with the same vocabulary, named as --model is")
     ce: float = _option(TEACHER, 1.0, "weight of the text itself; 0: of the teacher alone")
     kl: float = _option(TEACHER, 1.0, "weight of KL(teacher || model)")
     temperature: float = _option(TEACHER, 1.0, "of both in it")
