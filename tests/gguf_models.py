@@ -179,10 +179,17 @@ def fast(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def checkpoint(folder: Path, family: str = "llama", pre: str = "gpt-2", head: str | None = None, **changes: Any) -> Any:
-    """Save a packed model, with a tokenizer, to folder; returns the model."""
+def checkpoint(
+    folder: Path,
+    family: str = "llama",
+    pre: str = "gpt-2",
+    head: str | None = None,
+    layers: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Save a packed model, with a tokenizer, to folder; returns the model. layers: options of replace_linear."""
     built = model(family, **changes)
-    bitnet.replace_linear(built)
+    bitnet.replace_linear(built, **layers or {})
     bitnet.pack(built, head=head)
     bitnet.save(built, folder)
     tokenizer(pre).save_pretrained(folder)

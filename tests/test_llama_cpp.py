@@ -31,6 +31,7 @@ from bitnet.convert.llama_cpp import tokenizer as gguf_tokenizer
 from bitnet.convert.llama_cpp.header import header_bytes
 from bitnet.convert.llama_cpp.writer import write_gguf
 from bitnet.experts import PackedStack
+from bitnet.kernels import reference
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 from bitnet.quickstart.run import Settings, train
 from bitnet.train.data import build_tokenizer, corpus
@@ -67,7 +68,7 @@ LOADABLE = ["gguf-tq1_0", "gguf-tq2_0", Q2_0, "gguf-bf16"]
 def emulated(model: Any, kind: str | None) -> Any:
     """A copy of a packed model with llama.cpp's products: float16 scales, activations in blocks; None: not rounded.
 
-    ggml/src/ggml-quants.c: quantize_row_q8_K_ref for TQ1_0 and TQ2_0, quantize_row_q8_0 for Q2_0 and Q8_0 matrices.
+    ggml/src/ggml-quants.c: quantize_row_q8_K_ref for TQ1_0 and TQ2_0, quantize_row_q8_0 for Q2_0, Q1_0 and Q8_0.
     """
 
     def rounded(x: Tensor, blocks_of_32: bool) -> Tensor:
@@ -87,10 +88,11 @@ def emulated(model: Any, kind: str | None) -> Any:
     def product(layer: PackedBitLinear, order: Tensor | slice = slice(None)) -> Any:
         """order: of the features, which decides what shares a block"""
         floats = kind == "gguf-bf16" and layer.spec.weights != "int8"
-        scale = layer.weight_scale if floats else layer.weight_scale.half().float()
-        weight = (layer.codes().float() * scale[:, None])[:, order]
+        scale = layer.weight_scale
+        scale = scale if floats or scale.ndim == 2 else scale.half().float()  # those of groups are float16
+        weight = reference.dequantize_weight(layer.codes(), scale)[:, order]
         weight = weight.bfloat16().float() if floats else weight
-        blocks_of_32 = kind == "gguf-q2_0" or layer.spec.weights == "int8"
+        blocks_of_32 = kind in ("gguf-q2_0", "gguf-q1_0") or layer.spec.weights == "int8"
         return lambda x: torch.nn.functional.linear(rounded(x[..., order], blocks_of_32), weight, layer.bias)
 
     def gelu(x: Tensor) -> Tensor:
@@ -239,6 +241,30 @@ def test_q2_0_takes_rows_that_fill_no_large_block(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "hf", **sizes)
     file = write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", "gguf-q2_0")
     compare(model, file, "gguf-q2_0", tokenizer()(TEXTS[0]).input_ids)
+
+
+BINARY = {"weights": "binary", "centered": False}
+SCALES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "tq2_0, rows": ("gguf-tq2_0", {"per_row": True}),
+    "tq1_0, groups": ("gguf-tq1_0", {"group_size": 256}),
+    "tq2_0, groups": ("gguf-tq2_0", {"group_size": 256}),
+    "q2_0, groups of 64": ("gguf-q2_0", {"group_size": 64}),
+    "q2_0, groups of 128": ("gguf-q2_0", {"group_size": 128}),
+    "q1_0": ("gguf-q1_0", BINARY),
+    "q1_0, rows": ("gguf-q1_0", BINARY | {"per_row": True}),
+    "q1_0, groups": ("gguf-q1_0", BINARY | {"group_size": 128}),
+}
+
+
+@pytest.mark.parametrize(("kind", "layers"), SCALES.values(), ids=SCALES)
+def test_scales_of_rows_and_groups_and_binary_weights_have_the_same_logits(
+    kind: str, layers: dict[str, Any], tmp_path: Path
+) -> None:
+    if kind in ("gguf-q2_0", "gguf-q1_0") and not knows_q2_0():
+        pytest.skip("this llama.cpp has neither yet")
+    model = checkpoint(tmp_path / "hf", layers=layers)
+    file = write_gguf(FolderSource(tmp_path / "hf"), tmp_path / "m.gguf", kind)
+    compare(model, file, kind, tokenizer()(TEXTS[0]).input_ids)
 
 
 def test_i2_s_is_for_bitnet_cpp_only(tmp_path: Path) -> None:
