@@ -72,6 +72,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "olmo3": _model("olmo3", **_SLIDING),
     "phi3": _model("phi3", sliding_window=24, partial_rotary_factor=0.5, **_FUSED),
     "phi": _model("phi", rope_parameters=_PARTIAL),
+    "gpt_neox": _model("gpt_neox", rope_parameters=_PARTIAL, bos_token_id=None, eos_token_id=None),
+    "gpt_neox in turn": _model("gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
+    "jais2": _model("jais2", attention_bias=True, mlp_bias=True),
     "nemotron": _model("nemotron", attention_bias=True, mlp_bias=True, rope_parameters=_PARTIAL, head_dim=32),
     "vaultgemma": _model("vaultgemma", head_dim=16, **_CAPS, **_SLIDING),
     "granite": _model(

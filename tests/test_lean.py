@@ -162,7 +162,6 @@ def test_a_growing_layer_begun_in_inference_mode_goes_on_outside() -> None:
 
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS = {
-    "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
     "apertus": {},
     "olmo": {},
@@ -363,7 +362,7 @@ def test_a_changed_norm_is_noticed(calls: list[int]) -> None:
 
 
 def test_a_loaded_checkpoint_decodes_lean(calls: list[int], tmp_path: Path) -> None:
-    model = packed("gpt_neox")
+    model = packed("olmo")
     bitnet.save(model, tmp_path)
     for loaded in (bitnet.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         calls.clear()

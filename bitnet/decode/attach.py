@@ -85,9 +85,10 @@ class NativeForward:
             return self._original(*args, **kwargs)
         rows = _rows(cache)
         hidden = None
-        if not args and known(self._base) and self._can_run(kwargs):
+        named = dict(zip(("input_ids",), args, strict=False)) | kwargs  # of all families the first that is not named
+        if len(args) < 2 and known(self._base) and self._can_run(named):
             with contextlib.suppress(Unplanned):
-                hidden = self._run(cache, rows, kwargs)
+                hidden = self._run(cache, rows, named)
         if hidden is None:
             if rows is not None:
                 rows.give_back(cache, self._base.dtype)

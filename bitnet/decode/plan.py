@@ -35,9 +35,12 @@ class Family(NamedTuple):
     )
     plus_one: bool = False  # norms multiply by 1 + weight
     centered: bool = False  # norms take the mean off, though they are not torch's LayerNorm
-    parallel: bool = False  # attention and the MLP see the same x, and its one norm
+    parallel: bool = False  # attention and the MLP see the same x, and its one norm where there is no second
     interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
     mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
+    attention: str = "self_attn"
+    fused: str = "qkv_proj"  # q, k and v in one layer, where there is such a one
+    by_head: bool = False  # in which those of a head are one after the other
     out: str = "o_proj"
     final: str = "norm"
     window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
@@ -69,6 +72,15 @@ FAMILIES = {
     "olmo3": Family("Olmo3Model", _AFTER),
     "phi": Family("PhiModel", parallel=True, mlp=(None, "fc1", "fc2"), out="dense", final="final_layernorm"),
     "phi3": Family("Phi3Model", window=_of_config),
+    "gpt_neox": Family(
+        "GPTNeoXModel",
+        mlp=(None, "dense_h_to_4h", "dense_4h_to_h"),
+        attention="attention",
+        fused="query_key_value",
+        by_head=True,
+        out="dense",
+        final="final_layer_norm",
+    ),
     "granite": Family("GraniteModel"),
     "cohere": Family("CohereModel", centered=True, parallel=True, interleaved=True),
     "cohere2": Family(
@@ -91,13 +103,21 @@ FAMILIES = {
     "seed_oss": Family("SeedOssModel"),
     "ministral": Family("MinistralModel"),
     "cwm": Family("CwmModel"),
+    "jais2": Family("Jais2Model", mlp=(None, "up_proj", "down_proj")),
     "nemotron": Family("NemotronModel", plus_one=True, mlp=(None, "up_proj", "down_proj")),
     "arcee": Family("ArceeModel", mlp=(None, "up_proj", "down_proj")),
     "starcoder2": Family("Starcoder2Model", mlp=(None, "c_fc", "c_proj"), window=_of_config),
     "stablelm": Family("StableLmModel"),
 }
 
-_GATES = {"silu": "silu", "swish": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_GATES = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu2": "relu2",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose tables do not depend on how long a text is
 
 
@@ -148,10 +168,12 @@ class Plan:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             for part, child in module._modules.items():
                 self._watched.append((module._modules, part, child, -1))
-        attention = layers[0].self_attn
+        attention = getattr(layers[0], self._family.attention)
         self.blocks, self.hidden = len(layers), config.hidden_size
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.positions = attention.head_dim, config.max_position_embeddings
+        self.heads = config.num_attention_heads
+        self.kv_heads = self.heads if self._family.by_head else config.num_key_value_heads
+        self.head_dim = getattr(attention, "head_dim", config.hidden_size // self.heads)
+        self.positions = config.max_position_embeddings
         if self.head_dim % native.RUN:
             raise Unplanned(f"heads of {self.head_dim} features, which must be a multiple of {native.RUN}")
         if getattr(config, "use_bidirectional_attention", False):
@@ -175,6 +197,7 @@ class Plan:
         plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
         plan.residual = getattr(config, "residual_multiplier", 1)
         plan.interleaved, plan.gated = self._family.interleaved, self._family.mlp[0] is not None
+        plan.by_head = self._family.by_head
         plan.final = self._norm(getattr(base, self._family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self._kept.append(blocks)
@@ -264,17 +287,21 @@ class Plan:
         return native.Norm(weight.data_ptr(), None, norm.eps, False)
 
     def _fill(self, block: Any, layer: Any, config: Any, ropes: dict[str, int]) -> None:
-        attention, mlp, family = layer.self_attn, layer.mlp, self._family
+        family, mlp = self._family, layer.mlp
+        attention = getattr(layer, family.attention)
         block.parallel = getattr(layer, "use_parallel_residual", family.parallel)
         norms = [None if name is None else getattr(layer, name, None) for name in family.norms]
-        if block.parallel:
+        if block.parallel and norms[2] is None:
             norms[2] = norms[0]
         width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = width, key_width, key_width
-        into = _parts("self_attn", attention, ["q_proj", "k_proj", "v_proj"], "qkv_proj", sizes)
+        if family.by_head:
+            into = [(f"{family.attention}.{family.fused}", getattr(attention, family.fused))]
+        else:
+            into = _parts(family.attention, attention, ["q_proj", "k_proj", "v_proj"], family.fused, sizes)
         block.in_count = self._products(into, norms[0], block.into)
         sub = getattr(attention, "attn_sub_norm", None)
-        self._products([(f"self_attn.{family.out}", getattr(attention, family.out))], sub, [block.out])
+        self._products([(f"{family.attention}.{family.out}", getattr(attention, family.out))], sub, [block.out])
         gate, up, down = family.mlp
         names = [name for name in (gate, up) if name is not None]
         first = _parts("mlp", mlp, names, "gate_up_proj", (config.intermediate_size,) * 2)
@@ -288,7 +315,7 @@ class Plan:
             block.query, block.key = self._norm(attention.q_norm), self._norm(attention.k_norm)
             block.whole = attention.q_norm.weight.numel() == width > self.head_dim
         block.window = family.window(attention) or 0
-        block.rope = ropes[_kind(layer)] if family.rotates(attention) else -1
+        block.rope = ropes[_kind(attention)] if family.rotates(attention) else -1
 
     def _kinds(self, base: Any, layers: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, once it is known that they are tables."""
@@ -296,7 +323,7 @@ class Plan:
         self._rotary, ropes = rotary, rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
         if (odd := set(ropes.values()).difference(_ROPES)) or len(ropes) > 2:
             raise Unplanned(f"rotary positions of type {', '.join(sorted(odd)) or list(ropes)}")
-        self._ropes, kinds = list(ropes), {_kind(layer) for layer in layers}
+        self._ropes, kinds = list(ropes), {_kind(getattr(layer, self._family.attention)) for layer in layers}
         if "" not in ropes and not kinds.issubset(ropes):
             raise Unplanned("layers without rotary positions of their kind")
         return {kind: self._ropes.index(kind if kind in ropes else "") for kind in kinds}
@@ -344,6 +371,5 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _kind(layer: Any) -> str:
-    attention = layer.self_attn
+def _kind(attention: Any) -> str:
     return getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None) or ""

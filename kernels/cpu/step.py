@@ -16,7 +16,7 @@ from .linear import PreparedWeight
 
 MOST_TOKENS = 256  # of one call
 RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
-GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2}
+GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3}
 CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -72,6 +72,7 @@ class Plan(ctypes.Structure):
         ("cap", ctypes.c_float),
         ("residual", ctypes.c_float),
         ("interleaved", _int32),
+        ("by_head", _int32),
         ("gate", _int32),
         ("gated", _int32),
         ("cache_type", _int32),

@@ -68,6 +68,23 @@ INLINE void apply(const F& f, float* gate, const float* up, int64_t k) {
     for (int64_t i = 0; i < k; ++i) gate[i] = f(gate[i]);
 }
 
+// The standard normal distribution function, with an error below 4e-7: of u = |x| / sqrt(2), erfc(u) = t exp(P(t) - u^2)
+// where t = 1 / (1 + u / 2) (the form of Numerical Recipes, section 6.2), P fitted for u up to 9.4.
+INLINE float normal(float x) {
+  const float u = (x < 0 ? -x : x) * 0x1.6a09e6p-1f, t = 1 / (1 + 0.5f * u);
+  float p = 0x1.637b9cp-4f;
+  p = p * t - 0x1.30a064p-1f;
+  p = p * t + 0x1.8eb196p+0f;
+  p = p * t - 0x1.e033e2p+0f;
+  p = p * t + 0x1.d565ecp-1f;
+  p = p * t - 0x1.0d7606p-2f;
+  p = p * t + 0x1.c8b6fap-2f;
+  p = p * t + 0x1.fbefbp-1f;
+  p = p * t - 0x1.43e048p+0f;
+  const float half = 0.5f * t * exponential(p - u * u);
+  return x < 0 ? half : 1 - half;
+}
+
 // gate = f(gate) * up, or without up f(gate)
 [[maybe_unused]] void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
   switch (kind) {
@@ -82,6 +99,7 @@ INLINE void apply(const F& f, float* gate, const float* up, int64_t k) {
         const float z = 0x1.988454p-1f * (x + 0x1.6e4e26p-5f * (x * x * x));
         return x / (1 + exponential(-2 * z));
       }, gate, up, k);
+    case kGelu: return apply([](float x) INLINE_LAMBDA { return x * normal(x); }, gate, up, k);
   }
 }
 

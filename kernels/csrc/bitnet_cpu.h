@@ -79,7 +79,7 @@ struct Block {
   int32_t whole, parallel;
 };
 
-enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2 };
+enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3 };
 
 struct Plan {
   const Block* blocks;
@@ -93,6 +93,7 @@ struct Plan {
   float cap;                 // scores s become cap * tanh(s / cap); 0: they do not
   float residual;
   int32_t interleaved;       // features 2i and 2i + 1 turn together, and not i and i + half
+  int32_t by_head;           // one layer has q, k and v, those of a head one after the other; kv_heads are heads
   int32_t gate;
   int32_t gated;             // f(gate) * up; 0: f(gate)
   int32_t cache_type;        // kFloat32, kFloat16, or kInt8 with a float32 scale a position and head

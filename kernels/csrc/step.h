@@ -8,6 +8,14 @@ namespace {
 thread_local Scratch step_scratch;       // of the leading thread: activations of all tokens, and their codes
 thread_local Scratch attention_scratch;  // of each thread: scores
 
+// [tokens, heads, head_dim], with room between.
+struct Heads {
+  float* first;
+  int64_t token, head;  // how far they are apart
+
+  float* at(int64_t t, int64_t h) const { return first + t * token + h * head; }
+};
+
 struct Step {
   const Plan& plan;
   const Isa& isa;
@@ -17,7 +25,8 @@ struct Step {
   const Sequence* sequences;
   const int64_t *sequence, *position;
   const Between& f = *isa.between;
-  float *q = nullptr, *k = nullptr, *v = nullptr, *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
+  Heads q = {}, k = {}, v = {};
+  float *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
   void* panels = nullptr;
   int64_t query_width = plan.heads * plan.head_dim, key_width = plan.kv_heads * plan.head_dim;
 
@@ -25,11 +34,19 @@ struct Step {
   int64_t floats() const { return m * (2 * query_width + 2 * key_width + 2 * plan.inner + 2 * plan.hidden); }
 
   void place(void* memory) {
-    q = static_cast<float*>(memory);
-    attended = q + m * query_width;
-    k = attended + m * query_width;
-    v = k + m * key_width;
-    gate = v + m * key_width;
+    auto* first = static_cast<float*>(memory);
+    const int64_t dim = plan.head_dim;
+    if (plan.by_head) {
+      q = {first, 3 * query_width, 3 * dim};
+      k = {first + dim, 3 * query_width, 3 * dim};
+      v = {first + 2 * dim, 3 * query_width, 3 * dim};
+    } else {
+      q = {first, query_width, dim};
+      k = {first + m * query_width, key_width, dim};
+      v = {k.first + m * key_width, key_width, dim};
+    }
+    attended = first + m * (query_width + 2 * key_width);
+    gate = attended + m * query_width;
     up = gate + m * plan.inner;
     y = up + m * plan.inner;
     z = y + m * plan.hidden;
@@ -156,7 +173,7 @@ struct Step {
       for (int64_t i = share(2 * m, thread, count); i < share(2 * m, thread + 1, count); ++i) {
         const Norm& norm = i < m ? block.query : block.key;
         const int64_t width = i < m ? query_width : key_width;
-        float* row = i < m ? q + i * width : k + (i - m) * width;
+        float* row = i < m ? q.at(i, 0) : k.at(i - m, 0);
         if (norm.weight) f.normalize(row, norm, width, row);
       }
       barrier(count);
@@ -164,13 +181,13 @@ struct Step {
     for (int64_t i = share(m * all, thread, count); i < share(m * all, thread + 1, count); ++i) {
       const int64_t t = i / all, head = i % all - plan.heads;
       if (head < 0) {
-        float* query = q + t * query_width + (i % all) * dim;
+        float* query = q.at(t, i % all);
         turn(block, block.query, query, t);
         for (int64_t j = 0; j < dim; ++j) query[j] *= plan.scaling;
       } else {
-        float* key = k + t * key_width + head * dim;
+        float* key = k.at(t, head);
         turn(block, block.key, key, t);
-        f.store(plan.cache_type, cached(b, t, head), position[t], key, v + t * key_width + head * dim, dim);
+        f.store(plan.cache_type, cached(b, t, head), position[t], key, v.at(t, head), dim);
       }
     }
     barrier(count);
@@ -186,7 +203,7 @@ struct Step {
           for (int i = 0; i < here; ++i) {
             const int64_t row = t + (at + i) / group, of = head * group + (at + i) % group, last = position[row] + 1;
             const int64_t seen = block.window && block.window < last ? block.window : last;
-            tile[i] = {q + row * query_width + of * dim, attended + row * query_width + of * dim, last - seen, last};
+            tile[i] = {q.at(row, of), attended + row * query_width + of * dim, last - seen, last};
           }
           f.attend(plan.cache_type, cached(b, t, head), tile, here, dim, plan.cap,
                    static_cast<float*>(attention_scratch.memory));
@@ -214,7 +231,7 @@ struct Step {
 
   void run(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
-    float* in[] = {q, k, v};
+    float* in[] = {q.first, k.first, v.first};
     for (int i = 0, at = 0; i < block.in_count; at += int(block.in[i++].count)) {
       if (i) barrier(count);
       multiply(block.in[i], x, in + at, thread, count);
