@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
-from bitnet.packed import PackedBitLinear, drop_stored
+from bitnet.packed import PackedBitLinear, keep_prepacked
 from bitnet.quantize import is_sharded
 from bitnet.train.fsdp import unwrapped
 
@@ -150,14 +150,14 @@ def load(
             model.to(dtype)
         with prepacked_next():
             finish_loading(model, settings)
-    packed_head = pack_quickly(model, head=head) if head is not None else None
+    made = None if head is None else pack_quickly(model, backend, head, weight_bits=weight_bits)
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedBitLinear | PackedStack)]
     for _, module in modules:
         module.set_backend(backend, weight_bits, activation_bits)
-    if packed_head is not None:  # first, as it is in memory twice meanwhile
-        drop_stored(packed_head.layer, packed_head.tied)
+    if made is not None and made.prepacked is not None:
+        keep_prepacked(made.layer, made.tied, made.prepacked)
     for name, module in modules:
-        if not module.weight_scale.is_meta and not (packed_head and module is packed_head.layer):  # offloaded
+        if not module.weight_scale.is_meta and module._kept is None:  # offloaded; a head
             check_values(name, module, PackedBitLinear.prepack)
     return model.eval()
 

@@ -81,8 +81,7 @@ def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) 
     """
     form = form_of(packed, form)
     _, features = check_stored(packed, n, k)
-    shape = form_shape(n, features, form)
-    weight = arena.empty(*shape[:2], 128).view(form_dtype(form))
+    weight = empty(n, features, form)
     pieces = [packed]
     if form in (EIGHT_BITS, FOUR_BITS):  # rows in their order, in both
         pieces = list(packed.split(max(1, _PIECE // (ROWS * packed[0].nbytes)) * ROWS))
@@ -96,6 +95,18 @@ def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) 
             pages.drop(rows)
         at += count
     return weight
+
+
+def empty(n: int, k: int, form: int) -> Tensor:
+    """Room for n x k prepacked codes."""
+    shape = form_shape(n, k, form)
+    return arena.empty(*shape[:2], 128).view(form_dtype(form))
+
+
+def put_codes(weight: Tensor, at: int, codes: Tensor) -> None:
+    """Fill the rows from `at` on, a multiple of ROWS, of a weight of 2, 4 or 8 bits with codes int8 [R, K]; R is such a
+    multiple, too, but for the last ones."""
+    _prepack(codes, True, *codes.shape, form_of(weight, TWO_BITS), weight[at // ROWS :])
 
 
 def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tensor:
