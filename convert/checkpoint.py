@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
+from bitnet.kernels.cpu import pages
 from bitnet.packed import PackedBitLinear, keep_prepacked
 from bitnet.quantize import is_sharded
 from bitnet.train.fsdp import unwrapped
@@ -159,6 +160,7 @@ def load(
     for name, module in modules:
         if not module.weight_scale.is_meta and module._kept is None:  # offloaded; a head
             check_values(name, module, PackedBitLinear.prepack)
+    pages.trim()
     return model.eval()
 
 

@@ -114,8 +114,9 @@ def pack_quickly(
         name, linear, embedding = found
         spec, weight = head_spec(model, head), linear.weight.detach()
         groups = spec.group_size is not None
-        lean = weight_bits is not None and "cpu" == backends.choose_backend(
-            backend, weight.device, spec.activation_bits, weight_bits, groups
+        lean = (
+            weight_bits is not None
+            and backends.choose_backend(backend, weight.device, spec.activation_bits, weight_bits, groups) == "cpu"
         )
         try:
             stored, scale, change, prepacked = _packed_rows(weight, spec, measured, lean)
@@ -165,7 +166,7 @@ def _squares(rows: Tensor) -> float:
 
 
 def _rows(matrix: Tensor) -> Iterator[Tensor]:
-    """Of about a million values each, multiples of 32. Of a matrix in a mapped file only those in use stay in memory."""
+    """Of about a million values each, in 32s. Of a matrix in a mapped file only those in use stay in memory."""
     for rows in matrix.split(max(1, (1 << 20) // (32 * matrix.shape[1])) * 32):
         yield rows
         if rows.is_cpu and rows.is_contiguous():

@@ -75,24 +75,24 @@ def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) 
     exactly and for any N and K.
 
     k: where 4-bit weights' is not a multiple of 32
-    Of a stored weight in a mapped file no page stays in memory (see pages.drop), and of one of 8 or 4 bits, which can be
-    large, few are meanwhile.
+    Of a stored weight in a mapped file no page stays in memory (see pages.drop), and of 8 or 4 bits, where it can be a
+    large head, few are meanwhile.
     Raises ValueError for bytes that encode no ternary value, and for the forms of 1 bit if a code is 0.
     """
     form = form_of(packed, form)
     _, features = check_stored(packed, n, k)
     weight = empty(n, features, form)
     pieces = [packed]
-    if form in (EIGHT_BITS, FOUR_BITS):  # rows in their order, in both
+    if form in (EIGHT_BITS, FOUR_BITS):  # whose rows are in order in both
         pieces = list(packed.split(max(1, _PIECE // (ROWS * packed[0].nbytes)) * ROWS))
     at = 0
-    for rows in pieces:
-        count = n if len(pieces) == 1 else len(rows)
-        if _prepack(rows, False, count, features, form, weight[at // ROWS :]):
+    for piece in pieces:
+        count = n if len(pieces) == 1 else len(piece)
+        if _prepack(piece, False, count, features, form, weight[at // ROWS :]):
             validate_packed(packed)
             raise ValueError(_ZEROS)
-        if rows.is_contiguous():
-            pages.drop(rows)
+        if piece.is_contiguous():
+            pages.drop(piece)
         at += count
     return weight
 
@@ -106,7 +106,8 @@ def empty(n: int, k: int, form: int) -> Tensor:
 def put_codes(weight: Tensor, at: int, codes: Tensor) -> None:
     """Fill the rows from `at` on, a multiple of ROWS, of a weight of 2, 4 or 8 bits with codes int8 [R, K]; R is such a
     multiple, too, but for the last ones."""
-    _prepack(codes, True, *codes.shape, form_of(weight, TWO_BITS), weight[at // ROWS :])
+    n, k = codes.shape
+    _prepack(codes, True, n, k, form_of(weight, TWO_BITS), weight[at // ROWS :])
 
 
 def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tensor:
