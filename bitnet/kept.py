@@ -39,7 +39,7 @@ class Kept:
 class Packed(nn.Module):
     """A module whose weight_scale keeps its dtype under .to(bfloat16), .half(): the scale is exact or it is wrong.
 
-    Its weight need not be in memory as it is stored: see packed.drop_stored.
+    Its weight need not be in memory as it is stored: see packed.keep_prepacked.
     """
 
     weight_scale: Tensor

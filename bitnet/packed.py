@@ -335,21 +335,17 @@ def zero_scale(in_features: int, out_features: int, spec: QuantSpec, device: Any
     return torch.ones(out_features if spec.per_row else 1, dtype=torch.float32, device=device)
 
 
-def drop_stored(layer: PackedBitLinear, others: Iterable[Packed] = ()) -> None:
-    """Keep of a prepacked layer's weight, and of the others' that share it, the form of the backend `cpu` alone.
+def keep_prepacked(layer: PackedBitLinear, others: Iterable[Packed], weight: Tensor) -> None:
+    """Give a layer, and the others that share its weight, one in the form of the backend `cpu` alone, which it runs on.
 
-    The stored weight comes back, to all of them, when it is looked at, saved, copied or moved. Nothing is done for a
-    layer on another backend, whose weight is observed or was written to.
+    The stored weight is made, for all of them, when it is looked at, saved, copied or moved.
     """
-    weight, backend = layer.prepack()
-    made = layer._prepacked
-    if backend != "cpu" or made is None or made.source is not layer.weight:
-        return
+    layer._check_scale()
     sharing = [layer, *others]
     kept = Kept(sharing, weight, layer.out_features, layer.in_features, layer.spec.weights)
     for module in sharing:
         module._buffers["weight"], module._kept = None, kept
-    layer._prepacked = made._replace(source=None, tracked=_NEVER_WRITTEN, version=_NEVER_WRITTEN._version)
+    layer._prepacked = _Prepacked(weight, "cpu", None, _NEVER_WRITTEN, _NEVER_WRITTEN._version)
 
 
 def embedding_rows(ids: Tensor, weight: Tensor | Kept, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:

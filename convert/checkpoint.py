@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from bitnet.deprecated import renamed
 from bitnet.experts import PackedStack
-from bitnet.packed import PackedBitLinear, drop_stored
+from bitnet.kernels.cpu import pages
+from bitnet.packed import PackedBitLinear, keep_prepacked
 from bitnet.quantize import is_sharded
 from bitnet.train.fsdp import unwrapped
 
@@ -24,7 +25,7 @@ from .files.safetensors import read_headers
 from .folders import find_folder
 from .hub.config import config_of, module_config
 from .hub.legacy import modernize
-from .hub.loading import compare_all, finish_loading, swap_for_loading
+from .hub.loading import check_values, compare_all, finish_loading, prepacked_next, swap_for_loading
 from .hub.match import computed
 from .hub.models import model_config, refusals, skeleton
 from .hub.names import forget_names
@@ -128,7 +129,8 @@ def load(
         if modern is not config:
             options["config"] = described
             options["key_mapping"] = {f"^{re.escape(key)}$": name for key, name in names.items() if key != name}
-        with refusals(Path(directory), (ValueError, OSError, RuntimeError, ImportError, MemoryError)):
+        passing = ValueError, OSError, RuntimeError, ImportError, MemoryError
+        with prepacked_next(), refusals(Path(directory), passing):
             model, info = type(empty).from_pretrained(directory, output_loading_info=True, **options)
         assert model is not None
         forget_names(model, names)
@@ -147,17 +149,18 @@ def load(
         model.to(device)
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
-        finish_loading(model, settings)
-    packed_head = pack_quickly(model, head=head) if head is not None else None
-    modules = [module for module in model.modules() if isinstance(module, PackedBitLinear | PackedStack)]
-    for module in modules:
+        with prepacked_next():
+            finish_loading(model, settings)
+    made = None if head is None else pack_quickly(model, backend, head, weight_bits=weight_bits)
+    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedBitLinear | PackedStack)]
+    for _, module in modules:
         module.set_backend(backend, weight_bits, activation_bits)
-    if packed_head is not None:  # first, as it is in memory twice meanwhile
-        drop_stored(packed_head.layer, packed_head.tied)
-    for module in modules:
-        for layer in module.layers() if isinstance(module, PackedStack) else [module]:
-            if not layer.weight_scale.is_meta:  # offloaded
-                layer.prepack()
+    if made is not None and made.prepacked is not None:
+        keep_prepacked(made.layer, made.tied, made.prepacked)
+    for name, module in modules:
+        if not module.weight_scale.is_meta and module._kept is None:  # offloaded; a head
+            check_values(name, module, PackedBitLinear.prepack)
+    pages.trim()
     return model.eval()
 
 

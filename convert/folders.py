@@ -4,9 +4,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from .conversion.convert import convert_checkpoint
 from .finding import find
-from .llama_cpp.source import GgufSource
 
 
 def find_folder(name: str | Path) -> Path:
@@ -23,6 +21,9 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process e
 
 @lru_cache(8)
 def _unpacked(file: Path, changed: int) -> Path:
+    from .conversion.convert import convert_checkpoint  # which folders do without: a tenth of a second
+    from .llama_cpp.source import GgufSource
+
     source = GgufSource(file)
     words = source.metadata.get("tokenizer.ggml.model", "none") not in (
         "none",

@@ -42,6 +42,7 @@ class Backend(NamedTuple):
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
     weights: tuple[str, ...] = _KINDS  # kinds it multiplies with kernels of its own
     grouped: bool = False  # whether it has kernels for scales of groups
+    strict: bool = False  # whether prepack refuses stored bytes that encode no ternary value
     widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
     others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
@@ -155,6 +156,7 @@ def _cpu(name: str, weights: tuple[str, ...]) -> Backend:
         check=lambda weight, scale, bias, n, k: cpu_linear.check_prepacked(weight, scale, bias, n, k, form()),
         weights=weights,
         grouped=True,
+        strict=True,
         widths=(8, 16),
         hardware=lambda device: cpu_library.isas(form())[0],
         others=_cpu_quantizers if name == "cpu" else lambda device: iter(()),

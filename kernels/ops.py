@@ -156,9 +156,11 @@ def prepack(
     four_bits = packed.ndim == 3
     if 0 in packed.shape:
         raise ValueError(f"packed weight is empty: {list(packed.shape)}")
-    if packed.dtype == torch.uint8 and not four_bits and not is_observed() and not packed.is_meta:
+    chosen = backends.BACKENDS[choose_backend(backend, packed.device)]
+    ternary = packed.dtype == torch.uint8 and not four_bits
+    if ternary and not chosen.strict and not is_observed() and not packed.is_meta:
         validate_packed(packed)
-    return backends.BACKENDS[choose_backend(backend, packed.device)].prepack(packed, n, k)
+    return chosen.prepack(packed, n, k)
 
 
 def linear_prepacked(

@@ -26,14 +26,18 @@ Results = Iterator[tuple[str, Tensor, Tensor]]  # what was computed, the result,
 
 def fault(results: Callable[[torch.device], Results], device: torch.device) -> str | None:
     """The first of results(device) that is not what it should be, in words; or the exception raised; or None."""
-    what = "the first case"
+    what, threads = "the first case", torch.get_num_threads()
     with aside():
+        # where other processes have a core, threads wait for each other longer than such small cases take: seconds
+        torch.set_num_threads(1)
         try:
             for what, result, expected in results(device):
                 if difference := _difference(result.cpu(), expected):
                     return f"{what}: {difference}"
         except Exception as error:
             return f"after {what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        finally:
+            torch.set_num_threads(threads)
     return None
 
 

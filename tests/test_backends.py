@@ -108,6 +108,27 @@ def test_a_kernel_that_raises_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_native
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_proof_takes_one_thread_and_leaves_their_number(fails: bool) -> None:
+    """Where another process has a core, two threads took 7 seconds for it, most of them waiting, instead of 0.06."""
+    seen: list[int] = []
+
+    def results(device: torch.device) -> proof.Results:
+        seen.append(torch.get_num_threads())
+        yield "one case", torch.ones(1), torch.ones(1)
+        if fails:
+            raise RuntimeError("no kernel")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert (proof.fault(results, torch.device("cpu")) is not None) == fails
+        assert seen == [1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_proof_runs_once_and_is_not_seen_by_what_surrounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a first call inside an export leaves the proof in the graph, or in the program's random numbers."""
     proved: list[str] = []

@@ -198,6 +198,24 @@ def test_a_zero_among_binary_weights_is_refused(form: int, place: tuple[int, int
         cpu_linear.prepack_codes(codes, False, form)
 
 
+@pytest.mark.parametrize("form", [cpu_library.TWO_BITS, cpu_library.BASE3])
+@pytest.mark.parametrize(("row", "column", "field"), [(0, 0, 0), (0, 15, 3), (17, 99, 0), (17, 96, 1), (9, 64, 2)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_byte_that_encodes_no_ternary_value_is_refused(
+    form: int, row: int, column: int, field: int, threads: int
+) -> None:
+    """Wherever it is, the rows that pad the weight included."""
+    packed = pack_ternary(draw_codes("ternary", 70, 100))
+    packed[row, column] |= 3 << 2 * field
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(ValueError, match=rf"1 bytes hold the code 3, the first at \[{row}, {column}\]"):
+            cpu_linear.prepack(packed, 70, form)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_fakes_have_the_shapes_of_forms() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

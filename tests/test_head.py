@@ -487,10 +487,14 @@ def test_a_head_of_many_rows_is_quantized_as_one(head: str) -> None:
     weight = torch.randn(4099, 513, dtype=torch.bfloat16)
     assert len(list(swap_pack._rows(weight))) > 2
     spec = swap_pack.head_spec(nn.Sequential(), head)
-    stored, scale, change = swap_pack._packed_rows(weight, spec)
+    stored, scale, change, _ = swap_pack._packed_rows(weight, spec)
     codes, whole = quantize_matrix(weight, spec)
     assert torch.equal(stored, layout.pack_codes(codes, head))
     assert torch.equal(scale, whole)
+    if not isinstance(cpu_library.load(), str):
+        _, same, _, prepacked = swap_pack._packed_rows(weight, spec, lean=True)
+        assert torch.equal(same, whole)
+        assert torch.equal(prepacked, cpu_linear.prepack(stored, 4099, k=513))
     moved = reference.dequantize_weight(codes, scale) - weight
     assert change == pytest.approx((moved.double().norm() / weight.double().norm()).item(), rel=1e-6)
     assert swap_pack._packed_rows(torch.zeros(3, 5), spec)[2] == 0

@@ -1,6 +1,7 @@
 """What of a loaded model is in memory: the backend's own layout, and not the files' bytes beside it."""
 
 import copy
+import ctypes
 import mmap
 import pickle
 import sys
@@ -15,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bitnet
-from bitnet.kernels import backends
-from bitnet.kernels.cpu import library, pages
+from bitnet.kernels import backends, layout, ops
+from bitnet.kernels.cpu import library, linear, pages
 from bitnet.packed import PackedBitLinear, PackedEmbedding
 
 pytestmark = pytest.mark.skipif(
@@ -43,6 +44,11 @@ def resident(file: Path) -> int:
         elif counts and words[0] == "Rss:":
             total += 1024 * int(words[1])
     return total
+
+
+def in_memory() -> int:
+    """Bytes of this process."""
+    return PAGE * int(Path("/proc/self/statm").read_text().split()[1])
 
 
 def present(tensor: Tensor, start: int | None = None) -> int:
@@ -86,6 +92,48 @@ def test_one_written_byte_of_a_mapped_file_stays(file: Path) -> None:
     assert pages.drop(tensor) == 0
     assert tensor[70_000] == 255 - value
     assert pages.drop(tensor[1 << 19 :]) == 1 << 19
+
+
+def test_what_was_freed_leaves_memory() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("another C library than glibc")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    blocks = [libc.malloc(1 << 16) for _ in range(1024)]
+    for block in blocks:
+        ctypes.memset(block, 1, 1 << 16)
+    top = libc.malloc(1 << 16)  # without it free would give all back
+    before = in_memory()
+    for block in blocks:
+        libc.free(block)
+    pages.trim()
+    assert in_memory() < before - (48 << 20)
+    libc.free(top)
+
+
+@native
+@pytest.mark.parametrize(("kind", "k"), [("int8", 256), ("int4", 512), ("int4", 500)])
+def test_a_stored_head_is_never_in_memory_whole_while_it_is_prepacked(
+    kind: str, k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = 32776  # no multiple of 32
+    codes = torch.randint(-7, 8, (n, k), dtype=torch.int8)
+    stored = layout.pack_codes(codes, kind)
+    (tmp_path / "head").write_bytes(stored.numpy().tobytes())
+    head = mapped(tmp_path / "head", stored.nbytes).view(stored.dtype).view(stored.shape)
+    counts: list[int] = []
+    drop = pages.drop
+
+    def watching(piece: Tensor) -> int:
+        counts.append(present(head))
+        return drop(piece)
+
+    monkeypatch.setattr(pages, "drop", watching)
+    monkeypatch.setattr(linear, "_PIECE", 1 << 21)
+    weight = linear.prepack(head, n, k=k)
+    assert linear.unprepack(weight, n, k).equal(codes)
+    assert len(counts) == 5
+    assert max(counts) * PAGE <= 2 * (2 << 20)  # of 8 MB; Linux maps up to 2 at a touch
 
 
 def checkpoint(folder: Path, **options: Any) -> Path:
@@ -233,6 +281,16 @@ def test_every_layer_and_the_head_are_prepacked_once_while_loading(
     )
     model = bitnet.load(folder, head="int8")
     layers = sum(isinstance(module, PackedBitLinear) for module in model.modules())
-    assert len(calls) == layers == 15
+    assert len(calls) + 1 == layers == 15  # the head was quantized to that form
     model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0)
-    assert len(calls) == layers
+    assert len(calls) + 1 == layers
+
+
+@native
+def test_a_weight_that_is_prepacked_next_is_not_read_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepacking checks it."""
+    folder = checkpoint(tmp_path / "model")
+    monkeypatch.setattr(PackedBitLinear, "check", lambda layer: pytest.fail("read twice"))
+    monkeypatch.setattr(layout, "validate_packed", lambda packed: pytest.fail("read twice"))
+    monkeypatch.setattr(ops, "validate_packed", lambda packed: pytest.fail("read twice"))
+    bitnet.load(folder)

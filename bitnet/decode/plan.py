@@ -334,7 +334,7 @@ class Plan:
             return
         if positions > self.positions:
             raise ValueError(f"{positions} tokens, but this model was made for {self.positions}")
-        positions = min(self.positions, max(2 * positions, 4096))
+        positions = min(self.positions, max(2 * positions, 1024))
         like, at, tables = torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None], []
         for index, kind in enumerate(self._ropes):
             with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from ..convert.checkpoint import add_adapter, dtype_to_run, load, weight_files
 from ..convert.folders import find_folder
 from ..convert.hub.tokenizers import load_tokenizer
+from ..kernels.cpu import pages
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -35,6 +36,7 @@ def load_both(checkpoint: str, options: Options) -> tuple[Any, Any]:
     folder = find_folder(checkpoint)
     weight_files(folder)  # a clear error before anything slow
     tokenizer = load_tokenizer(folder)
+    pages.trim()
     device = options.device or default_device()
     model = load(
         folder,

@@ -1,7 +1,9 @@
 """From a float model and a checkpoint's config to a model with its low-bit layers, filled."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,20 @@ def _as_stored(module: nn.Module, config: BitNetConfig) -> None:
             part.weight = torch.empty(shape, dtype=torch.uint8, device=part.weight.device)
 
 
+_CHECKS = ContextVar("_CHECKS", default=True)
+
+
+@contextmanager
+def prepacked_next() -> Iterator[None]:
+    """In here finish_loading leaves the values to check_values(name, module, PackedBitLinear.prepack), which reads them
+    anyway."""
+    token = _CHECKS.set(False)
+    try:
+        yield
+    finally:
+        _CHECKS.reset(token)
+
+
 def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
     """Turn stored scales into ours and check every packed layer's values; raises ValueError naming the layer."""
     divides = config.linear_class != "autobitlinear"
@@ -104,25 +120,36 @@ def finish_loading(model: nn.Module, config: BitNetConfig) -> None:
             module.weight_scale = 1 / module.weight_scale.float()
         if module.weight.is_meta:
             continue
-        where = name
-        try:
-            if (dense := layout.dense(config.weight_bits, module.spec.weights)) is not None:
+        if (dense := layout.dense(config.weight_bits, module.spec.weights)) is not None:
+            try:
                 module.weight = dense.to_hub(module.weight, module.in_features)
-            if isinstance(module, PackedEmbedding):  # the head, which has the same weight, is checked
-                continue
-            for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
-                where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
-                layer.check()
-                if layer.weight.dtype == torch.uint8 and not (bool(layer.weight[0].any()) or bool(layer.weight.any())):
-                    warnings.warn(
-                        f"{where}: every packed byte is zero, which means every weight is -1; the checkpoint is "
-                        "probably damaged (some uploads are)",
-                        stacklevel=2,
-                    )
-                if layer.weight.is_cpu:  # read again when the backend makes its own form of it
-                    pages.drop(layer.weight)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        # of an embedding the head, which has the same weight, is checked
+        if _CHECKS.get() and not isinstance(module, PackedEmbedding):
+            check_values(name, module, _check)
+
+
+def check_values(name: str, module: PackedBitLinear | PackedStack, check: Callable[[PackedBitLinear], object]) -> None:
+    """Call check with each layer of a packed module; raises its ValueError with the layer's name."""
+    for expert, layer in enumerate(module.layers() if isinstance(module, PackedStack) else [module]):
+        where = f"{name}, expert {expert}" if isinstance(module, PackedStack) else name
+        if layer.weight.dtype == torch.uint8 and not (bool(layer.weight[0].any()) or bool(layer.weight.any())):
+            warnings.warn(
+                f"{where}: every packed byte is zero, which means every weight is -1; the checkpoint is "
+                "probably damaged (some uploads are)",
+                stacklevel=2,
+            )
+        try:
+            check(layer)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def _check(layer: PackedBitLinear) -> None:
+    layer.check()
+    if layer.weight.is_cpu:  # read again when the backend makes its own form of it
+        pages.drop(layer.weight)
 
 
 def _is_new(model: nn.Module, name: str, headers: Iterable[str]) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.experts import PackedExperts
-from bitnet.kernels import layout
+from bitnet.kernels import backends, layout
+from bitnet.kernels.cpu import linear as cpu_linear
 from bitnet.kernels.cpu import pages
 from bitnet.kernels.reference import dequantize_weight
 from bitnet.linear import BitLayer, BitLinear
@@ -62,12 +63,22 @@ class Head(NamedTuple):
     change: float  # how far its weights moved (rms, relative), if that was measured
     layer: PackedBitLinear
     tied: list[PackedEmbedding]  # to it: none or one
+    prepacked: Tensor | None  # see pack_quickly
 
 
 def pack_quickly(
-    model: nn.Module, backend: str = "auto", head: str | None = None, *, measured: bool = False
+    model: nn.Module,
+    backend: str = "auto",
+    head: str | None = None,
+    *,
+    measured: bool = False,
+    weight_bits: float | None = None,
 ) -> Head | None:
-    """pack without its report, of which the head's measure takes most of the time; returns the head."""
+    """pack without its report, of which the head's measure takes most of the time; returns the head.
+
+    weight_bits: if the head is to run with so many, and this is on the backend `cpu`, it is made in the form of that
+                 alone; the modules have no weight before packed.keep_prepacked
+    """
     if head is not None and head not in HEADS:
         raise ValueError(f"pack: head must be None or one of {', '.join(map(repr, HEADS))}, got {head!r}")
     for name, parameter in model.named_parameters():
@@ -101,37 +112,53 @@ def pack_quickly(
     made = None
     if found and head:
         name, linear, embedding = found
-        spec = head_spec(model, head)
+        spec, weight = head_spec(model, head), linear.weight.detach()
+        groups = spec.group_size is not None
+        lean = (
+            weight_bits is not None
+            and backends.choose_backend(backend, weight.device, spec.activation_bits, weight_bits, groups) == "cpu"
+        )
         try:
-            stored, scale, change = _packed_rows(linear.weight.detach(), spec, measured)
+            stored, scale, change, prepacked = _packed_rows(weight, spec, measured, lean)
         except ValueError as error:
             raise ValueError(f"pack: the output head, {name}: {error}") from None
         layers[name] = BitLinear.from_linear(linear, spec)
         packed[name] = [(stored, scale)]
         tied = [] if embedding is None else [PackedEmbedding.from_embedding(embedding, spec, stored, scale)]
-        made = Head(name, change, linear, tied)  # type: ignore[arg-type]  # which linear becomes, in place
+        made = Head(name, change, linear, tied, prepacked)  # type: ignore[arg-type]  # which linear becomes, in place
     for name, layer in layers.items():
         to_packed(layer, packed.pop(name), backend)
     quantizer.attach(model)
     return made
 
 
-def _packed_rows(weight: Tensor, spec: QuantSpec, measured: bool = True) -> tuple[Tensor, Tensor, float]:
+def _packed_rows(
+    weight: Tensor, spec: QuantSpec, measured: bool = True, lean: bool = False
+) -> tuple[Tensor, Tensor, float, Tensor | None]:
     """The stored weight and the scale of a head, and by how much it moves (rms, relative), if that is measured.
 
+    lean: the weight is stored on the meta device; what comes last is its form on the backend `cpu`
     A few rows at a time: a head can be the largest matrix of a model.
     """
-    stored, scale = packed_zeros(weight.shape[1], weight.shape[0], spec, weight.device)
+    n, k = weight.shape
+    stored, scale = packed_zeros(k, n, spec, "meta" if lean else weight.device)
+    prepacked = None
+    if lean:
+        scale = torch.empty_like(scale, device=weight.device)
+        prepacked = cpu_linear.empty(n, k, cpu_linear.form_of(stored, cpu_linear.TWO_BITS))
     moved, size, at = 0.0, 0.0, 0
     for rows in _rows(weight):
         codes, found = quantize_matrix(rows, spec)
-        layout.put_rows(stored, at, codes)
+        if prepacked is None:
+            layout.put_rows(stored, at, codes)
+        else:
+            cpu_linear.put_codes(prepacked, at, codes)
         scale[at : at + len(rows)] = found
         if measured:
             moved += _squares(dequantize_weight(codes, found) - rows)
             size += _squares(rows)
         at += len(rows)
-    return stored, scale, (moved / max(size, 1e-300)) ** 0.5
+    return stored, scale, (moved / max(size, 1e-300)) ** 0.5, prepacked
 
 
 def _squares(rows: Tensor) -> float:
@@ -139,8 +166,8 @@ def _squares(rows: Tensor) -> float:
 
 
 def _rows(matrix: Tensor) -> Iterator[Tensor]:
-    """Of about a million values each. Of a matrix in a mapped file only those in use stay in memory."""
-    for rows in matrix.split(max(1, (1 << 20) // matrix.shape[1])):
+    """Of about a million values each, in 32s. Of a matrix in a mapped file only those in use stay in memory."""
+    for rows in matrix.split(max(1, (1 << 20) // (32 * matrix.shape[1])) * 32):
         yield rows
         if rows.is_cpu and rows.is_contiguous():
             pages.drop(rows)

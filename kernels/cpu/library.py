@@ -23,7 +23,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 _ERRORS = {1: "unsupported dtype", 2: "unsupported shape", 3: "unknown instruction set", 4: "out of memory"}
-_ZEROS = 5  # status of a weight with codes of 0 that is to be stored in 1 bit
+BAD_CODE = 5  # status of a weight with codes that the form does not hold
 
 
 # Forms; 8-bit and 4-bit weights get their own whichever is asked for.
@@ -144,8 +144,6 @@ def _why_missing(here: Path, folders: list[Path], build: str) -> str:
 
 
 def check(status: int) -> None:
-    if status == _ZEROS:
-        raise ValueError("1 bit a weight holds the codes -1 and 1 only, and this weight has zeros: store it in 2 bits")
     if status:
         raise RuntimeError(f"native CPU kernel: {_ERRORS.get(status, status)}")
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..layout import BLOCK, check_rows, check_stored
+from ..layout import BLOCK, check_rows, check_stored, validate_packed
 from ..reference import MOST_16, size_of_groups
 from . import pages
 from .arena import arena
 from .library import (
+    BAD_CODE,
     BASE3,
     EIGHT_BITS,
     FLOATS,
@@ -46,6 +47,8 @@ class PreparedWeight(ctypes.Structure):
 
 
 ROWS = 32  # of a block
+_PIECE = 8 << 20  # bytes
+_ZEROS = "1 bit a weight holds the codes -1 and 1 only, and this weight has zeros: store it in 2 bits"
 # features of 32 bits
 _STEPS = {TWO_BITS: 16, BASE3: 20, ONE_BIT: 32, ONE_BIT_TABLES: 32, EIGHT_BITS: 4, FOUR_BITS: 8}
 
@@ -72,17 +75,39 @@ def prepack(packed: Tensor, n: int, form: int = TWO_BITS, k: int | None = None) 
     exactly and for any N and K.
 
     k: where 4-bit weights' is not a multiple of 32
-    Of a stored weight in a mapped file no page stays in memory: see pages.drop.
-    Raises ValueError for the forms of 1 bit if a code is 0.
+    Of a stored weight in a mapped file no page stays in memory (see pages.drop), and of 8 or 4 bits, where it can be a
+    large head, few are meanwhile.
+    Raises ValueError for bytes that encode no ternary value, and for the forms of 1 bit if a code is 0.
     """
     form = form_of(packed, form)
     _, features = check_stored(packed, n, k)
-    shape = form_shape(n, features, form)
-    weight = arena.empty(*shape[:2], 128).view(form_dtype(form))
-    weight = _prepack(packed, False, n, features, form, weight)
-    if packed.is_contiguous():
-        pages.drop(packed)
+    weight = empty(n, features, form)
+    pieces = [packed]
+    if form in (EIGHT_BITS, FOUR_BITS):  # whose rows are in order in both
+        pieces = list(packed.split(max(1, _PIECE // (ROWS * packed[0].nbytes)) * ROWS))
+    at = 0
+    for piece in pieces:
+        count = n if len(pieces) == 1 else len(piece)
+        if _prepack(piece, False, count, features, form, weight[at // ROWS :]):
+            validate_packed(packed)
+            raise ValueError(_ZEROS)
+        if piece.is_contiguous():
+            pages.drop(piece)
+        at += count
     return weight
+
+
+def empty(n: int, k: int, form: int) -> Tensor:
+    """Room for n x k prepacked codes."""
+    shape = form_shape(n, k, form)
+    return arena.empty(*shape[:2], 128).view(form_dtype(form))
+
+
+def put_codes(weight: Tensor, at: int, codes: Tensor) -> None:
+    """Fill the rows from `at` on, a multiple of ROWS, of a weight of 2, 4 or 8 bits with codes int8 [R, K]; R is such a
+    multiple, too, but for the last ones."""
+    n, k = codes.shape
+    _prepack(codes, True, n, k, form_of(weight, TWO_BITS), weight[at // ROWS :])
 
 
 def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tensor:
@@ -91,14 +116,19 @@ def prepack_codes(codes: Tensor, eight_bits: bool, form: int = TWO_BITS) -> Tens
     form = EIGHT_BITS if eight_bits else form
     n, k = codes.shape
     weight = codes.new_empty(form_shape(n, k, form), dtype=form_dtype(form))
-    return _prepack(codes, True, n, k, form, weight)
+    if _prepack(codes, True, n, k, form, weight):
+        raise ValueError(_ZEROS)
+    return weight
 
 
-def _prepack(source: Tensor, from_codes: bool, n: int, k: int, form: int, weight: Tensor) -> Tensor:
+def _prepack(source: Tensor, from_codes: bool, n: int, k: int, form: int, weight: Tensor) -> bool:
+    """Fill `weight`; returns whether the form does not hold some of the codes."""
     source = source.contiguous()
     args = (source.data_ptr(), from_codes, n, k, weight.data_ptr(), form)
-    check(native().bitnet_prepack(*args, torch.get_num_threads()))
-    return weight
+    status = native().bitnet_prepack(*args, torch.get_num_threads())
+    if status != BAD_CODE:
+        check(status)
+    return bool(status)
 
 
 def unprepack(weight: Tensor, n: int, k: int, form: int = TWO_BITS) -> Tensor:

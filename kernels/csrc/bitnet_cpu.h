@@ -153,7 +153,7 @@ BITNET_EXPORT int32_t bitnet_norm(const Norm* norm, const void* x, int32_t type,
 
 // A weight to a form, and a form to codes int8 [n, k]. source: Hub bytes [ceil(n/4), k], or with from_codes, and always
 // for form C, codes int8 [n, k]; for form E without from_codes [n, ceil(k/32), 16] bytes in the order of llama.cpp's Q4_0.
-// Forms D and F fail with kBadCode if a code is 0.
+// Fails with kBadCode for Hub bytes with a field of 3, and forms D and F if a code is 0.
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads);
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t form,

@@ -20,8 +20,9 @@ void copy_padded(Words& to, const uint8_t* from, int64_t here, int padding) {
 
 // One lane of a form from the bytes of `here` codes, or of a whole step if there are as many; field() leaves code + 1 in
 // the low two bits of each byte of a word, and turns `padding` into that of code 0, or of -1 for 1 bit, which has no 0.
+// What the form does not hold is noted: 3, which is no code + 1, and 1 in a form of 1 bit.
 template <class Field>
-uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding, const Field& field, bool* zeros) {
+uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding, const Field& field, bool* strange) {
   uint32_t t[8] = {};
   if (form == kEightBits) {
     copy_padded<4>(t, from, here, 0);
@@ -36,15 +37,16 @@ uint32_t pack_lane(const uint8_t* from, int64_t here, int32_t form, int padding,
   if (is_one_bit(form)) copy_padded<32>(t, from, here, padding);
   else if (form == kBase3) copy_padded<20>(t, from, here, padding);
   else copy_padded<16>(t, from, here, padding);
-  for (uint32_t& word : t) word = field(word) & 0x03030303;
+  uint32_t any = 0;
+  for (uint32_t& word : t) {
+    word = field(word) & 0x03030303;
+    any |= is_one_bit(form) ? word : word & word >> 1;
+  }
+  *strange |= (any & 0x01010101) != 0;
   if (form == kBase3) return t[0] + 3 * t[1] + 9 * t[2] + 27 * t[3] + 84 * t[4];
   if (form == kTwoBits) return t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6;
-  uint32_t lane = 0, any = 0;
-  for (int j = 0; j < 8; ++j) {
-    lane |= (t[j] >> 1) << j;
-    any |= t[j];
-  }
-  *zeros |= (any & 0x01010101) != 0;
+  uint32_t lane = 0;
+  for (int j = 0; j < 8; ++j) lane |= (t[j] >> 1) << j;
   return lane;
 }
 
@@ -59,7 +61,7 @@ inline uint32_t pack_nibbles(const uint8_t* row, int64_t i) {
 // Where row r of a block stands among the 32 bytes of a look-up: bitnet_cpu.h says why.
 constexpr int64_t table_place(int64_t r) { return r / 8 * 4 + r % 4 + r / 4 % 2 * 16; }
 
-// Returns whether it worked: 1 bit holds no code of 0.
+// Returns whether it worked: the form may not hold these codes.
 bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t* weight, int32_t form, int threads) {
   const int64_t hub_rows = ceil_div(n, 4), blocks = ceil_div(n, kBlockRows);
   const int64_t step = step_features(form), steps = ceil_div(k, step);
@@ -67,7 +69,7 @@ bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t*
   from_codes |= form == kEightBits;
   bool failed = false;
   parallel(threads, [&](int thread, int count) {
-    bool zeros = false;
+    bool strange = false;
     for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
       for (int64_t r = 0; r < kBlockRows; ++r) {
         const int64_t row = b * kBlockRows + r, filled = row < n ? k : 0;
@@ -83,14 +85,14 @@ bool prepack(const void* source, bool from_codes, int64_t n, int64_t k, uint8_t*
           const int64_t here = filled - i * step;
           const uint32_t lane = nibbles ? pack_nibbles(from, i)
                                 : from_codes
-                                    ? pack_lane(from + i * step, here, form, code_padding, of_codes, &zeros)
-                                    : pack_lane(from + i * step, here, form, hub_padding, of_hub_bytes, &zeros);
+                                    ? pack_lane(from + i * step, here, form, code_padding, of_codes, &strange)
+                                    : pack_lane(from + i * step, here, form, hub_padding, of_hub_bytes, &strange);
           if (form == kOneBitTables)
             for (int byte = 0; byte < 4; ++byte) to[kBlockRows * byte + table_place(r)] = uint8_t(lane >> 8 * byte);
           else memcpy(to + 4 * r, &lane, 4);
         }
       }
-    if (zeros) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    if (strange) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
   });
   return !failed;
 }

@@ -114,11 +114,10 @@ BITNET_EXPORT int32_t bitnet_norm(const Norm* norm, const void* x, int32_t type,
 BITNET_EXPORT int32_t bitnet_prepack(const void* source, int32_t from_codes, int64_t n, int64_t k, uint8_t* weight,
                                      int32_t form, int32_t threads) {
   if (n < 1 || k < 1 || k > max_features(form, false, false)) return kBadShape;
-  if (!from_codes && form == kTwoBits) {
-    prepack_hub(static_cast<const uint8_t*>(source), n, k, weight, threads);
-    return kOk;
-  }
-  return prepack(source, from_codes, n, k, weight, form, threads) ? kOk : kBadCode;
+  const bool worked = !from_codes && form == kTwoBits
+                          ? prepack_hub(static_cast<const uint8_t*>(source), n, k, weight, threads)
+                          : prepack(source, from_codes, n, k, weight, form, threads);
+  return worked ? kOk : kBadCode;
 }
 
 BITNET_EXPORT int32_t bitnet_unprepack(const uint8_t* weight, int64_t n, int64_t k, int8_t* codes, int32_t form,
