@@ -281,9 +281,10 @@ void check_hadamard(int64_t m, int64_t block, int64_t blocks) {
 }
 
 // Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens.
-void check_step(int cache_type, int gate, int64_t group_size, bool other) {
-  constexpr int64_t kHidden = 40, kHeads = 6, kKvHeads = 2, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
-  const int64_t shapes[7][2] = {{kHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden},
+void check_step(int cache_type, int gate, int64_t group_size, bool other, bool by_head) {
+  constexpr int64_t kHidden = 40, kHeads = 6, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
+  const int64_t kv_heads = by_head ? kHeads : 2;
+  const int64_t shapes[7][2] = {{(by_head ? 3 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden}, {kv_heads * kDim, kHidden},
                                 {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden}, {kHidden, kInner}};
   std::vector<Weight> weights;
   for (int b = 0; b < kBlocks; ++b)
@@ -314,7 +315,8 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other) {
         const Norm n{norm.data(), other ? norm.data() + 1 : nullptr, 1e-5f, other}, none{};
         Block& block = blocks[b];
         block = {};
-        if (b) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 3, {l, l + 1, l + 2}};
+        if (by_head) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 1, {l}};
+        else if (b) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 3, {l, l + 1, l + 2}};
         else {
           block.in_count = 3;
           for (int i = 0; i < 3; ++i) block.in[i] = {{n, n}, nullptr, 8, 1, {l + i}};
@@ -324,12 +326,12 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other) {
         block.down = {{none, none}, nullptr, 0, 1, {l + 6}};
         block.query = block.key = b ? n : none;
         block.after_attention = block.after_mlp = b ? none : n;
-        block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other, block.parallel = other;
+        block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head, block.parallel = other;
       }
-      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kKvHeads, kDim, kInner, 8, kCapacity, {{cosine.data(), sine.data()}},
-                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, gate, !other,
+      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, kInner, 8, kCapacity, {{cosine.data(), sine.data()}},
+                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, by_head, gate, !other,
                 cache_type, isa};
-      const int64_t cells = kBlocks * kKvHeads * kCapacity;
+      const int64_t cells = kBlocks * kv_heads * kCapacity;
       std::vector<float> keys(cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells);
       std::vector<float> spare = keys;
       const Sequence sequences[] = {{keys.data(), values.data(), key_scales.data(), value_scales.data(), kCapacity},
@@ -401,8 +403,8 @@ int main() {
   check(1, 2, 600001, 1);
   for (int extreme : {-1, 1}) check(2, 2, 65536, extreme);
   for (int cache_type : {kFloat32, kFloat16, kInt8})
-    for (int gate : {kSilu, kSquaredRelu, kGeluTanh})
-      for (bool other : {false, true}) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0, other);
+    for (int gate : {kSilu, kSquaredRelu, kGeluTanh, kGelu})
+      for (bool other : {false, true}) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0, other, gate == kGelu);
   for (int type : {kFloat32, kBFloat16, kFloat16}) {
     check_attention(type, 4, 2, 1, 1, 16, 16);
     check_attention(type, 6, 2, 3, 37, 48, 32);
