@@ -86,7 +86,11 @@ RECIPES = {
     "b1.58 as published": Recipe({"rms_norm": True}, strength=(0, 0), kind="two-stage", adamw=6e-3),
     "taught": Recipe(taught={}),
     "taught, first step": Recipe(strength=(0, 0), taught={}),
+    "taught, tuned": Recipe(strength=(0, 0.5), lr=0.5, taught={}, tuned=True),
+    "full, tuned": Recipe(None, lr=0.5, tuned=True),
     "binary": Recipe({"weights": "binary"}),
+    "binary, taught": Recipe({"weights": "binary"}, taught={}),
+    "binary, taught, tuned": Recipe({"weights": "binary"}, strength=(0, 0.5), lr=0.5, taught={}, tuned=True),
     "binary, first step": Recipe({"weights": "binary"}, strength=(0, 0)),
     "binary, groups of 32": Recipe({"weights": "binary", "group_size": 32}),
 }
