@@ -49,7 +49,7 @@ class Recipe:
     decay:    of weights
     adamw:    the learning rate of AdamW for all, instead of Muon for the matrices
     taught:   options of bitnet.Distillation, by the full-precision model of the same seed; None: by the text alone
-    tuned:    starts from that model's weights instead of new ones
+    tuned:    starts from that model's weights instead of new ones: twice the steps in all, as "full, tuned"
     """
 
     layers: dict[str, Any] | None = field(default_factory=dict)
@@ -87,6 +87,7 @@ RECIPES = {
     "taught": Recipe(taught={}),
     "taught, first step": Recipe(strength=(0, 0), taught={}),
     "taught, tuned": Recipe(strength=(0, 0.5), lr=0.5, taught={}, tuned=True),
+    "full, taught": Recipe(None, taught={}),
     "full, tuned": Recipe(None, lr=0.5, tuned=True),
     "binary": Recipe({"weights": "binary"}),
     "binary, taught": Recipe({"weights": "binary"}, taught={}),
