@@ -105,3 +105,23 @@ def test_the_maps_of_readme_and_contributing_name_what_is_there() -> None:
             break
         for name in re.findall(r"(?<![\w./])[a-z_]+(?:\.py|/)(?![\w.])", line):
             assert (here / name).exists() or (ROOT / name).exists(), f"README's map: {here.name} has no {name}"
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    def anchors(document: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    rooms = [ROOT / name for name in ("bitnet", "kernels", "convert", "examples", "tests")]
+    documents = [*ROOT.glob("*.md"), *(document for room in rooms for document in room.rglob("*.md"))]
+    assert len(documents) > 3
+    broken = []
+    for document in documents:
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            path, _, anchor = target.partition("#")
+            if target.startswith("http"):
+                continue
+            found = document.parent / path if path else document
+            if not found.exists() or (anchor and anchor not in anchors(found)):
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert not broken

@@ -190,7 +190,9 @@ def plot(rows: dict[tuple[str, int, int, int], dict[str, str]], file: Path) -> N
 
     found = gaps(rows)
     main = max(found, key=lambda at: len(found[at]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    panels = 2 if len(found) > 1 else 1  # the second one compares sizes and lengths
+    figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 5), layout="constrained", squeeze=False)
+    left = axes[0, 0]
     recipes = {name: each for name, each in found[main].items() if name != FULL}
     names = sorted(recipes, key=lambda name: -statistics.fmean(recipes[name]))
     for at, name in enumerate(names):
@@ -203,6 +205,14 @@ def plot(rows: dict[tuple[str, int, int, int], dict[str, str]], file: Path) -> N
         title=f"{main[0]} wide, {main[1]} steps of 1024 bytes; dots: seeds",
         xlabel="held-out bits per byte above full precision, %",
     )
+    if panels == 2:
+        _curves(axes[0, 1], rows, found)
+    figure.savefig(file, dpi=110)
+
+
+def _curves(
+    axis: Any, rows: dict[tuple[str, int, int, int], dict[str, str]], found: dict[tuple[int, int], Any]
+) -> None:
     for recipe, style in ((FULL, "o-"), ("ramp", "s-")):
         for hidden in sorted({at[0] for at in found}):
             points = sorted(
@@ -210,12 +220,11 @@ def plot(rows: dict[tuple[str, int, int, int], dict[str, str]], file: Path) -> N
                 for steps in {at[1] for at in found if at[0] == hidden}
                 if (same := [rows[at] for at in rows if (at[0], at[2], at[3]) == (recipe, steps, hidden)])
             )
-            right.plot(*zip(*points, strict=True), style, label=f"{recipe}, {hidden} wide")
-    right.set(title="sizes and lengths", xlabel="million bytes of training", ylabel="held-out bits per byte")
-    right.set_xscale("log")
-    right.grid(alpha=0.3)
-    right.legend()
-    figure.savefig(file, dpi=110)
+            axis.plot(*zip(*points, strict=True), style, label=f"{recipe}, {hidden} wide")
+    axis.set(title="sizes and lengths", xlabel="million bytes of training", ylabel="held-out bits per byte")
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend()
 
 
 def main() -> None:
