@@ -35,6 +35,7 @@ from bitnet.train.schedule import Schedule
 
 FILE = Path(__file__).with_name("quality.csv")
 FULL = "full precision"
+Rows = dict[tuple[str, int, int, int], dict[str, str]]  # by recipe, seed, steps and width
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,14 @@ def key(row: dict[str, str]) -> tuple[str, int, int, int]:
     return row["recipe"], int(row["seed"]), int(row["steps"]), int(row["hidden"])
 
 
-def read(file: Path) -> dict[tuple[str, int, int, int], dict[str, str]]:
+def read(file: Path) -> Rows:
     if not file.exists():
         return {}
     with file.open(newline="") as stream:
         return {key(row): row for row in csv.DictReader(stream)}
 
 
-def gaps(rows: dict[tuple[str, int, int, int], dict[str, str]]) -> dict[tuple[int, int], dict[str, list[float]]]:
+def gaps(rows: Rows) -> dict[tuple[int, int], dict[str, list[float]]]:
     """Percent above full precision of the same seed: {(hidden, steps): {recipe: a figure a seed}}."""
     found: dict[tuple[int, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (recipe, seed, steps, hidden), row in sorted(rows.items()):
@@ -169,7 +170,7 @@ def gaps(rows: dict[tuple[str, int, int, int], dict[str, str]]) -> dict[tuple[in
     return found
 
 
-def show(rows: dict[tuple[str, int, int, int], dict[str, str]]) -> None:
+def show(rows: Rows) -> None:
     for (hidden, steps), recipes in sorted(gaps(rows).items()):
         print(
             f"\n{hidden} wide, {steps} steps: held-out bits per byte; above full precision, mean of seeds (least, most)"
@@ -182,7 +183,7 @@ def show(rows: dict[tuple[str, int, int, int], dict[str, str]]) -> None:
             print(f"  {recipe:24}{mean:7.4f}  {spread:26}{len(each)} seeds, {ms:.0f} ms a step")
 
 
-def plot(rows: dict[tuple[str, int, int, int], dict[str, str]], file: Path) -> None:
+def plot(rows: Rows, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,9 +211,7 @@ def plot(rows: dict[tuple[str, int, int, int], dict[str, str]], file: Path) -> N
     figure.savefig(file, dpi=110)
 
 
-def _curves(
-    axis: Any, rows: dict[tuple[str, int, int, int], dict[str, str]], found: dict[tuple[int, int], Any]
-) -> None:
+def _curves(axis: Any, rows: Rows, found: dict[tuple[int, int], Any]) -> None:
     for recipe, style in ((FULL, "o-"), ("ramp", "s-")):
         for hidden in sorted({at[0] for at in found}):
             points = sorted(
