@@ -107,7 +107,6 @@ def test_a_kernel_that_raises_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         assert backends.choose_backend("auto", CPU) == "torch"
 
 
-@needs_native
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_proof_takes_one_thread_and_leaves_their_number(fails: bool) -> None:
     """Where another process has a core, two threads took 7 seconds for it, most of them waiting, instead of 0.06."""
@@ -129,6 +128,7 @@ def test_the_proof_takes_one_thread_and_leaves_their_number(fails: bool) -> None
         torch.set_num_threads(before)
 
 
+@needs_native
 def test_the_proof_runs_once_and_is_not_seen_by_what_surrounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a first call inside an export leaves the proof in the graph, or in the program's random numbers."""
     proved: list[str] = []
