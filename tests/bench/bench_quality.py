@@ -46,10 +46,8 @@ class Recipe:
     strength: shares of the steps between which quantization sets in
     kind:     of the schedule
     lr:       multiplies quickstart's learning rates
-    final_lr: share of the peak
-    decay:    of weights
     adamw:    the learning rate of AdamW for all, instead of Muon for the matrices
-    taught:   options of bitnet.Distillation, by the full-precision model of the same seed; None: by the text alone
+    taught:   by the full-precision model of the same seed, KL at temperature 1 beside the text
     tuned:    starts from that model's weights instead of new ones: twice the steps in all, as "full, tuned"
     """
 
@@ -57,10 +55,8 @@ class Recipe:
     strength: tuple[float, float] = (0.2, 0.7)
     kind: Any = "linear"
     lr: float = 1.0
-    final_lr: float = Settings.final_lr
-    decay: float = Settings.weight_decay
     adamw: float | None = None
-    taught: dict[str, Any] | None = None
+    taught: bool = False
     tuned: bool = False
 
 
@@ -85,14 +81,14 @@ RECIPES = {
     "full, AdamW": Recipe(None, adamw=6e-3),
     "AdamW": Recipe(adamw=6e-3),
     "b1.58 as published": Recipe({"rms_norm": True}, strength=(0, 0), kind="two-stage", adamw=6e-3),
-    "taught": Recipe(taught={}),
-    "taught, first step": Recipe(strength=(0, 0), taught={}),
-    "taught, tuned": Recipe(strength=(0, 0.5), lr=0.5, taught={}, tuned=True),
-    "full, taught": Recipe(None, taught={}),
+    "taught": Recipe(taught=True),
+    "taught, first step": Recipe(strength=(0, 0), taught=True),
+    "taught, tuned": Recipe(strength=(0, 0.5), lr=0.5, taught=True, tuned=True),
+    "full, taught": Recipe(None, taught=True),
     "full, tuned": Recipe(None, lr=0.5, tuned=True),
     "binary": Recipe({"weights": "binary"}),
-    "binary, taught": Recipe({"weights": "binary"}, taught={}),
-    "binary, taught, tuned": Recipe({"weights": "binary"}, strength=(0, 0.5), lr=0.5, taught={}, tuned=True),
+    "binary, taught": Recipe({"weights": "binary"}, taught=True),
+    "binary, taught, tuned": Recipe({"weights": "binary"}, strength=(0, 0.5), lr=0.5, taught=True, tuned=True),
     "binary, first step": Recipe({"weights": "binary"}, strength=(0, 0)),
     "binary, groups of 32": Recipe({"weights": "binary", "group_size": 32}),
 }
@@ -111,24 +107,24 @@ def train(recipe: Recipe, settings: Settings, data: Tensor, label: str, teacher:
     if recipe.layers is not None:
         bitnet.replace_linear(model, **recipe.layers)
     matrices, others = split_parameters(model)
-    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": recipe.decay, "fused": True}
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": settings.weight_decay, "fused": True}
     optimizers: list[torch.optim.Optimizer]
     if recipe.adamw is not None:
         optimizers = [torch.optim.AdamW(matrices + others, lr=recipe.lr * recipe.adamw, **options)]
     else:
         rate, momentum = recipe.lr * settings.muon_lr, settings.muon_momentum
-        muon = Muon(matrices, lr=rate, momentum=momentum, weight_decay=recipe.decay)
+        muon = Muon(matrices, lr=rate, momentum=momentum, weight_decay=settings.weight_decay)
         optimizers = [muon, torch.optim.AdamW(others, lr=recipe.lr * settings.adamw_lr, **options)]
     first, last = recipe.strength
     schedule = Schedule(
         settings.steps,
         recipe.kind,
         warmup=settings.warmup,
-        final_lr=recipe.final_lr,
+        final_lr=settings.final_lr,
         strength_start=first,
         strength_end=last,
     )
-    loss = next_token_loss if recipe.taught is None else bitnet.Distillation(teacher, **recipe.taught)
+    loss = bitnet.Distillation(teacher, ce=1.0, kl=1.0) if recipe.taught else next_token_loss
     batches = Windows(data, settings.batch, settings.context, settings.seed)
     loop = Loop(model, batches, optimizers, schedule, loss=loss)
     times: list[float] = []
@@ -248,8 +244,7 @@ def main() -> None:
                     if (name, seed, steps, hidden) in read(args.csv):
                         continue
                     settings, recipe = settings_of(seed, steps, hidden), RECIPES[name]
-                    learns = recipe.tuned or recipe.taught is not None
-                    teacher = full_precision(args.out, settings) if learns else None
+                    teacher = full_precision(args.out, settings) if recipe.taught or recipe.tuned else None
                     model, seconds = train(recipe, settings, training, f"{name}, seed {seed}", teacher)
                     score = spread_loss(model, held_out, settings.context, settings.evaluation_bytes) / math.log(2)
                     if name == FULL:
