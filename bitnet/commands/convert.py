@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         "fine-tuned; --calibrate makes it less bad.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help=MODEL)
+    parser.add_argument("source", metavar="SRC", help=f"{MODEL}; MLX's folders, too")
     parser.add_argument(
         "target", metavar="DST", help="a folder that does not exist yet or is empty, or a new GGUF file"
     )

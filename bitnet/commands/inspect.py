@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         "of -1, 0 and +1 and their entropy; then the totals, which backend runs each kind of layer here, and "
         "the problems found (exit status 1 if there are any).",
     )
-    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL)
+    parser.add_argument("checkpoint", metavar="MODEL", help=f"{MODEL}; MLX's folders, too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw shares, entropies and scales by depth")
     parser.add_argument(
         "--diff",
