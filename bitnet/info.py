@@ -62,10 +62,13 @@ def show(console: Console | None = None) -> None:
 
 
 def _cpu_name() -> str:
+    """With its family and model, where there are some: virtual machines tell no more of the name than the maker."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        if name := fields.get("model name"):
+            kind = [f"{key.split()[-1]} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+            return f"{name} ({', '.join(kind)})" if kind else name
     except OSError:
         pass
     return platform.processor() or platform.machine()

@@ -52,6 +52,27 @@ def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Ru
     return make
 
 
+def c_function(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+    """The C function that a layer's call comes to with one token, without the layer."""
+
+    def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
+        y, function, form = torch.empty(n), cpu_library.native().bitnet_linear, cpu_library.form_of_backend(backend)
+        assert form is not None
+        for twin, nbytes in ours(backend, **options)(n, k):
+            layer: Any = twin
+            bits = options.get("activation_bits", 8)
+            described = cpu_linear.prepared(
+                layer.prepack()[0], layer.weight_scale, None, n, k, form, activation_bits=bits
+            )
+
+            def run(x: Tensor, described: ctypes.Structure = described) -> None:
+                function(ctypes.byref(described), x.data_ptr(), 0, k, None, 1, y.data_ptr(), 0, torch.get_num_threads())
+
+            yield run, nbytes
+
+    return make
+
+
 def raw_read(bits: float) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
     def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
         while True:
@@ -115,6 +136,13 @@ HEAD_CANDIDATES: Candidates = {
     "torch int8": (torch_int8, "int8"),
     "torch bf16": (torch_linear(torch.bfloat16), "bf16"),
 }
+FUNCTIONS: Candidates = {  # for one token
+    "cpu, C function": (c_function("cpu"), "2 bit"),
+    "cpu, 16-bit activations, C function": (c_function("cpu", activation_bits=16), "2 bit"),
+    "cpu, groups of 128, C function": (c_function("cpu", group_size=128), "2 bit"),
+    "cpu-binary, groups of 128, C function": (c_function("cpu-binary", weights="binary", group_size=128), "1 bit"),
+}
+CANDIDATES |= FUNCTIONS
 if ggml.version():
     CANDIDATES |= {f"llama.cpp {kind}": (llama_cpp(kind), kind) for kind in ggml.TYPES}
 
@@ -204,8 +232,9 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             for m in tokens:
+                here = {name: runs for name, runs in candidates.items() if m == 1 or name not in FUNCTIONS}
                 with torch.no_grad():
-                    times = measure(candidates, torch.randn(m, k), seconds, clock)
+                    times = measure(here, torch.randn(m, k), seconds, clock)
                 mine = times["cpu"].median()
                 words = [f"N {n:>5} K {k:>4} M {m:>4} threads {threads}: {1e6 * mine:9.0f} µs"]
                 words += [f"{name} {t.median() / mine:.2f}" for name, t in times.items() if name != "cpu"]

@@ -10,6 +10,8 @@ takes stands beside, and what the packed layers take in transformers' own forwar
 --architecture gives these sizes to another model type, without llama.cpp; --stock adds transformers' own
 `bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
 --core-taken measures something else: 1 and 2 threads in turns, while another process is at work on one of two cores.
+So does --ready: how long a new process takes to its first token, and the memory at its peak, as the file is and with
+a head of 8 bits.
 """
 
 import argparse
@@ -248,6 +250,40 @@ def measure_taken(ours: Ours) -> dict[int, list[float]]:
     return found
 
 
+# A process that answers: what it took for, in seconds, and megabytes at its peak.
+ANSWER = """
+import sys, time
+times = {"start": time.perf_counter()}
+import torch, transformers
+from transformers import AutoModelForCausalLM
+import bitnet
+times["imports"] = time.perf_counter()
+head = sys.argv[2]
+model = bitnet.load(sys.argv[1], **({} if head == "none" else {"head": head}))
+times["loading"] = time.perf_counter()
+model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, eos_token_id=[], pad_token_id=0)
+times["first token"] = time.perf_counter()
+names = list(times)
+for before, name in zip(names, names[1:]):
+    print(times[name] - times[before])
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1e3)
+"""
+
+
+def measure_ready(folder: Path) -> dict[str, dict[str, list[float]]]:
+    """By head, and what it is of: each process's seconds, and megabytes of memory at its peak."""
+    found: dict[str, dict[str, list[float]]] = {"none": {}, "int8": {}}
+    for round_ in range(4):
+        for head, columns in found.items():
+            command = [sys.executable, "-c", ANSWER, str(folder), head]
+            values = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+            if round_:  # the first brings the files into memory
+                for name, value in zip(("imports", "loading", "first token", "peak"), values, strict=True):
+                    columns.setdefault(name, []).append(float(value))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -255,6 +291,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="llama", help="a model type of transformers")
     parser.add_argument("--stock", action="store_true", help="measure transformers' own layers, too")
     parser.add_argument("--core-taken", action="store_true", help="1 and 2 threads while another process takes a core")
+    parser.add_argument("--ready", action="store_true", help="new processes, to their first token")
     parser.add_argument("--folder", type=Path, help="where the model is, or is written to (default: a temporary one)")
     parser.add_argument("--csv", type=Path, default=results.FILE)
     args = parser.parse_args()
@@ -265,6 +302,16 @@ def main() -> None:
         gguf: Path | None = folder / "model.gguf"
         if not (folder / "config.json").exists():
             build(folder, args.layers, args.architecture)
+        if args.ready:
+            print("a new process: seconds, and megabytes at its peak")
+            for head, columns in measure_ready(folder).items():
+                print(f"head {head}  " + "  ".join(f"{name} {statistics.median(c):.2f}" for name, c in columns.items()))
+                del columns["peak"]
+                for name, seconds in columns.items():
+                    op = {"op": f"ready: {name}, {args.layers} layers", "m": 1, "n": VOCABULARY, "k": WIDTH}
+                    shape = {"dtype": f"head {head}", "backend": "native", "threads": torch.get_num_threads()}
+                    rows.append(results.row(op | shape, torch.tensor(seconds, dtype=torch.float64), None, common))
+            return results.append(rows, args.csv)
         if args.core_taken:
             taken = measure_taken(Ours(folder))
             for threads, seconds in taken.items():
