@@ -543,6 +543,11 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
     assert output.split() == [*4 * ["neon-dotprod", "neon", "scalar"], "agree"]  # ternary, 8 bits, binary, 4 bits
 
 
+@pytest.fixture(scope="module")
+def selfcheck(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_selfcheck(tmp_path_factory.mktemp("selfcheck"))
+
+
 @pytest.mark.slow
 @needs("cmake", "c++", "qemu-x86_64-static")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for x86-64")
@@ -551,11 +556,10 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
     [("Nehalem", 4 * ["scalar"]), ("max", [*2 * ["avx2", "scalar"], "scalar", "avx2", "scalar", "avx2"])],
     ids=["scalar", "avx2"],
 )
-def test_older_cpus_run_what_they_can(tmp_path: Path, model: str, expected: list[str]) -> None:
+def test_older_cpus_run_what_they_can(selfcheck: Path, model: str, expected: list[str]) -> None:
     """Fails with an illegal instruction if code meant for all CPUs was compiled for a newer one."""
-    program = build_selfcheck(tmp_path)
     emulator = ["qemu-x86_64-static", "-cpu", model]
-    output = subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([*emulator, selfcheck], check=True, capture_output=True, text=True).stdout
     assert output.split() == [*expected, "agree"]  # ternary, 8 bits, binary, 4 bits, binary by tables
 
 
