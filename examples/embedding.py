@@ -31,7 +31,7 @@ parser.add_argument("--model", type=Path, help="a float encoder, a folder of sen
 parser.add_argument("--data", type=Path, nargs="+", help="text files, with --model")
 parser.add_argument("--minutes", type=float, help="how long to train, instead of --steps")
 parser.add_argument("--steps", type=int, default=60, help="of BATCH sentences (default: %(default)s)")
-parser.add_argument("--batch", type=int, default=32)
+parser.add_argument("--batch", type=int, default=16, help="sentences; many small steps learn most")
 parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
 parser.add_argument("--bf16", action="store_true", help="autocast, on CPUs with such instructions and on GPUs")
 parser.add_argument("--out", type=Path, default=Path("embedding-1.58"), help="where the packed model goes")
