@@ -52,25 +52,17 @@ def ours(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Ru
     return make
 
 
-def c_function(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+def c_call(layer: Any) -> Run:
     """The C function that a layer's call comes to with one token, without the layer."""
+    n, k, (weight, backend) = layer.out_features, layer.in_features, layer.prepack()
+    form, bits, y = cpu_library.form_of_backend(backend), layer.activation_bits, torch.empty(layer.out_features)
+    described = cpu_linear.prepared(weight, layer.weight_scale, None, n, k, form, activation_bits=bits)
+    pointer, function, threads = ctypes.byref(described), cpu_library.native().bitnet_linear, torch.get_num_threads
+    return lambda x: function(pointer, x.data_ptr(), 0, k, None, 1, y.data_ptr(), 0, threads())
 
-    def make(n: int, k: int) -> Iterator[tuple[Run, int]]:
-        y, function, form = torch.empty(n), cpu_library.native().bitnet_linear, cpu_library.form_of_backend(backend)
-        assert form is not None
-        for twin, nbytes in ours(backend, **options)(n, k):
-            layer: Any = twin
-            bits = options.get("activation_bits", 8)
-            described = cpu_linear.prepared(
-                layer.prepack()[0], layer.weight_scale, None, n, k, form, activation_bits=bits
-            )
 
-            def run(x: Tensor, described: ctypes.Structure = described) -> None:
-                function(ctypes.byref(described), x.data_ptr(), 0, k, None, 1, y.data_ptr(), 0, torch.get_num_threads())
-
-            yield run, nbytes
-
-    return make
+def c_function(backend: str, **options: Any) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
+    return lambda n, k: ((c_call(twin), nbytes) for twin, nbytes in ours(backend, **options)(n, k))
 
 
 def raw_read(bits: float) -> Callable[[int, int], Iterator[tuple[Run, int]]]:
@@ -186,11 +178,8 @@ def measure(
 
 def calls(clock: Callable[[], float]) -> dict[str, Tensor]:
     """A tiny layer's call, and the C function in it alone, as measure returns them."""
-    layer, x, y = PackedBitLinear(64, 64, bias=False, backend="cpu"), torch.randn(1, 64), torch.empty(1, 64)
-    described = cpu_linear.prepared(layer.prepack()[0], layer.weight_scale, None, 64, 64)
-    arguments = (ctypes.byref(described), x.data_ptr(), 0, 64, None, 1, y.data_ptr(), 0, 1)
-    function = cpu_library.native().bitnet_linear
-    return measure({"cpu": 1000 * [layer], "C function": 1000 * [lambda x: function(*arguments)]}, x, 0.5, clock)
+    layer = PackedBitLinear(64, 64, bias=False, backend="cpu")
+    return measure({"cpu": 1000 * [layer], "C function": 1000 * [c_call(layer)]}, torch.randn(1, 64), 0.5, clock)
 
 
 def main() -> None:
