@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,24 @@ class Generate:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
 
     def per_token(self, prompt: list[int], tokens: int) -> float:
-        """Seconds."""
-        ids = torch.tensor([prompt])
+        """Median seconds from one token to the next."""
+        ids, clock = torch.tensor([prompt]), Clock()
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-        first = timed(lambda: self.model.generate(ids, max_new_tokens=1, **options))
-        return (timed(lambda: self.model.generate(ids, max_new_tokens=1 + tokens, **options)) - first) / tokens
+        self.model.generate(ids, max_new_tokens=1 + tokens, streamer=clock, **options)
+        return statistics.median(after - before for before, after in pairwise(clock.times[1:]))  # the first: the prompt
+
+
+class Clock:
+    """A streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -250,24 +264,21 @@ def measure_taken(ours: Ours) -> dict[int, list[float]]:
     return found
 
 
-# A process that answers: what it took for, in seconds, and megabytes at its peak.
+# A process that answers: what it took for, in seconds, and megabytes at its peak (of which getrusage would tell the
+# parent's, were they more).
 ANSWER = """
 import sys, time
-times = {"start": time.perf_counter()}
-import torch, transformers
+times = [time.perf_counter()]
+import torch
 from transformers import AutoModelForCausalLM
 import bitnet
-times["imports"] = time.perf_counter()
-head = sys.argv[2]
-model = bitnet.load(sys.argv[1], **({} if head == "none" else {"head": head}))
-times["loading"] = time.perf_counter()
+times.append(time.perf_counter())
+model = bitnet.load(sys.argv[1], head=sys.argv[2] or None)
+times.append(time.perf_counter())
 model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, eos_token_id=[], pad_token_id=0)
-times["first token"] = time.perf_counter()
-names = list(times)
-for before, name in zip(names, names[1:]):
-    print(times[name] - times[before])
+times.append(time.perf_counter())
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(int(peak.split()[1]) / 1e3)
+print(*(after - before for before, after in zip(times, times[1:])), int(peak.split()[1]) / 1e3)
 """
 
 
@@ -276,7 +287,7 @@ def measure_ready(folder: Path) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {"none": {}, "int8": {}}
     for round_ in range(4):
         for head, columns in found.items():
-            command = [sys.executable, "-c", ANSWER, str(folder), head]
+            command = [sys.executable, "-c", ANSWER, str(folder), "" if head == "none" else head]
             values = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
             if round_:  # the first brings the files into memory
                 for name, value in zip(("imports", "loading", "first token", "peak"), values, strict=True):
