@@ -4,10 +4,12 @@ test_packed.py run on this backend as well."""
 import copy
 import ctypes
 import gc
+import json
 import mmap
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import threading
@@ -519,6 +521,28 @@ def build_selfcheck(folder: Path, *options: str) -> Path:
 def needs(*tools: str) -> pytest.MarkDecorator:
     absent = [tool for tool in tools if shutil.which(tool) is None]
     return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
+
+
+@needs("cmake", "c++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+def test_loops_that_clamp_or_take_exponentials_are_vectors_where_these_have_no_masks(tmp_path: Path) -> None:
+    """gcc tells which loops it leaves to take one value at a time, because of branches in them."""
+    options = ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    subprocess.run(["cmake", "-S", SOURCES, "-B", tmp_path, *options], check=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    source, program = str(SOURCES / "avx2.cpp"), tmp_path / "loops.cpp"
+    program.write_text(
+        """#include "quantize.h"
+        #include "attention.h"
+        extern const void* const used[] = {(void*)ternary_codes, (void*)quantize, (void*)apply_gate, (void*)softmax};"""
+    )
+    words = next(shlex.split(each["command"]) for each in commands if Path(each["file"]).samefile(source))
+    if "Free Software Foundation" not in subprocess.run([words[0], "--version"], capture_output=True, text=True).stdout:
+        pytest.skip("only gcc says which loops it does not turn into vectors")
+    words = [str(program) if word == source else word for word in words]
+    done = subprocess.run([*words, "-fopt-info-vec-all"], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "loop vectorized using 32 byte vectors" in done.stderr
+    assert [line for line in done.stderr.splitlines() if "not vectorized: control flow in loop" in line] == []
 
 
 @pytest.mark.slow
