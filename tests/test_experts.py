@@ -132,7 +132,7 @@ def test_training_and_packed_experts_have_the_oracles_bits(
 
 @each_kind
 @pytest.mark.parametrize("bits", [4, None])
-def test_other_activations_differ_between_training_and_serving(kind: Kind, bits: int | None) -> None:
+def test_other_activations_are_the_same_in_training_and_serving(kind: Kind, bits: int | None) -> None:
     layer = BitExperts.from_experts(kind.experts(), QuantSpec(activation_bits=bits)).eval()
     x, (index, weights) = grid(7, H), route(7)
     expected = layer(x, index, weights)
@@ -144,7 +144,7 @@ def test_other_activations_differ_between_training_and_serving(kind: Kind, bits:
 
 @each_kind
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_few_or_no_tokens_break_the_route(kind: Kind, tokens: int) -> None:
+def test_few_or_no_tokens_find_their_route(kind: Kind, tokens: int) -> None:
     layer = BitExperts.from_experts(kind.experts())
     x, (index, weights) = torch.randn(tokens, H, requires_grad=True), route(tokens)
     y = layer(x, index, weights)
@@ -156,7 +156,7 @@ def test_few_or_no_tokens_break_the_route(kind: Kind, tokens: int) -> None:
 @each_kind
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
-def test_gradients_are_not_those_of_the_formula(kind: Kind, strength: float, per_row: bool) -> None:
+def test_gradients_are_those_of_the_formula(kind: Kind, strength: float, per_row: bool) -> None:
     layer = BitExperts.from_experts(kind.experts(), QuantSpec(per_row=per_row))
     bitnet.set_strength(layer, strength)
     x, (index, weights) = grid(9, H).requires_grad_(), route(9)
@@ -198,7 +198,7 @@ def test_gradients_are_not_those_of_the_formula(kind: Kind, strength: float, per
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-def test_conv1d_has_other_bits_than_the_transposed_linear(dtype: torch.dtype, per_row: bool) -> None:
+def test_conv1d_has_the_bits_of_the_transposed_linear(dtype: torch.dtype, per_row: bool) -> None:
     conv = Conv1D(10, 24)
     conv.weight.data, conv.bias.data = grid(24, 10).to(dtype), grid(10).to(dtype)
     latent, x = conv.weight, grid(2, 3, 24).to(dtype)
@@ -215,7 +215,7 @@ def test_conv1d_has_other_bits_than_the_transposed_linear(dtype: torch.dtype, pe
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_a_packed_conv1d_differs_for_other_activations(bits: int | None) -> None:
+def test_a_packed_conv1d_computes_what_was_trained_for_any_activations(bits: int | None) -> None:
     layer = BitConv1D.from_conv1d(Conv1D(10, 257), QuantSpec(activation_bits=bits)).eval()
     x = torch.randn(5, 257)
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_packed_conv1d_differs_for_other_activations(bits: int | None) -> None
         assert torch.equal(to_packed(layer, pack_layer(layer), "torch")(x), expected)
 
 
-def test_conv1d_has_other_gradients_than_the_transposed_linear() -> None:
+def test_conv1d_has_the_gradients_of_the_transposed_linear() -> None:
     conv = Conv1D(10, 24)
     linear = nn.Linear(24, 10)
     linear.weight.data, linear.bias.data = conv.weight.data.T.clone(), conv.bias.data.clone()
@@ -241,7 +241,7 @@ def test_conv1d_has_other_gradients_than_the_transposed_linear() -> None:
 
 
 @each_kind
-def test_the_swap_moves_parameters_or_keys(kind: Kind) -> None:
+def test_the_swap_leaves_parameters_and_keys(kind: Kind) -> None:
     model = nn.ModuleDict({"experts": kind.experts()})
     experts, before, keys = model.experts, dict(model.named_parameters()), list(model.state_dict())
     report = bitnet.replace_linear(model)
@@ -255,7 +255,7 @@ def test_the_swap_moves_parameters_or_keys(kind: Kind) -> None:
 
 
 @each_kind
-def test_the_report_miscounts_experts(kind: Kind) -> None:
+def test_the_report_counts_experts(kind: Kind) -> None:
     model = nn.ModuleDict({"experts": kind.experts()})
     before = bitnet.replace_linear(model)
     after = bitnet.pack(model)
@@ -265,7 +265,7 @@ def test_the_report_miscounts_experts(kind: Kind) -> None:
     assert after.packed_bytes + after.kept_bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
-def test_copies_pickles_and_dtypes_lose_something() -> None:
+def test_copies_pickles_and_dtypes_lose_nothing() -> None:
     layer = BitExperts.from_experts(KINDS["gpt_oss"].experts())
     x, (index, weights) = grid(5, H), route(5)
     expected = layer.eval()(x, index, weights)
@@ -287,7 +287,7 @@ def test_copies_pickles_and_dtypes_lose_something() -> None:
     assert torch.equal(low, packed(layer.to(torch.bfloat16))(x.bfloat16(), index, weights.bfloat16()))
 
 
-def test_loaded_bytes_do_not_reach_the_backend() -> None:
+def test_loaded_bytes_reach_the_backend() -> None:
     one, two = (BitExperts.from_experts(KINDS["mixtral"].experts()).eval() for _ in range(2))
     x, (index, weights) = grid(5, H), route(5)
     served = packed(one)
@@ -322,7 +322,7 @@ def test_changed_experts_are_never_answered_from_old_bytes(leaf: str, way: str, 
     assert torch.equal(one(x, index, weights), fresh(x, index, weights))
 
 
-def test_gradient_checkpointing_changes_gradients() -> None:
+def test_gradient_checkpointing_leaves_gradients() -> None:
     layer = BitExperts.from_experts(KINDS["gpt_oss"].experts())
     x, (index, weights) = grid(5, H).requires_grad_(), route(5)
     layer(x, index, weights).sum().backward()
@@ -332,7 +332,7 @@ def test_gradient_checkpointing_changes_gradients() -> None:
     assert all(torch.equal(p.grad, expected[name]) for name, p in layer.named_parameters())
 
 
-def test_adapters_get_no_gradient_through_packed_experts_or_weights_do() -> None:
+def test_adapters_get_gradients_through_packed_experts() -> None:
     served = packed(BitExperts.from_experts(KINDS["gpt_oss"].experts()))
     x, (index, weights) = grid(5, H).requires_grad_(), route(5)
     weights.requires_grad_()
@@ -342,7 +342,7 @@ def test_adapters_get_no_gradient_through_packed_experts_or_weights_do() -> None
     assert not list(served.parameters())
 
 
-def test_autocast_changes_nothing_or_breaks() -> None:
+def test_autocast_gives_the_same_trained_and_packed() -> None:
     layer = BitExperts.from_experts(KINDS["mixtral"].experts()).eval()
     x, (index, weights) = grid(5, H), route(5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -352,7 +352,7 @@ def test_autocast_changes_nothing_or_breaks() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # looked at by dynamo
-def test_compiled_experts_are_wrong() -> None:
+def test_compiled_experts_compute_the_same() -> None:
     """A graph break around the experts: how many tokens each gets is only known at run time."""
     torch._dynamo.reset()
     block = nn.ModuleDict({"experts": KINDS["mixtral"].experts()})
@@ -372,7 +372,7 @@ def test_compiled_experts_are_wrong() -> None:
     assert block.experts.down_proj.grad.any()
 
 
-def test_a_compiled_conv1d_is_wrong_or_breaks_the_graph() -> None:
+def test_a_compiled_conv1d_is_one_graph_and_computes_the_same() -> None:
     layer = BitConv1D.from_conv1d(Conv1D(10, 24))
     x = grid(5, 24)
     layer.weight.data = grid(24, 10)
@@ -382,7 +382,7 @@ def test_a_compiled_conv1d_is_wrong_or_breaks_the_graph() -> None:
     assert layer.weight.grad.any()
 
 
-def test_strength_does_not_reach_experts() -> None:
+def test_strength_reaches_experts() -> None:
     layer = BitExperts.from_experts(KINDS["mixtral"].experts())
     x, (index, weights) = grid(5, H), route(5)
     full = layer(x, index, weights)
@@ -409,7 +409,7 @@ def kept(model: nn.Module, **options: Any) -> dict[str, str]:
     return {row.name: row.reason for row in report.rows if row.action == "kept"}
 
 
-def test_patterns_do_not_know_experts_by_name() -> None:
+def test_patterns_know_experts_by_name() -> None:
     model = mixtral()
     reasons = kept(model, skip="mlp.experts")
     stacks = {f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")}
@@ -421,7 +421,7 @@ def test_patterns_do_not_know_experts_by_name() -> None:
     assert bitnet.replace_linear(gpt2(), include="c_fc").low_bit_weights == 2 * 16 * 64
 
 
-def test_unsafe_experts_are_swapped() -> None:
+def test_unsafe_experts_are_kept() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -446,7 +446,7 @@ def test_unsafe_experts_are_swapped() -> None:
     assert type(model.fc) is bitnet.BitLinear
 
 
-def test_a_diverged_expert_leaves_the_model_half_packed() -> None:
+def test_a_diverged_expert_is_named_and_the_model_stays_as_it_was() -> None:
     model = mixtral()
     bitnet.replace_linear(model)
     with torch.no_grad():
@@ -488,7 +488,7 @@ ON_DISK = "model.layers.1.block_sparse_moe.experts"  # as every Mixtral checkpoi
         ),
     ],
 )
-def test_damaged_latent_experts_are_not_named(change: Any, message: str, tmp_path: Path) -> None:
+def test_damaged_latent_experts_are_named(change: Any, message: str, tmp_path: Path) -> None:
     model = mixtral()
     bitnet.replace_linear(model)
     bitnet.save(model, tmp_path)
@@ -509,9 +509,7 @@ def test_damaged_latent_experts_are_not_named(change: Any, message: str, tmp_pat
         ("packed_down_proj.weight_scale", lambda t: t.index_fill(0, torch.tensor([3]), -1), "expert 3: .*positive"),
     ],
 )
-def test_damaged_packed_experts_are_not_named(
-    leaf: str, change: Any, message: str, bits: float, tmp_path: Path
-) -> None:
+def test_damaged_packed_experts_are_named(leaf: str, change: Any, message: str, bits: float, tmp_path: Path) -> None:
     model = mixtral()
     bitnet.replace_linear(model)
     bitnet.pack(model)
@@ -530,7 +528,7 @@ def test_damaged_packed_experts_are_not_named(
         bitnet.load(tmp_path)
 
 
-def test_an_expert_of_zero_bytes_goes_unnoticed(tmp_path: Path) -> None:
+def test_an_expert_of_zero_bytes_is_pointed_out(tmp_path: Path) -> None:
     model = mixtral()
     bitnet.replace_linear(model)
     bitnet.pack(model)
@@ -540,7 +538,7 @@ def test_an_expert_of_zero_bytes_goes_unnoticed(tmp_path: Path) -> None:
         bitnet.load(tmp_path)
 
 
-def test_packed_experts_that_the_config_keeps_become_random_floats(tmp_path: Path) -> None:
+def test_packed_experts_that_the_config_keeps_are_refused(tmp_path: Path) -> None:
     model = mixtral()
     bitnet.replace_linear(model)
     bitnet.pack(model)
@@ -554,7 +552,7 @@ def test_packed_experts_that_the_config_keeps_become_random_floats(tmp_path: Pat
 
 @pytest.mark.parametrize("bits", [2, 1.6])
 @pytest.mark.parametrize("build", [mixtral, gpt_oss, gpt2])
-def test_options_and_mixtures_of_layers_do_not_come_back(build: Any, bits: float, tmp_path: Path) -> None:
+def test_options_and_mixtures_of_layers_come_back(build: Any, bits: float, tmp_path: Path) -> None:
     model = build()
     some = "c_fc" if build is gpt2 else r"layers\.0\.mlp\.experts"
     bitnet.replace_linear(model, include=some, per_row=True, weights="binary")
@@ -574,7 +572,7 @@ def test_options_and_mixtures_of_layers_do_not_come_back(build: Any, bits: float
         assert torch.equal(result, expected)
 
 
-def test_experts_outside_hugging_face_cannot_be_saved(tmp_path: Path) -> None:
+def test_experts_outside_hugging_face_come_back(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.ModuleDict({"a": KINDS["gpt_oss"].experts(), "b": KINDS["mixtral"].experts(), "c": Conv1D(6, 4)})
 
@@ -590,7 +588,7 @@ def test_experts_outside_hugging_face_cannot_be_saved(tmp_path: Path) -> None:
         assert torch.equal(loaded.c(x[:, :4]), model.c(x[:, :4]))
 
 
-def test_stored_expert_scales_lose_a_bit() -> None:
+def test_stored_expert_scales_lose_nothing() -> None:
     layer = BitExperts.from_experts(MixtralExperts(MixtralConfig(**SIZES)))
     for parameter in layer.parameters():
         parameter.data = torch.randn_like(parameter)

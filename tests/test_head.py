@@ -357,7 +357,7 @@ def test_generation_and_dtype_changes_work_with_a_tied_head(head: str) -> None:
 
 @each_head
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scaled_embedding_loses_its_scale(dtype: torch.dtype, head: str, tmp_path: Path) -> None:
+def test_a_scaled_embedding_keeps_its_scale(dtype: torch.dtype, head: str, tmp_path: Path) -> None:
     """Gemma 3 multiplies the rows of its embedding, which is tied to the head, by sqrt(width)."""
     sizes = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     options = {"head_dim": 4, "vocab_size": 64, "layer_types": ["full_attention"]}

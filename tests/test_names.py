@@ -75,15 +75,15 @@ def found(done: subprocess.CompletedProcess[str]) -> str:
     return kernels
 
 
-def test_the_root_breaks_transformers_or_hf_cannot_come_first() -> None:
+def test_transformers_works_in_the_root_and_our_hook_may_come_first() -> None:
     assert str(ROOT) not in found(run("import bitnet.convert.hub.quantizer" + LLAMA, ROOT))
 
 
-def test_the_root_hides_the_pypi_package_or_bitnet_cannot_come_first(site: Path) -> None:
+def test_the_root_does_not_hide_the_pypi_package(site: Path) -> None:
     assert Path(found(run("import bitnet" + LLAMA, ROOT, site))) == site / "kernels" / "__init__.py"
 
 
-def test_the_first_call_of_all_imports_in_a_circle() -> None:
+def test_the_first_call_of_all_imports_in_no_circle() -> None:
     """swap.py imports transformers, whose import registers hf.py, which must not need swap.py."""
     done = run("import bitnet; from torch import nn; print(bitnet.replace_linear(nn.Linear(4, 4)))", ROOT)
     assert done.returncode == 0, done.stderr
@@ -104,13 +104,13 @@ for name in ("bitnet.convert.checkpoint", "bitnet.convert.conversion.convert", "
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that share what is imported")
-def test_a_module_cannot_be_the_first_that_is_imported() -> None:
+def test_any_module_can_be_the_first_that_is_imported() -> None:
     """The import of transformers in any of them imports hf.py and what that needs."""
     done = run(FIRST, ROOT)
     assert done.returncode == 0, done.stderr
 
 
-def test_an_init_file_would_go_unnoticed(site: Path, tmp_path: Path) -> None:
+def test_an_init_file_would_be_noticed(site: Path, tmp_path: Path) -> None:
     """The checks above must be able to fail: with kernels/__init__.py in the root, transformers takes that."""
     (tmp_path / "root" / "kernels").mkdir(parents=True)
     (tmp_path / "root" / "kernels" / "__init__.py").touch()
@@ -120,7 +120,7 @@ def test_an_init_file_would_go_unnoticed(site: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["kernels", "convert"])
-def test_a_folder_became_a_top_level_package(folder: str) -> None:
+def test_folders_are_no_top_level_packages(folder: str) -> None:
     assert (ROOT / folder).is_dir()
     assert not (ROOT / folder / "__init__.py").exists()
     link = ROOT / "bitnet" / folder

@@ -145,7 +145,7 @@ SWAPPED = both("gate_proj", "aggregate", "fc1", "xfc1")  # of a Net, without opt
     ids=lambda value: getattr(value, "pattern", value) if isinstance(value, str | re.Pattern) else "",
 )
 @pytest.mark.parametrize("which", ["skip", "include"])
-def test_a_pattern_hits_other_layers(which: str, pattern: Any, hit: set[str]) -> None:
+def test_a_pattern_hits_the_layers_it_names_only(which: str, pattern: Any, hit: set[str]) -> None:
     net = Net()
     report = bitnet.replace_linear(net, **{which: pattern})
     assert low_bit(net) == (hit if which == "include" else SWAPPED - hit)
@@ -154,7 +154,7 @@ def test_a_pattern_hits_other_layers(which: str, pattern: Any, hit: set[str]) ->
     assert left == ({"head", *both("gate"), *SWAPPED} - hit if which == "include" else hit)
 
 
-def test_gate_hits_gate_proj_or_aggregate() -> None:
+def test_gate_hits_neither_gate_proj_nor_aggregate() -> None:
     net = Net()
     report = bitnet.replace_linear(net)
     assert low_bit(net) == SWAPPED
@@ -164,7 +164,7 @@ def test_gate_hits_gate_proj_or_aggregate() -> None:
     assert low_bit(net) == both("gate")
 
 
-def test_include_cannot_override_a_default() -> None:
+def test_include_overrides_a_default() -> None:
     net = Net()
     bitnet.replace_linear(net, include=["head", "fc1"])
     assert low_bit(net) == {"head", *both("fc1")}
@@ -179,7 +179,7 @@ def test_include_beats_skip() -> None:
     assert low_bit(net) == both("fc1")
 
 
-def test_an_empty_include_swaps_everything() -> None:
+def test_an_empty_include_swaps_nothing() -> None:
     net = Net()
     report = bitnet.replace_linear(net, include=[])
     assert not low_bit(net)
@@ -188,7 +188,7 @@ def test_an_empty_include_swaps_everything() -> None:
 
 @pytest.mark.parametrize("which", ["skip", "include"])
 @pytest.mark.parametrize("pattern", ["lm_head", re.compile("fc"), lambda name, module: False, ["fc1", "blocks"]])
-def test_a_pattern_without_a_match_goes_unnoticed(which: str, pattern: Any) -> None:
+def test_a_pattern_without_a_match_is_refused(which: str, pattern: Any) -> None:
     net = Net()
     with pytest.raises(ValueError, match=rf"{which}=.* none of the 11 linear layers; .* 'blocks\.0\.gate', ") as info:
         bitnet.replace_linear(net, **{which: pattern})
@@ -208,7 +208,7 @@ def test_a_pattern_without_a_match_goes_unnoticed(which: str, pattern: Any) -> N
         ({"include": 3}, TypeError),
     ],
 )
-def test_a_bad_option_is_noticed_halfway(options: dict[str, Any], error: type[Exception]) -> None:
+def test_a_bad_option_is_refused_before_anything_changes(options: dict[str, Any], error: type[Exception]) -> None:
     net = Net()
     with pytest.raises(error):
         bitnet.replace_linear(net, **options)
@@ -216,12 +216,12 @@ def test_a_bad_option_is_noticed_halfway(options: dict[str, Any], error: type[Ex
 
 
 @pytest.mark.parametrize("model", [nn.Linear, Net, "model", None])
-def test_a_class_is_taken_for_a_model(model: Any) -> None:
+def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         bitnet.replace_linear(model)
 
 
-def test_options_of_an_earlier_call_are_lost() -> None:
+def test_options_of_an_earlier_call_stay() -> None:
     net = Net()
     bitnet.replace_linear(net, include="fc1", weights="binary")
     bitnet.replace_linear(net, skip=r"1\.xfc1", per_row=True)
@@ -261,7 +261,7 @@ def unsafe_models() -> dict[str, tuple[nn.Module, str, str]]:
 
 
 @pytest.mark.parametrize("name", unsafe_models())
-def test_an_unsafe_layer_is_swapped(name: str) -> None:
+def test_an_unsafe_layer_is_kept(name: str) -> None:
     for include in (False, True):
         model, layer, why = unsafe_models()[name]
         before = type(model.get_submodule(layer))
@@ -270,19 +270,19 @@ def test_an_unsafe_layer_is_swapped(name: str) -> None:
         assert why in reasons(report)[layer]
 
 
-def test_a_layer_is_refused_because_its_constructor_initialises_it() -> None:
+def test_a_layer_that_a_constructor_initialises_is_swapped() -> None:
     model = Initialised()
     bitnet.replace_linear(model)
     assert low_bit(model) == {"fc"}
 
 
-def test_the_neighbour_of_an_unsafe_layer_is_kept_too() -> None:
+def test_the_neighbour_of_an_unsafe_layer_is_swapped() -> None:
     model = NestedReader()
     bitnet.replace_linear(model)
     assert low_bit(model) == {"other.fc"}
 
 
-def test_a_layer_under_two_names_is_swapped_twice_or_escapes_a_skip() -> None:
+def test_a_layer_under_two_names_is_swapped_once_and_skipped_by_either() -> None:
     def build() -> nn.Module:
         shared = nn.Linear(8, 8)
         return nn.Sequential(OrderedDict(first=shared, between=nn.Linear(8, 8), second=shared))
@@ -303,7 +303,7 @@ def test_a_layer_under_two_names_is_swapped_twice_or_escapes_a_skip() -> None:
         assert low_bit(model) == {"between"}
 
 
-def test_linears_that_share_a_weight_drift_apart() -> None:
+def test_linears_that_share_a_weight_go_on_sharing_it() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
     bitnet.replace_linear(model)
@@ -319,7 +319,7 @@ def test_linears_that_share_a_weight_drift_apart() -> None:
 # What survives
 
 
-def test_a_model_that_is_one_linear_cannot_be_swapped() -> None:
+def test_a_model_that_is_one_linear_is_swapped() -> None:
     model = nn.Linear(8, 6)
     x = torch.randn(3, 8)
     assert bitnet.replace_linear(model).low_bit_weights == 48
@@ -332,7 +332,7 @@ def test_a_model_that_is_one_linear_cannot_be_swapped() -> None:
     assert type(model) is nn.Linear
 
 
-def test_hooks_are_lost() -> None:
+def test_hooks_stay() -> None:
     net, x, calls = Net(), torch.randn(3, 8), []
     layer = net.blocks[0].fc1
     layer.register_forward_hook(lambda module, args, output: calls.append(type(module)))
@@ -344,7 +344,7 @@ def test_hooks_are_lost() -> None:
     assert calls == [BitLinear, PackedBitLinear]
 
 
-def test_accelerates_hooks_run_the_old_forward() -> None:
+def test_accelerates_hooks_run_the_new_forward() -> None:
     net, x = Net().eval(), torch.randn(3, 8)
     hooked = copy.deepcopy(net)
     for module in hooked.modules():
@@ -358,7 +358,7 @@ def test_accelerates_hooks_run_the_old_forward() -> None:
     assert torch.equal(hooked(x), net(x))
 
 
-def test_a_copy_shares_state_with_its_original() -> None:
+def test_a_copy_shares_no_state_with_its_original() -> None:
     net, x = Net().eval(), torch.randn(3, 8)
     bitnet.replace_linear(net)
     trained, keys = net(x), list(net.state_dict())
@@ -374,7 +374,7 @@ def test_a_copy_shares_state_with_its_original() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_packing_changes_the_output_in_another_dtype(dtype: torch.dtype) -> None:
+def test_packing_leaves_the_output_in_any_dtype(dtype: torch.dtype) -> None:
     net, x = Net().to(dtype).eval(), torch.randn(3, 8, dtype=dtype)
     bitnet.replace_linear(net)
     trained = net(x)
@@ -383,7 +383,7 @@ def test_packing_changes_the_output_in_another_dtype(dtype: torch.dtype) -> None
     assert torch.equal(net(x), trained)
 
 
-def test_a_model_without_data_cannot_be_swapped() -> None:
+def test_a_model_without_data_is_swapped_and_packed_once_it_has_some() -> None:
     with torch.device("meta"):
         net = Net()
     bitnet.replace_linear(net)
@@ -399,7 +399,7 @@ def test_a_model_without_data_cannot_be_swapped() -> None:
 # pack and unpack
 
 
-def test_pack_has_nothing_to_do_and_says_nothing() -> None:
+def test_nothing_to_pack_or_unpack_is_an_error() -> None:
     net = Net()
     with pytest.raises(ValueError, match="no BitLinear layers; call"):
         bitnet.pack(net)
@@ -412,7 +412,7 @@ def test_pack_has_nothing_to_do_and_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_layer_leaves_the_model_half_packed(value: float) -> None:
+def test_a_diverged_layer_is_named_and_the_model_stays_as_it_was(value: float) -> None:
     net = Net()
     bitnet.replace_linear(net)
     with torch.no_grad():
@@ -425,7 +425,7 @@ def test_a_diverged_layer_leaves_the_model_half_packed(value: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"per_row": True}, {"weights": "binary"}], ids=str)
-def test_unpacked_weights_are_not_codes_times_scale(options: dict[str, Any]) -> None:
+def test_unpacked_weights_are_codes_times_scale(options: dict[str, Any]) -> None:
     net = Net()
     bitnet.replace_linear(net, **options)
     biases = {name: net.get_submodule(name).bias.detach().clone() for name in SWAPPED}
@@ -447,7 +447,7 @@ def test_unpacked_weights_are_not_codes_times_scale(options: dict[str, Any]) -> 
     assert all(net.get_submodule(name).weight.grad is not None for name in SWAPPED)
 
 
-def test_unpack_keeps_the_quantization_config() -> None:
+def test_unpack_drops_the_quantization_config() -> None:
     model = llama()
     bitnet.replace_linear(model)
     bitnet.pack(model)
@@ -460,7 +460,7 @@ def test_unpack_keeps_the_quantization_config() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_unpacked_model_cannot_run(dtype: torch.dtype) -> None:
+def test_an_unpacked_model_runs(dtype: torch.dtype) -> None:
     model = llama().to(dtype)
     bitnet.replace_linear(model)
     bitnet.pack(model)
@@ -469,7 +469,7 @@ def test_an_unpacked_model_cannot_run(dtype: torch.dtype) -> None:
     assert model(torch.arange(4)[None]).logits.isfinite().all()
 
 
-def test_unpack_drops_an_rms_norm() -> None:
+def test_unpack_refuses_to_drop_an_rms_norm() -> None:
     net = Net()
     bitnet.replace_linear(net, include="fc1", rms_norm=True)
     bitnet.replace_linear(net)
@@ -483,7 +483,7 @@ def test_unpack_drops_an_rms_norm() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"per_row": True}, {"rms_norm": True}, {"skip": "fc1"}], ids=str)
-def test_the_report_miscounts_weights_or_bytes(options: dict[str, Any]) -> None:
+def test_the_report_counts_weights_and_bytes(options: dict[str, Any]) -> None:
     net = Net()
     net.append = nn.Linear(8, 7, bias=False)  # N % 4 != 0: packed rows are rounded up
     before = bitnet.replace_linear(net, **options)
@@ -498,7 +498,7 @@ def test_the_report_miscounts_weights_or_bytes(options: dict[str, Any]) -> None:
     assert after.packed_bytes + after.kept_bytes == sum(tensor.nbytes for tensor in net.state_dict().values())
 
 
-def test_the_table_is_crooked_or_lists_every_block() -> None:
+def test_the_table_is_straight_and_lists_blocks_once() -> None:
     net = Net()
     lines = str(bitnet.replace_linear(net, skip=r"0\.fc1")).splitlines()
     header, rows, total = lines[0], lines[1:-1], lines[-1]
@@ -516,7 +516,7 @@ def test_the_table_is_crooked_or_lists_every_block() -> None:
     assert "448 of 688 weights" in total
 
 
-def test_a_reason_that_names_layers_lists_every_block() -> None:
+def test_a_reason_that_names_layers_names_blocks_once() -> None:
     class Looping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -531,7 +531,7 @@ def test_a_reason_that_names_layers_lists_every_block() -> None:
     assert row.split(maxsplit=5)[3:] == ["3", "kept", "Looping uses blocks.*.fc.weight directly"]
 
 
-def test_indices_or_parameters_at_the_root_look_odd() -> None:
+def test_indices_and_parameters_at_the_root_have_names() -> None:
     class Root(nn.Sequential):
         def __init__(self) -> None:
             super().__init__(*(Caller(nn.Linear(4, 4)) for _ in range(12)))
@@ -543,7 +543,7 @@ def test_indices_or_parameters_at_the_root_look_odd() -> None:
     assert second[0] == "table"
 
 
-def test_a_model_without_linears_breaks_the_report() -> None:
+def test_a_model_without_linears_has_a_report() -> None:
     report = bitnet.replace_linear(nn.Sequential(nn.Conv1d(2, 2, 1)))
     assert report.low_bit_weights == 0
     assert reasons(report) == {"0": "a convolution"}

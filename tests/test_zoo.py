@@ -221,7 +221,7 @@ def test_every_matrix_is_reported_once_and_what_stays_says_why(name: str) -> Non
     assert {index.sub("*", row.name): index.sub("*", row.reason) for row in kept} == KEPT[name]
 
 
-def test_training_does_not_reach_the_latent_weights(case: Case) -> None:
+def test_training_reaches_the_latent_weights(case: Case) -> None:
     model = copy.deepcopy(case.model).train()
     loss = model(**case.inputs).loss
     assert loss.isfinite()
@@ -235,12 +235,12 @@ def test_training_does_not_reach_the_latent_weights(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", PLAIN, indirect=True)
-def test_most_of_a_plain_transformer_stays_float(case: Case) -> None:
+def test_most_of_a_plain_transformer_becomes_low_bit(case: Case) -> None:
     in_blocks = [row for row in case.report.rows if re.search(r"\.\d+\.", row.name)]
     assert case.report.low_bit_weights > sum(row.weights for row in in_blocks) / 2
 
 
-def test_packing_changes_the_output(case: Case) -> None:
+def test_packing_leaves_the_output(case: Case) -> None:
     model = copy.deepcopy(case.model)
     trained = logits(model, case.inputs)
     report = bitnet.pack(model)
@@ -251,7 +251,7 @@ def test_packing_changes_the_output(case: Case) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
-def test_stock_transformers_would_convert_other_layers(case: Case, packed: bool) -> None:
+def test_stock_transformers_converts_the_same_layers_or_refuses(case: Case, packed: bool) -> None:
     model = copy.deepcopy(case.model)
     if packed:
         bitnet.pack(model)
@@ -276,7 +276,7 @@ def test_stock_transformers_would_convert_other_layers(case: Case, packed: bool)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
-def test_a_saved_model_comes_back_different(case: Case, packed: bool, tmp_path: Path) -> None:
+def test_a_saved_model_comes_back_the_same(case: Case, packed: bool, tmp_path: Path) -> None:
     model = copy.deepcopy(case.model)
     if packed:
         bitnet.pack(model)
@@ -288,7 +288,7 @@ def test_a_saved_model_comes_back_different(case: Case, packed: bool, tmp_path: 
 
 @pytest.mark.parametrize("bits", [2, 1.6])
 @pytest.mark.parametrize("name", SPECIAL)
-def test_a_trained_packed_and_loaded_model_generates_something_else(name: str, bits: float, tmp_path: Path) -> None:
+def test_a_trained_packed_and_loaded_model_generates_the_same(name: str, bits: float, tmp_path: Path) -> None:
     case = swap(name)
     model = case.model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -309,13 +309,13 @@ def test_a_trained_packed_and_loaded_model_generates_something_else(name: str, b
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_a_model_without_data_gives_another_report(case: Case) -> None:
+def test_a_model_without_data_gives_the_same_report(case: Case) -> None:
     with torch.device("meta"):
         model = build(*ZOO[case.name][:2])
     assert bitnet.replace_linear(model).rows == case.report.rows
 
 
-def test_unpacking_does_not_give_back_the_model(case: Case) -> None:
+def test_unpacking_gives_back_the_model_with_rounded_weights(case: Case) -> None:
     model = copy.deepcopy(case.model)
     latent = {name: p.detach().clone() for name, p in parameters(model).items()}
     specs = {name: (layer.spec, layer.latent_weights()) for name, layer in low_bit(model).items()}
@@ -365,7 +365,7 @@ def test_an_int8_head_is_refused_or_runs_and_comes_back(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("to", ["hub", "latent", "bf16"])
-def test_conversion_on_disk_is_not_what_it_is_in_memory(case: Case, to: str, tmp_path: Path) -> None:
+def test_conversion_on_disk_is_what_it_is_in_memory(case: Case, to: str, tmp_path: Path) -> None:
     """Names, tensors, config: as if the model had been loaded, swapped, packed and saved."""
     kind, config, _ = ZOO[case.name]
     model = build(kind, config)
@@ -390,7 +390,7 @@ def test_conversion_on_disk_is_not_what_it_is_in_memory(case: Case, to: str, tmp
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])
-def test_a_model_with_nothing_to_swap_is_changed_or_breaks(name: str) -> None:
+def test_a_model_with_nothing_to_swap_stays_as_it_was(name: str) -> None:
     model = build(*ZOO[name][:2])
     before, types = parameters(model), {path: type(module) for path, module in model.named_modules()}
     report = bitnet.replace_linear(model, skip=".*")
