@@ -126,8 +126,8 @@ def load(
         renamed = {name: headers[key] for key, name in names.items()}
         compare_all(directory, empty, renamed, modern.get("quantization_config"))
         options: dict[str, Any] = {"dtype": dtype, "device_map": device, "variant": variant(Path(directory))}
+        options["config"] = described  # the class's own may be of another type: EXAONE runs as a Llama
         if modern is not config:
-            options["config"] = described
             options["key_mapping"] = {f"^{re.escape(key)}$": name for key, name in names.items() if key != name}
         passing = ValueError, OSError, RuntimeError, ImportError, MemoryError
         with prepacked_next(), refusals(Path(directory), passing):

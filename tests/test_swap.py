@@ -316,6 +316,14 @@ def test_linears_that_share_a_weight_go_on_sharing_it() -> None:
     assert torch.equal(model(x), trained)
 
 
+def test_a_layer_that_shares_a_weight_with_one_that_is_kept_is_kept() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "other": nn.Linear(8, 8), "score": nn.Linear(8, 8)})
+    model.score.weight = model.body.weight
+    assert reasons(bitnet.replace_linear(model)) == {"body": "shares its weight with score, which stays float"}
+    assert low_bit(model) == {"other"}
+    assert model.score.weight is model.body.weight
+
+
 # What survives
 
 

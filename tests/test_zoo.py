@@ -8,14 +8,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 from machine import said
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations import bitnet as stock
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -402,3 +402,93 @@ def test_a_model_with_nothing_to_swap_stays_as_it_was(name: str) -> None:
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ValueError, match="no BitLinear layers"):
         bitnet.pack(model)
+
+
+# Families whose files are of other names or of other tensors than the model: transformers makes several of one on load.
+# Some only newer versions have.
+HRM = GROUPED | {"num_key_value_heads": 4, "H_cycles": 1, "L_cycles": 1}
+SARVAM = GROUPED | MOE | {"num_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+RENAMED = {
+    "sarvam_moe": ("SarvamMoeForCausalLM", SARVAM),  # q, k and v in one tensor, split where each ends
+    "hrm_text": ("HrmTextForCausalLM", HRM),  # gate, q, k and v in one, and gate and up, in equal parts
+    "lara_mini": ("LaraMiniForCausalLM", GROUPED | MOE),  # projections of linear attention
+    "exaone": ("ExaoneConfig", GROUPED),  # runs as a Llama, whose names its files have not
+}
+HERE = [name for name, (kind, _) in RENAMED.items() if hasattr(transformers, kind)]
+
+
+def renamed(name: str) -> transformers.PreTrainedModel:
+    kind, config = RENAMED[name]
+    torch.manual_seed(0)
+    if kind.endswith("Config"):
+        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**config)).eval()
+    return build(kind, config).eval()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
+@pytest.mark.parametrize("name", HERE)
+def test_a_model_of_other_names_in_its_files_comes_back_and_again(name: str, packed: bool, tmp_path: Path) -> None:
+    model = renamed(name)
+    bitnet.replace_linear(model)
+    if packed:
+        bitnet.pack(model)
+    expected = logits(model, {"input_ids": IDS})
+    for folder in ("first", "second", "third"):
+        bitnet.save(model, tmp_path / folder)
+        auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        model = bitnet.load(tmp_path / folder)
+        for loaded in (auto, model):
+            assert torch.equal(logits(loaded, {"input_ids": IDS}), expected)
+
+
+@pytest.mark.parametrize("to", ["hub", "latent", "bf16"])
+@pytest.mark.parametrize("name", HERE)
+def test_a_float_model_of_other_names_in_its_files_is_converted(name: str, to: str, tmp_path: Path) -> None:
+    model = renamed(name)
+    model.save_pretrained(tmp_path / "float")
+    convert_checkpoint(tmp_path / "float", tmp_path / "converted", to, console=Console(quiet=True))
+    loaded = bitnet.load(tmp_path / "converted", dtype=torch.float32)
+    swapped = bitnet.replace_linear(model)
+    if to != "latent":
+        bitnet.pack(model)
+    if to == "bf16":
+        bitnet.unpack(model)
+        model, loaded = model.bfloat16(), loaded.bfloat16()
+    ours, theirs = loaded.state_dict(), model.state_dict()
+    assert swapped.low_bit_weights
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if name != "exaone"])
+def test_a_stored_tensor_that_does_not_make_up_several_is_named(name: str, tmp_path: Path) -> None:
+    model = renamed(name)
+    bitnet.replace_linear(model)
+    bitnet.save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in tensors if re.search(r"0\..*(query_key_value|gqkv_proj|in_proj)\.weight", key))
+    tensors[key] = tensors[key][:-1].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.safetensors: .* is F32 .*, but has to be F32.*_proj"):
+        bitnet.load(tmp_path)
+
+
+class Sensitive(transformers.LlamaForCausalLM):
+    """A model that is to keep some layers in float32, which transformers therefore does not quantize."""
+
+    _keep_in_fp32_modules: ClassVar = ["self_attn.k_proj", "mlp.up_proj"]
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_layers_that_stay_float32_are_kept_unless_included(included: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Sensitive(transformers.LlamaConfig(**GROUPED))
+    report = bitnet.replace_linear(model, include=".*_proj" if included else None)
+    kept = {row.name.rpartition(".")[2] for row in report.rows if row.reason == "float32 whatever the model's dtype"}
+    assert kept == (set() if included else {"k_proj", "up_proj"})
+    bitnet.pack(model)
+    assert (config_of(model).linear_class == EXTENDED) == included  # type: ignore[union-attr]
+    bitnet.save(model, tmp_path)
+    loaded = Sensitive.from_pretrained(tmp_path)
+    assert {n: type(m) for n, m in low_bit(loaded).items()} == {n: type(m) for n, m in low_bit(model).items()}
+    assert torch.equal(logits(loaded, TEXT), logits(model, TEXT))

@@ -12,11 +12,18 @@ from .names import merged
 
 
 def compare_merged(model: nn.Module, headers: dict[str, TensorHeader]) -> None:
-    """Raise ValueError for a stack of experts that its stored parts, an expert each, do not make up."""
+    """Raise ValueError for a stack of experts that its stored parts, an expert each, do not make up, and for tensors
+    that are no parts of a stored one."""
     state, found = model.state_dict(), merged(model, headers)
+    together: dict[tuple[str, ...], list[str]] = {}
     for key, parts in found.items():
-        if key in state and any(".experts." in part for part in parts):
-            compare_parts(key, state[key], {part: headers[part] for part in parts})
+        together.setdefault((*parts,), []).append(key)
+    for stored_keys, keys in together.items():
+        stored = {key: headers[key] for key in stored_keys}
+        if len(keys) > 1:
+            compare_whole({key: state[key] for key in keys if key in state}, stored)
+        elif keys[0] in state and any(".experts." in part for part in stored):
+            compare_parts(keys[0], state[keys[0]], stored)
 
 
 def compare_layer(
@@ -30,6 +37,8 @@ def compare_layer(
     for leaf, tensor in module.state_dict().items():
         stored = headers.get(f"{name}.{leaf}")
         if stored is None and (parts := (merged or {}).get(f"{name}.{leaf}")):
+            if sum(theirs == parts for theirs in (merged or {}).values()) > 1:
+                continue  # one of several parts of a stored one: compare_merged knows the others
             compare_parts(f"{name}.{leaf}", tensor, {part: headers[part] for part in parts})
             continue
         if stored is None and tied and leaf == "weight":
@@ -45,6 +54,14 @@ def compare_layer(
                 f"{stored.file.name}: {name}.{leaf} is {stored.dtype} {list(stored.shape)}, but config.json says the "
                 f"layer is {type(module).__name__}, which stores {expected or 'F32, BF16 or F16'} {list(tensor.shape)}"
             )
+
+
+def compare_whole(parts: dict[str, Tensor], stored: dict[str, TensorHeader]) -> None:
+    """Do these tensors add up to what is stored as one?"""
+    for key, (dtype, shape, file, _) in stored.items():
+        if dtype not in ("F32", "BF16", "F16") or prod(shape) != sum(part.numel() for part in parts.values()):
+            sizes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+            raise ValueError(f"{file.name}: {key} is {dtype} {list(shape)}, but has to be F32, BF16 or F16 and {sizes}")
 
 
 def compare_parts(name: str, stack: Tensor, parts: dict[str, TensorHeader]) -> None:

@@ -32,6 +32,7 @@ Latent tensors are thus those of the float model: without quantization_config in
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def module_config(file: Path, config: dict[str, Any]) -> BitNetConfig:
     return BitNetConfig.from_dict(settings)
 
 
-def with_fp32(model: nn.Module, patterns: list[str]) -> list[str]:
+def with_fp32(model: nn.Module, patterns: Iterable[str] = ()) -> list[str]:
+    """These patterns, and those of the modules that transformers keeps in float32 and does not quantize."""
     return [*patterns, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
 
 

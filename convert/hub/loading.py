@@ -34,7 +34,9 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
 
     headers: what the checkpoint holds; where it contradicts the config, one ValueError says which tensor and how.
     """
-    skips = with_fp32(model, config.modules_to_not_convert) if config.modules_to_not_convert is not None else None
+    skips = config.modules_to_not_convert
+    if skips is not None and config.linear_class != EXTENDED:  # stock transformers would not swap these
+        skips = with_fp32(model, skips)
     if skips is None and isinstance(model, PreTrainedModel):
         skips = BitNetHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     # The weights of a task model, loaded into its bare base model, get names without a prefix: not compared.

@@ -71,27 +71,46 @@ def stored_name(model: PreTrainedModel, key: str) -> str:
     return rename_source_key(key, [transform.reverse_transform() for transform in renamings], [])[0]
 
 
+def keep_apart(model: PreTrainedModel, keys: Iterable[str]) -> None:
+    """Save these tensors of a model, packed ones, one by one, also where a family's files hold several as one: packed
+    bytes are not rows of floats, and each layer has scales of its own.
+    """
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:  # as transformers does without any
+        known = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    joins = [t for t in known if isinstance(t, WeightConverter)]
+    touched = [t for t in joins if any(rename_source_key(key, [], [t.reverse_transform()])[1] for key in keys)]
+    if touched:
+        model._weight_conversions = [t for t in known if t not in touched]
+
+
 def merged(model: nn.Module, headers: Iterable[str]) -> dict[str, list[str]]:
-    """The parameters that transformers merges from several tensors (an expert each) on load, and those tensors."""
+    """The tensors that transformers makes of stored ones on load, one of several (an expert each) or several of one
+    (q, k and v), and those stored."""
     found: dict[str, list[str]] = {}
     if isinstance(model, PreTrainedModel):
         converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
         for key in sorted(headers, key=dot_natural_key):  # expert 10 after expert 9
-            target, pattern = rename_source_key(key, [], converters)
-            if pattern is not None:
-                found.setdefault(target, []).append(key)
+            for converter in converters:
+                name, pattern = rename_source_key(key, [], [converter])
+                if pattern is not None:
+                    for target in converter.target_patterns:
+                        found.setdefault(name.replace(converter.target_patterns[0], target), []).append(key)
+                    break
     return found
 
 
 def merge(model: PreTrainedModel, target: str, parts: dict[str, Callable[[], Tensor]]) -> Tensor:
-    """One of the parameters that `merged` finds, made of its tensors as transformers does; parts: how to read them."""
+    """One of the tensors that `merged` finds, made of stored ones as transformers does; parts: how to read them."""
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     for converter in converters:
+        first = target
         for key, read in parts.items():
             name, pattern = rename_source_key(key, [], [converter])
             if pattern is not None:
                 converter.add_tensor(name, key, pattern, read)
+                first = name  # of all that are made of them
         if converter.collected_tensors:
-            found = converter.convert(target, model=model, config=model.config)[target]
+            found = converter.convert(first, model=model, config=model.config)[target]
             return found[0] if isinstance(found, list) else found
     raise KeyError(target)

@@ -24,7 +24,7 @@ from ..swap.floats import packed_head, to_float_head, to_floats
 from .config import BitNetConfig, config_of
 from .legacy import inner_norms
 from .loading import finish_loading, swap_for_loading
-from .names import forget_names, model_names
+from .names import forget_names, keep_apart, model_names
 from .values import stored_state
 from .wrappers import outermost
 
@@ -143,7 +143,9 @@ class BitNetQuantizer(BitNetHfQuantizer):
         return [WeightRenaming(f"^{re.escape(old)}$", new) for old, new in self.inner_norms.items()]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return stored_state(model, self.quantization_config.weight_bits), {}
+        state = stored_state(model, self.quantization_config.weight_bits)
+        keep_apart(model, [key for key in state if f"{key.rpartition('.')[0]}.weight_scale" in state])
+        return state, {}
 
     @property
     def is_trainable(self) -> bool:

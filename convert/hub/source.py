@@ -65,7 +65,6 @@ class FolderSource(Source):
             names = model_names(model, headers)
         self.headers = {names[key]: header for key, header in headers.items() if key in names}
         self.file_keys = {name: key for key, name in names.items()}
-        self._stored = {name: (header.dtype, header.shape) for name, header in self.headers.items()}
         self.settings: BitNetConfig | None = None
         report = None
         if settings is None:
@@ -84,12 +83,28 @@ class FolderSource(Source):
         if self.settings is not None and self.settings.linear_class == "autobitlinear":
             self.multiplies = self.settings.quantization_mode == "offline"
         self.merged = merged(self.model, self.headers)
+        self._stored = self._apart()
         self._layers, self._weights = super().layers(), super().weights()
         spec = next(iter(self._weights.values())).spec if self.plain and self._weights else None
         if spec is not None and spec.weights == "ternary" and spec.hadamard is None:
             self.ternary = self._probe()
             self._weights = super().weights()  # with the options that were found
         self.problems += [f"{line}; it will be random" for line in super().missing() if "pooler." in line]
+
+    def _apart(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """stored(), with tensors that transformers makes several of (q, k and v, say) as these."""
+        state = self.model.state_dict()
+        made: dict[str, list[str]] = {}
+        for name, parts in self.merged.items():
+            made.setdefault(parts[0], []).append(name)
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for key, header in self.headers.items():
+            names = made.get(key, [])
+            if len(names) > 1 and state.keys() >= {*names}:
+                found |= {name: (header.dtype, tuple(state[name].shape)) for name in names}
+            else:
+                found[key] = header.dtype, header.shape
+        return found
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return self._stored
@@ -107,6 +122,9 @@ class FolderSource(Source):
         return read_into(torch.empty(header.shape, dtype=DTYPES[header.dtype]), header.file, header.offset)
 
     def pieces(self, key: str) -> Iterator[Tensor]:
+        if key not in self.headers:
+            yield from super().pieces(key)
+            return
         header, dtype = self.headers[key], DTYPES[self.headers[key].dtype]
         count = torch.Size(header.shape).numel()
         for start in range(0, count, PIECE):
@@ -129,7 +147,7 @@ class FolderSource(Source):
         return lines
 
     def parts(self, key: str) -> list[str]:
-        return [key] if key in self.headers else self.merged.get(key, [])
+        return [key] if key in self._stored else self.merged.get(key, [])
 
     def quantized(self, name: str) -> Quantized:
         return next(self.matrices(self._weights[name]))

@@ -72,7 +72,7 @@ def replace_linear(
                     f"names look like {', '.join(repr(names[0]) for names in list(layers.values())[:3])}"
                 )
     verdicts = judge(model, {module: names for module, names in layers.items() if not isinstance(module, BitLayer)})
-    reasons = {}
+    reasons: dict[nn.Module, str] = {}
     for module, (reason, possible, default) in verdicts.items():
         names = layers[module]
         reason = reason or misfit(module, spec)
@@ -83,12 +83,29 @@ def replace_linear(
         elif not reason:
             reason = default or (f"{possible}; include= swaps it all the same" if possible else "")
         if reason:
-            reasons[names[0]] = reason
-        else:
+            reasons[module] = reason
+    _keep_together(verdicts, layers, reasons)
+    for module in verdicts:
+        if module not in reasons:
             rotate(to_training(module, spec), signs_seed)
     settle_fast_paths(model)
     quantizer.attach(model)
-    return report_on(model, reasons)
+    return report_on(model, {layers[module][0]: reason for module, reason in reasons.items()})
+
+
+def _keep_together(
+    modules: Iterable[nn.Module], names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str]
+) -> None:
+    """Add to the reasons: what has a parameter in common with a layer that stays float stays float, too."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in modules:
+        for leaf, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, leaf))
+    for sharing in owners.values():
+        kept = next((module for module, _ in sharing if module in reasons), None)
+        if kept is not None:
+            for module, leaf in sharing:
+                reasons.setdefault(module, f"shares its {leaf} with {names[kept][0]}, which stays float")
 
 
 def _compile(patterns: Patterns | None) -> list[tuple[Any, Callable[[str, nn.Module], bool]]]:

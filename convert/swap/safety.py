@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitnet.experts import stacks_of
 from bitnet.quantize import is_sharded
 
+from ..hub.config import with_fp32
 from ..hub.wrappers import outermost
 from .kinds import HEADS, ROUTERS, computes_linear
 from .reads import find_reads, root_of
@@ -86,6 +88,8 @@ def _default_skip(model: nn.Module, inner: dict[str, Any], name: str, module: nn
         base = pretrained.base_model_prefix
         if pretrained.base_model is not pretrained and not name.removeprefix(f"{prefix}.").startswith(f"{base}."):
             return f"task head (outside {base})"
+        if not should_convert_module(name.removeprefix(f"{prefix}."), with_fp32(pretrained)):
+            return "float32 whatever the model's dtype"
     if parts[-1] in ROUTERS:
         return "router"
     if HEADS.intersection(parts):
