@@ -30,6 +30,7 @@ from bitnet.convert.files.damaged import Damaged
 from bitnet.convert.files.folder import weight_files
 from bitnet.convert.files.gguf import TensorInfo, padded, read_header
 from bitnet.convert.files.safetensors import read_headers
+from bitnet.convert.hub.legacy import modernize
 from bitnet.convert.hub.models import model_config
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.llama_cpp.header import header_bytes
@@ -600,3 +601,14 @@ def test_a_gguf_type_that_nothing_here_reads_is_one_error(exported: Path, tmp_pa
     (tmp_path / "m.gguf").write_bytes(header_bytes(metadata, infos) + bytes(end))
     with pytest.raises(ValueError, match=r"tensor output\.weight is Q8_1, which is not read here"):
         bitnet.inspect_checkpoint(tmp_path / "m.gguf", QUIET)
+
+
+def test_names_of_1bitllms_tensors_mean_nothing_in_other_models() -> None:
+    config, keys = {"model_type": "kosmos-2"}, ["text.layers.0.self_attn.inner_attn_ln.weight"]
+    assert modernize(config, keys) == (config, {key: key for key in keys})
+
+
+def test_widths_per_stage_are_no_counts_of_stages() -> None:
+    assert model_config(Path("config.json"), {"model_type": "llama", "embed_dim_per_stage": [384]}, 10)
+    with pytest.raises(Damaged, match="num_stages is 384"):
+        model_config(Path("config.json"), {"model_type": "llama", "num_stages": [384]}, 10)

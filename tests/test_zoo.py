@@ -17,6 +17,8 @@ from machine import said
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 from transformers.integrations import bitnet as stock
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -492,3 +494,66 @@ def test_layers_that_stay_float32_are_kept_unless_included(included: bool, tmp_p
     loaded = Sensitive.from_pretrained(tmp_path)
     assert {n: type(m) for n, m in low_bit(loaded).items()} == {n: type(m) for n, m in low_bit(model).items()}
     assert torch.equal(logits(loaded, TEXT), logits(model, TEXT))
+
+
+class StrangeConfig(transformers.MixtralConfig):
+    model_type = "strange"
+
+
+class Strange(transformers.MixtralForCausalLM):
+    """A class of the user's, registered with transformers, that does what single families of transformers do."""
+
+    config_class = StrangeConfig
+    _tied_weights_keys: ClassVar = {"model.layers.1.self_attn.o_proj.weight": "model.layers.0.self_attn.o_proj.weight"}
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^model\.layers\.1"]  # of what a part of the model lacks
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "experts"):  # a block that initializes its experts
+            transformers.initialization.zeros_(module.experts.down_proj)
+
+
+transformers.AutoConfig.register("strange", StrangeConfig)
+transformers.AutoModelForCausalLM.register(StrangeConfig, Strange)
+register_checkpoint_conversion_mapping(
+    "Strange",
+    [
+        WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", [Transpose(1, 2, check_dims=True)]),
+        WeightRenaming(r"qkv\.query\.weight", "self_attn.q_proj.weight"),  # the weight only, not its scale
+    ],
+)
+
+
+def strange() -> Strange:
+    torch.manual_seed(0)
+    return Strange(StrangeConfig(**GROUPED, num_local_experts=4, tie_word_embeddings=True)).eval()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
+def test_strange_models_come_back(packed: bool, tmp_path: Path) -> None:
+    model = strange()
+    reasons = {row.name: row.reason for row in bitnet.replace_linear(model).rows}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "tied to model.layers.1.self_attn.o_proj.weight"
+    assert not any(name.endswith("o_proj") for name in low_bit(model))
+    if packed:
+        bitnet.pack(model)
+    bitnet.save(model, tmp_path)
+    assert "model.layers.0.qkv.query.weight" in load_file(tmp_path / "model.safetensors")
+    loaded = Strange.from_pretrained(tmp_path)
+    assert {n: type(m) for n, m in low_bit(loaded).items()} == {n: type(m) for n, m in low_bit(model).items()}
+    assert torch.equal(logits(loaded, TEXT), logits(model, TEXT))
+
+
+def test_a_strange_models_files_are_converted(tmp_path: Path) -> None:
+    model = strange()
+    model.save_pretrained(tmp_path / "float")
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith("experts.down_proj")]:  # as such checkpoints have it
+        tensors[key] = tensors[key].mT.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert torch.equal(logits(bitnet.load(tmp_path / "float"), TEXT), logits(model, TEXT))
+    convert_checkpoint(tmp_path / "float", tmp_path / "converted", console=Console(quiet=True))
+    bitnet.replace_linear(model)
+    bitnet.pack(model)
+    assert torch.equal(logits(bitnet.load(tmp_path / "converted"), TEXT), logits(model, TEXT))

@@ -172,9 +172,10 @@ def _weight(source: Source, weight: Weight, to: str) -> Job:
     if spec.group_size is not None:
         scale = (*stack, n, -(-k // spec.group_size))
     kind = "F32" if spec.group_size is None else "F16"
-    outputs = [Output(key, dtype, (*stack, *size)), Output(f"{key}_scale", kind, scale)]
+    scale_key = source.file_key(f"{weight.name}.weight_scale")
+    outputs = [Output(key, dtype, (*stack, *size)), Output(scale_key, kind, scale)]
     if multiplies := to == "hub" and source.multiplies:  # not every float32 is the reciprocal of one
-        outputs[1] = Output(f"{key}_scale", *source.stored()[f"{weight.name}.weight_scale"])
+        outputs[1] = Output(scale_key, *source.stored()[f"{weight.name}.weight_scale"])
     outputs += (drawn := _signs(source, weight))
 
     def pack() -> list[Iterable[Tensor]]:

@@ -36,7 +36,8 @@ def compare_layer(
     dtypes = {torch.uint8: "U8", torch.int8: "I8"}
     for leaf, tensor in module.state_dict().items():
         stored = headers.get(f"{name}.{leaf}")
-        if stored is None and (parts := (merged or {}).get(f"{name}.{leaf}")):
+        parts = (merged or {}).get(f"{name}.{leaf}", [])
+        if parts and (stored is None or parts == [f"{name}.{leaf}"]):  # or transposed, under the same name
             if sum(theirs == parts for theirs in (merged or {}).values()) > 1:
                 continue  # one of several parts of a stored one: compare_merged knows the others
             compare_parts(f"{name}.{leaf}", tensor, {part: headers[part] for part in parts})

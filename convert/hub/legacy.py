@@ -14,7 +14,7 @@ def modernize(config: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, An
 
     keys: the names in the files; returns the config and, for each name kept, the name in the model
 
-    Two kinds of checkpoints are known by their tensors' names:
+    Two kinds of checkpoints are known by names of their tensors that their model type does not have:
 
     1bitLLM/bitnet_b1_58-*: float latent weights under `model_type: llama`, with norms before o_proj and down_proj (the
     BitNet paper's SubLN) that Llama lacks. They are `bitnet` models under other names, with SiLU instead of ReLU^2.
@@ -24,7 +24,7 @@ def modernize(config: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, An
     weight in Gemma, too, whose own multiply by 1 + weight.
     """
     names = {key: key for key in keys}
-    if any(key.endswith(".self_attn.inner_attn_ln.weight") for key in names):
+    if config.get("model_type") == "llama" and any(key.endswith(".self_attn.inner_attn_ln.weight") for key in names):
         return _bitnet_b1_58(config, names)
     inner = inner_norms(names)
     return (_norms_inside(config), names | inner) if inner else (config, names)

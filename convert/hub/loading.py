@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from bitnet.experts import PackedStack
+from bitnet.experts import PackedExperts, PackedStack
 from bitnet.kernels import layout
 from bitnet.kernels.cpu import pages
 from bitnet.linear import BitLinear
@@ -65,6 +65,8 @@ def swap_for_loading(model: nn.Module, config: BitNetConfig, headers: dict[str, 
         elif packed:
             to_packed(layer)
             _as_stored(module, config)
+            if isinstance(layer, PackedExperts):  # which some blocks initialize, under names that are gone
+                vars(model.get_submodule(name.rpartition(".")[0]))["_is_hf_initialized"] = True
         if comparable and headers is not None:
             # a tied head's weight is stored under the embedding's name
             tied = config.embedding and isinstance(model, PreTrainedModel) and module is model.get_output_embeddings()
@@ -175,7 +177,8 @@ def compare_all(
         named = {name: headers[key] for key, name in names.items()}
         if settings is not None and settings["quant_method"] == "bitnet":
             swap_for_loading(model, BitNetConfig.from_dict(settings), named)
-        stored = {name: (header.dtype, header.shape) for name, header in named.items()}
+        made = merged(model, named)
+        stored = {name: (header.dtype, header.shape) for name, header in named.items() if name not in made}
         if line := next(misfits(model, stored), None):
             raise ValueError(line)
         compare_merged(model, named)

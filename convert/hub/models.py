@@ -22,7 +22,7 @@ from .config import BitNetConfig
 
 # Options that say how many modules (or entries of a table) there are, and how many a model may have at least: with more
 # layers than that, each must have a tensor of its own.
-_LAYERS = re.compile(r"(.*_)?(layers?|blocks?|depths?|stages?)")
+_LAYERS = re.compile(r"(.*_)?(?<!per_)(layers?|blocks?|depths?|stages?)")
 _OTHERS = re.compile(r"(.*_)?(experts|labels)")
 FEW_LAYERS, MANY = 256, 1 << 16
 FEW_PARAMETERS = 20_000
@@ -61,16 +61,20 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
 
 def model_class(config: Any, file: Path) -> type[PreTrainedModel]:
     """transformers' class for a config: the first of its architectures, or if it names none, a language model."""
+    autos = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
     if config.architectures:
         name = config.architectures[0]
         try:
             cls = getattr(transformers, name, None)
         except Exception as error:  # a class whose module needs something that is not installed
             raise ValueError(f"{file}: transformers cannot import the model class {name!r} ({error})") from error
+        if cls is None:  # a class of the user's, which is registered with transformers
+            registered = (auto._model_mapping.get(type(config), None) for auto in autos)
+            cls = next((found for found in registered if getattr(found, "__name__", "") == name), None)
         if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
             raise ValueError(f"{file}: transformers {transformers.__version__} has no model class {name!r}")
         return cls
-    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel):
+    for auto in autos:
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found

@@ -26,6 +26,7 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state, modules = model.state_dict(), {name for name, _ in model.named_modules()}
 
     def fits(name: str) -> bool:  # a tensor of the model, or of what a module of it is once it is low-bit
@@ -45,7 +46,8 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         if not fits(name) and prefix != ".":
             bare = name.removeprefix(prefix)
             name = bare if bare != name and fits(bare) else f"{prefix}{name}" if fits(f"{prefix}{name}") else name
-        if name in state or dropped is None or not dropped.search(name):
+        used = fits(name) or rename_source_key(name, [], converters)[1] is not None
+        if used or dropped is None or not dropped.search(name):
             names[key] = name
     if len({*names.values()}) < len(names):
         name, _ = Counter(names.values()).most_common(1)[0]

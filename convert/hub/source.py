@@ -92,15 +92,16 @@ class FolderSource(Source):
         self.problems += [f"{line}; it will be random" for line in super().missing() if "pooler." in line]
 
     def _apart(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """stored(), with tensors that transformers makes several of (q, k and v, say) as these."""
+        """stored(), with what transformers makes of a stored tensor (q, k and v, or it transposed) in its place."""
         state = self.model.state_dict()
         made: dict[str, list[str]] = {}
         for name, parts in self.merged.items():
-            made.setdefault(parts[0], []).append(name)
+            if len(parts) == 1:
+                made.setdefault(parts[0], []).append(name)
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for key, header in self.headers.items():
             names = made.get(key, [])
-            if len(names) > 1 and state.keys() >= {*names}:
+            if names and state.keys() >= {*names}:
                 found |= {name: (header.dtype, tuple(state[name].shape)) for name in names}
             else:
                 found[key] = header.dtype, header.shape
@@ -117,12 +118,15 @@ class FolderSource(Source):
 
     def tensor(self, key: str) -> Tensor:
         if key in self.merged:
-            return merge(self.model, key, {part: partial(self.tensor, part) for part in self.merged[key]})
+            return merge(self.model, key, {part: partial(self._read, part) for part in self.merged[key]})
+        return self._read(key)
+
+    def _read(self, key: str) -> Tensor:
         header = self.headers[key]
         return read_into(torch.empty(header.shape, dtype=DTYPES[header.dtype]), header.file, header.offset)
 
     def pieces(self, key: str) -> Iterator[Tensor]:
-        if key not in self.headers:
+        if key in self.merged:
             yield from super().pieces(key)
             return
         header, dtype = self.headers[key], DTYPES[self.headers[key].dtype]

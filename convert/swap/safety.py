@@ -38,15 +38,37 @@ def judge(model: nn.Module, layers: dict[nn.Module, list[str]]) -> dict[nn.Modul
             holder = f"the embedding {name}" if isinstance(owner, nn.Embedding) else name or type(owner).__name__
             for parameter in owner.parameters(recurse=False):
                 holders.setdefault(id(parameter), holder)
-    reads = find_reads(model, {module: stacks_of(module) or ["weight"] for module in layers})
     inner = outermost(model)
+    ties = _ties(inner, layers)
+    reads = find_reads(model, {module: stacks_of(module) or ["weight"] for module in layers})
     verdicts = {}
     for module, names in layers.items():
-        certain, possible = _unfit(module, holders), ""
+        certain, possible = _unfit(module, holders) or ties.get(module, ""), ""
         if read := reads.get(module):
             certain, possible = certain or (read.why if read.certain else ""), read.why
         verdicts[module] = Verdict(certain, possible, _default_skip(model, inner, names[0], module))
     return verdicts
+
+
+def _ties(inner: dict[str, Any], layers: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Those that transformers ties to each other, and to what: it does so whenever it loads, and to Parameters only.
+
+    An embedding and a head go together into their packed forms.
+    """
+    named = {
+        f"{name}.{leaf}": (module, parameter)
+        for module, names in layers.items()
+        if not isinstance(module, nn.Embedding)
+        for name in names
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
+    found: dict[nn.Module, str] = {}
+    for prefix, pretrained in inner.items():
+        for pair in pretrained.all_tied_weights_keys.items():
+            one, other = (f"{prefix}.{key}".removeprefix(".") for key in pair)
+            if one in named and other in named and named[one][1] is named[other][1]:
+                found |= {named[one][0]: f"tied to {other}", named[other][0]: f"tied to {one}"}
+    return found
 
 
 def _unfit(module: nn.Module, holders: dict[int, str]) -> str:
