@@ -331,6 +331,14 @@ def test_a_senseless_shard_size_is_refused(forms: Path, size: str, tmp_path: Pat
         convert(forms / "float", tmp_path / "out", max_shard_size=size)
 
 
+def test_norms_that_would_have_to_be_trained_are_not_added(forms: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"rms_norm=True adds norms.*replace_linear\(model, rms_norm=True\), and train"
+    ):
+        convert(forms / "float", tmp_path / "out", rms_norm=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sizes_are_decimal() -> None:
     assert [conversion._bytes(size) for size in ("5GB", "1.5 mb", "200", 7, "3K")] == [5 * 10**9, 1500000, 200, 7, 3000]
 

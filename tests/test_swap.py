@@ -231,6 +231,18 @@ def test_options_of_an_earlier_call_stay() -> None:
         assert (spec.weights, spec.per_row) == (("binary", False) if name.endswith(".fc1") else ("ternary", True))
 
 
+def test_a_layer_of_coordinates_stays_float_unless_included() -> None:
+    def build() -> nn.Module:
+        return nn.ModuleDict({"place": nn.Linear(2, 8), "body": nn.Linear(8, 2)})
+
+    model = build()
+    assert reasons(bitnet.replace_linear(model)) == {"place": "takes 2 features, as of coordinates"}
+    assert low_bit(model) == {"body"}
+    model = build()
+    bitnet.replace_linear(model, include="place")
+    assert low_bit(model) == {"place"}
+
+
 # Layers that something else uses: never swapped, whatever the user wants
 
 

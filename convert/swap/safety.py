@@ -18,6 +18,8 @@ from .reads import find_reads, root_of
 # What PEFT's modules hold besides adapters.
 NOT_ADAPTERS = {"base_layer", "base_model", "model", "original_module", "modules_to_save"}
 
+COORDINATES = 3  # a code a feature would be a vector of few directions
+
 
 class Verdict(NamedTuple):
     """Why a layer should be kept; "" if there is no reason to."""
@@ -114,6 +116,8 @@ def _default_skip(model: nn.Module, inner: dict[str, Any], name: str, module: nn
             return "float32 whatever the model's dtype"
     if parts[-1] in ROUTERS:
         return "router"
+    if isinstance(module, nn.Linear) and module.in_features <= COORDINATES:
+        return f"takes {module.in_features} features, as of coordinates"
     if HEADS.intersection(parts):
         return "task head"
     for depth, part in enumerate(parts):
