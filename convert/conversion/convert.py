@@ -150,8 +150,8 @@ def _check_options(source: Source, calibrate: str | Path | None, swap: dict[str,
         raise ValueError(f"convert: {source.path} is low-bit already; {', '.join(unused)} is for float checkpoints")
     if source.plain and swap.get("rms_norm"):
         raise ValueError(
-            "convert: rms_norm=True adds norms, which a float checkpoint has no weights for and which have to be trained: "
-            "load the model, call bitnet.replace_linear(model, rms_norm=True), and train it"
+            "convert: rms_norm=True adds norms, which a float checkpoint has no weights for and which have to be "
+            "trained: load the model, call bitnet.replace_linear(model, rms_norm=True), and train it"
         )
     if mismatches := source.mismatches():
         more = f", and {len(mismatches) - 1} more like this" if len(mismatches) > 1 else ""

@@ -38,8 +38,8 @@ def replace_linear(
 
     model:   all of it, not an inner part such as model.model: a Hugging Face model's config, which the whole model
              shares, is written for the names inside what is passed
-    skip:    what to leave alone besides the defaults (output embeddings, task heads, routers, adapters, what transformers
-             keeps in float32, layers of two or three features in)
+    skip:    what to leave alone besides the defaults (output embeddings, task heads, routers, adapters, what
+             transformers keeps in float32, layers of up to three features in)
     include: swap only what matches; being named here overrides those defaults
     options: those of bitnet.QuantSpec: weights, per_row, group_size, activation_bits, rms_norm, hadamard, ...; with
              hadamard, weights are rotated (in place) so that the float model stays what it is, but for their rounding
@@ -51,9 +51,9 @@ def replace_linear(
     layer raises ValueError, since a misspelt name would otherwise quantize what was to be kept.
 
     Layers whose weight is used by other code too (tied to an embedding or by transformers to another layer, read by a
-    forward that does not call them, patched by tensor parallelism) are never swapped; nor are those that code which cannot be followed may use, unless
-    they are included. Everything kept is listed in the report with the reason. Layers that were swapped already keep
-    their options.
+    forward that does not call them, patched by tensor parallelism) are never swapped; nor are those that code which
+    cannot be followed may use, unless they are included. Everything kept is listed in the report with the reason.
+    Layers that were swapped already keep their options.
     """
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(f"replace_linear: model must be a torch.nn.Module, got {model!r:.80}")
