@@ -221,3 +221,18 @@ def test_eager_sequences_are_those_of_the_model() -> None:
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
     with pytest.raises(ValueError, match="a sequence holds 512"):
         eager.extend([(0, ids.repeat(20))])
+
+
+def test_a_model_without_a_limit_of_positions_has_none() -> None:
+    from transformers import Gemma3Config, XLNetConfig, XLNetLMHeadModel
+
+    from bitnet.decode.eager import EagerSequences
+    from bitnet.decode.sequences import positions
+
+    parts = {"text_config": {"max_position_embeddings": 123}}
+    assert positions(Gemma3Config(**parts)) == 123  # of the language model in it
+    config = XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    assert config.max_position_embeddings == -1
+    assert positions(config) is None
+    sequences = EagerSequences(XLNetLMHeadModel(config).eval(), 1)
+    assert sequences.extend([(0, torch.arange(9))]).shape == (1, 30)

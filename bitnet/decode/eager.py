@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .attach import CACHE
+from .sequences import positions
 
 
 class EagerSequences:
@@ -19,9 +20,8 @@ class EagerSequences:
     """
 
     def __init__(self, model: Any, slots: int = 8, context: int | None = None) -> None:
-        config = model.config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None) or 1 << 30
-        self._model, self.slots, self.vocabulary = model, slots, config.vocab_size
+        self._model, self.slots, self.vocabulary = model, slots, model.config.get_text_config().vocab_size
+        most = positions(model.config) or 1 << 30
         self.context = min(context or most, most)
         self._ids: list[list[int]] = [[] for _ in range(slots)]
         self._caches: list[Cache | None] = [None] * slots

@@ -1,7 +1,7 @@
 """What decodes: sequences of tokens in slots, which continuous batching extends together."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -27,3 +27,9 @@ class Sequences(Protocol):
 
         No slot comes twice. Raises ValueError for a sequence beyond `context`.
         """
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a model of a transformers config is made for; None without a limit, which XLNet calls -1."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found and found > 0 else None

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import tables
+from ..decode.sequences import positions
 from ..progress import Progress
 from ..train import texts
 from ..train.evaluate import score
@@ -59,7 +60,7 @@ def evaluate(
         runnable(path, device=place, backend=backend, adapter=beside)
         for path, beside in zip(paths, adapters, strict=True)
     ]
-    limits = [getattr(found.config, "max_position_embeddings", None) or LONGEST for found, _ in loaded]
+    limits = [positions(found.config) or LONGEST for found, _ in loaded]
     context = context or min(LONGEST, *limits)
     if context > min(limits):
         raise ValueError(f"--context {context} is more than the {min(limits)} positions of the model")

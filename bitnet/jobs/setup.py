@@ -14,6 +14,7 @@ from ..convert.checkpoint import CONFIG, load
 from ..convert.files.json_object import read_json
 from ..convert.folders import find_folder
 from ..convert.swap.replace import replace_linear
+from ..decode.sequences import positions
 from ..linear import BitLayer
 from ..progress import without_bars
 from ..train import texts
@@ -79,7 +80,7 @@ def build(options: TrainOptions, tokenizer: Any, console: Console) -> Any:
         assert options.architecture is not None
         model = new_model(options.architecture, tokenizer, options.context, options.embedding_std)
     check_causal(model)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions(model.config)
     if limit and options.context > limit:
         raise ValueError(f"--context {options.context} is more than the {limit} positions of the model")
     if options.weights != "float":

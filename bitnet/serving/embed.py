@@ -12,6 +12,7 @@ from ..convert.checkpoint import load
 from ..convert.folders import find_folder
 from ..convert.hub.sentences import MODULES, POOLINGS, read_sentences
 from ..convert.hub.tokenizers import load_tokenizer
+from ..decode.sequences import positions
 
 UNBOUNDED = 1 << 20  # what tokenizers say that know no greatest length is larger
 
@@ -59,7 +60,7 @@ class Encoder:
         self.model = load(directory, device=device, backend=backend).base_model
         self.pooling, self.normalize, self.found = pooling, normalize, found
         limits = [found.length if found else None, self.tokenizer.model_max_length]
-        limits.append(getattr(self.model.config, "max_position_embeddings", None))
+        limits.append(positions(self.model.config))
         self.length = min(limit for limit in (*limits, UNBOUNDED) if limit is not None)
 
     @torch.inference_mode()
