@@ -143,7 +143,8 @@ def compare(model: Any, file: Path, kind: str, ids: list[int]) -> None:
     equal = []
     for start in range(0, len(ids) - 3, 4):
         emulation = logits(same, part := ids[start : start + 4])
-        equal.append(np.abs(in_llama_cpp(part) - emulation).max() < SUMS * np.abs(emulation).max())
+        # for most tokens: where a float32 sum in another order flips a rounding, all tokens from there on differ
+        equal += list(np.abs(in_llama_cpp(part) - emulation).max(axis=1) < SUMS * np.abs(emulation).max())
     assert np.mean(equal) > 0.5, "llama.cpp computes something else"
     theirs, emulation, exact, ours = in_llama_cpp(ids), logits(same, ids), logits(plain, ids), logits(model, ids)
     their_noise, our_noise = rms(emulation - exact), rms(ours - exact)
