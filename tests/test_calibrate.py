@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -62,6 +64,12 @@ def opt() -> OPTForCausalLM:
 def neox_257() -> PreTrainedModel:
     options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(**options, vocab_size=257)))
+
+
+def mixtral() -> MixtralForCausalLM:
+    options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"num_key_value_heads": 2, "num_local_experts": 4}
+    return randomize(MixtralForCausalLM(MixtralConfig(**options, vocab_size=257)))
 
 
 def checkpoint(model: PreTrainedModel, path: Path) -> Path:
@@ -382,12 +390,13 @@ def damaged() -> PreTrainedModel:
     ("build", "message"),
     [
         (t5, "T5ForConditionalGeneration is not a decoder-only language model"),
-        (gpt2, "GPT2LMHeadModel cannot be run one by one .low-bit layers are in 0 lists"),
+        (gpt2, r"transformer.h.0.attn.c_attn is no nn.Linear .*; keep such layers float \(skip='c_attn'\)"),
+        (mixtral, r"layers.0.mlp.experts is no nn.Linear .*; keep such layers float \(skip='experts'\)"),
         (lambda: overflowing(1e38, "up_proj"), r"model.layers.1.mlp.up_proj: its outputs overflow float32"),
         (lambda: overflowing(1e15, "gate_proj", "up_proj"), r"layers.1.mlp.down_proj: its inputs are NaN or too large"),
         (damaged, r"model.layers.1.mlp.up_proj.weight holds NaN or Inf"),
     ],
-    ids=["t5", "gpt2", "outputs", "inputs", "nan"],
+    ids=["t5", "gpt2", "mixtral", "outputs", "inputs", "nan"],
 )
 def test_models_that_cannot_be_calibrated_are_refused(
     build: Callable[[], PreTrainedModel], message: str, text: Path, tmp_path: Path
@@ -395,6 +404,16 @@ def test_models_that_cannot_be_calibrated_are_refused(
     folder = checkpoint(build(), tmp_path / "float")
     with pytest.raises(ValueError, match=message):
         calibrate(FolderSource(folder), text, tmp_path / "store", **OPTIONS)
+
+
+def test_experts_may_stay_float_while_the_rest_is_calibrated(text: Path, tmp_path: Path) -> None:
+    """Files have them one by one, and the block that is in memory has them in stacks."""
+    folder = checkpoint(mixtral(), tmp_path / "float")
+    source = FolderSource(folder, skip="experts")
+    result = calibrate(source, text, tmp_path / "store", **OPTIONS)
+    assert {row.name.rpartition(".")[2] for row in result.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for row in result.layers:
+        assert row.calibrated >= row.plain, row.name
 
 
 def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -76,7 +76,6 @@ class BlockModel:
         self.source, self.device = source, device
         self.rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self.calls: list[Any] = []  # of each block: itself, positional and other arguments but for hidden states
-        self.stored = set(source.stored())
         self.stream = FLOAT
         self.watch: Callable[[ObservedLinear, Tensor], None] | None = None
         self.names: dict[nn.Module, str] = {}
@@ -121,7 +120,7 @@ class BlockModel:
                     value = rotated(value, module.spec, module.signs)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for leaf, buffer in module._buffers.items():
-            if buffer is not None and f"{name}.{leaf}" in self.stored:
+            if buffer is not None and self.source.parts(f"{name}.{leaf}"):
                 module._buffers[leaf] = self.read(f"{name}.{leaf}", buffer.shape).to(buffer.dtype)
         if isinstance(module, ObservedLinear) and PLAIN not in module.rounded:
             module.rounded[PLAIN] = rounded(module.weight.detach(), module.spec)
@@ -130,13 +129,10 @@ class BlockModel:
 
     def read(self, key: str, shape: torch.Size) -> Tensor:
         """A stored tensor in float32."""
-        if key not in self.stored:
+        if not self.source.parts(key):
             key = self.model.all_tied_weights_keys.get(key, key)
-        if key not in self.stored:
-            raise ValueError(
-                f"calibrate: {self.source.path} stores no tensor {key} (fused expert weights are not supported); "
-                "convert it without calibration"
-            )
+        if not self.source.parts(key):
+            raise ValueError(f"calibrate: {self.source.path} stores no tensor {key}; convert it without calibration")
         tensor = self.source.tensor(key)
         if tensor.shape != shape:
             raise ValueError(f"calibrate: {key} is {list(tensor.shape)}, but the model needs {list(shape)}")
@@ -186,7 +182,8 @@ class BlockModel:
             for ids in texts:
                 self._pass(ids, last=self.blocks[-1])
                 seen.append(self._calls)
-        except (RuntimeError, NotImplementedError) as error:  # some weight is used without calling its module
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            # a weight is used without calling its module, or the model wants more of a block than a call
             raise self.refusal(str(error)) from error
         self.unload()
         self.calls = seen[0]

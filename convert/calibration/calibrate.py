@@ -28,7 +28,9 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitnet import tables
+from bitnet.decode.sequences import positions
 from bitnet.kernels import layout, reference
+from bitnet.linear import BitLayer, BitLinear
 from bitnet.packed import PackedBitLinear
 from bitnet.progress import Progress
 from bitnet.train.texts import documents
@@ -187,7 +189,13 @@ def _check(source: Source, samples: int, length: int) -> None:
         raise ValueError(
             "calibrate: rms_norm=True adds norms, which change the model until it is trained; leave it out"
         )
-    limit = getattr(source.model.config, "max_position_embeddings", None) or length
+    modules = source.model.named_modules()
+    if other := [name for name, m in modules if isinstance(m, BitLayer) and not isinstance(m, BitLinear)]:
+        raise ValueError(
+            f"calibrate: {other[0]} is no nn.Linear (fused experts, or a Conv1D), and only those are calibrated; keep "
+            f"such layers float (skip={other[0].rpartition('.')[2]!r}), or convert without calibration"
+        )
+    limit = positions(source.model.config) or length
     if length > limit:
         raise ValueError(f"calibrate: length={length} is more than the {limit} positions of the model")
 
