@@ -34,6 +34,7 @@ from transformers import (
 import bitnet
 from bitnet import BitLinear, PackedBitLinear, QuantSpec, cli
 from bitnet.convert.calibration import gptq
+from bitnet.convert.calibration.blocks import BlockModel
 from bitnet.convert.calibration.calibrate import calibrate, calibrated, read_text
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.source import FolderSource
@@ -414,6 +415,13 @@ def test_experts_may_stay_float_while_the_rest_is_calibrated(text: Path, tmp_pat
     assert {row.name.rpartition(".")[2] for row in result.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for row in result.layers:
         assert row.calibrated >= row.plain, row.name
+
+
+def test_modules_without_values_are_left_alone(folder: Path) -> None:
+    """Some are of every model in the process, as OpenAI GPT's activations are."""
+    model = BlockModel(FolderSource(folder), torch.device("cpu")).model
+    assert not model.model.layers[0].mlp.act_fn._forward_pre_hooks
+    assert model.model.layers[0].mlp.up_proj._forward_pre_hooks
 
 
 def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -557,3 +557,19 @@ def test_a_strange_models_files_are_converted(tmp_path: Path) -> None:
     bitnet.replace_linear(model)
     bitnet.pack(model)
     assert torch.equal(logits(bitnet.load(tmp_path / "converted"), TEXT), logits(model, TEXT))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
+def test_a_model_says_that_it_is_quantized_as_it_will_once_loaded(packed: bool, tmp_path: Path) -> None:
+    """FalconMamba computes its time steps in another way then, which a float32 sum or an adapter shows."""
+    model = build("FalconMambaForCausalLM", MAMBA)
+    bitnet.replace_linear(model)
+    if packed:
+        bitnet.pack(model)
+    bitnet.save(model, tmp_path)
+    for found in (model, bitnet.load(tmp_path), copy.deepcopy(model)):
+        assert found.config._is_quantized
+        assert found.backbone.config._is_quantized
+    if packed:
+        bitnet.unpack(model)
+        assert not hasattr(model.config, "_is_quantized")

@@ -86,10 +86,14 @@ class BlockModel:
                 layer.signs = source.signs(name, layer.in_features, layer.spec)
         for name, module in self.model.named_modules():
             self.names[module] = name
-            module.register_forward_pre_hook(self._about_to_run)
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(device)
         self.blocks = self._blocks()
+        for (
+            module
+        ) in self.names:  # but for those without values, which may be of every model's: OpenAI GPT's activation
+            if module._parameters or module._buffers or module in self.blocks:
+                module.register_forward_pre_hook(self._about_to_run)
         inside = {module for block in self.blocks for module in block.modules()}
         self.outside = {module for module in self.names if isinstance(module, ObservedLinear) and module not in inside}
 

@@ -50,6 +50,11 @@ def _attach(model: PreTrainedModel, weight_bits: float) -> None:
             del model.config.quantization_config
     else:
         model.config.quantization_config = config
+    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        if config is None:
+            vars(part.config).pop("_is_quantized", None)
+        else:  # as when it is loaded: some models compute otherwise then (FalconMamba's time steps), by an ulp
+            part.config._is_quantized = True
     # Latent weights save as they are, and Trainer should treat their model like any other.
     model.is_quantized = packed
     model.hf_quantizer = BitNetQuantizer(config) if packed else None
