@@ -105,7 +105,8 @@ class BlockModel:
             if low_bit and not any(name.startswith(f"{other}.") for other in lists):
                 lists[name] = module
         if len(lists) != 1:
-            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not in one {' '.join(lists)}")
+            others = f": {', '.join(lists)}; skip= keeps the layers of all but one float" if lists else ""
+            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not in one{others}")
         return list(*lists.values())
 
     def _about_to_run(self, module: nn.Module, args: Any) -> None:
