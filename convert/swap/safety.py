@@ -116,12 +116,12 @@ def _default_skip(model: nn.Module, inner: dict[str, Any], name: str, module: nn
             return "float32 whatever the model's dtype"
     if parts[-1] in ROUTERS:
         return "router"
-    if isinstance(module, nn.Linear) and module.in_features <= COORDINATES:
-        return f"takes {module.in_features} features, as of coordinates"
     if HEADS.intersection(parts):
         return "task head"
     for depth, part in enumerate(parts):
         owner = type(model.get_submodule(".".join(parts[:depth])))
         if part.startswith("lora_") or (root_of(owner) == "peft" and part not in NOT_ADAPTERS):
             return "adapter"
+    if isinstance(module, nn.Linear) and module.in_features <= COORDINATES:
+        return f"takes {module.in_features} features, as of coordinates"
     return ""
