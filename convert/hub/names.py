@@ -46,8 +46,7 @@ def model_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         if not fits(name) and prefix != ".":
             bare = name.removeprefix(prefix)
             name = bare if bare != name and fits(bare) else f"{prefix}{name}" if fits(f"{prefix}{name}") else name
-        used = fits(name) or rename_source_key(name, [], converters)[1] is not None
-        if used or dropped is None or not dropped.search(name):
+        if dropped is None or fits(name) or not dropped.search(name) or rename_source_key(name, [], converters)[1]:
             names[key] = name
     if len({*names.values()}) < len(names):
         name, _ = Counter(names.values()).most_common(1)[0]
@@ -92,13 +91,13 @@ def merged(model: nn.Module, headers: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     if isinstance(model, PreTrainedModel):
         converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+        of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         for key in sorted(headers, key=dot_natural_key):  # expert 10 after expert 9
-            for converter in converters:
-                name, pattern = rename_source_key(key, [], [converter])
-                if pattern is not None:
-                    for target in converter.target_patterns:
-                        found.setdefault(name.replace(converter.target_patterns[0], target), []).append(key)
-                    break
+            name, pattern = rename_source_key(key, [], converters)
+            if pattern is not None:
+                first, *others = of[pattern].target_patterns
+                for target in (name, *(name.replace(first, other) for other in others)):
+                    found.setdefault(target, []).append(key)
     return found
 
 
