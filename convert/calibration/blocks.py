@@ -89,9 +89,8 @@ class BlockModel:
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(device)
         self.blocks = self._blocks()
-        for (
-            module
-        ) in self.names:  # but for those without values, which may be of every model's: OpenAI GPT's activation
+        # modules without values may be of every model in the process, as OpenAI GPT's activations are
+        for module in self.names:
             if module._parameters or module._buffers or module in self.blocks:
                 module.register_forward_pre_hook(self._about_to_run)
         inside = {module for block in self.blocks for module in block.modules()}

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..files.safetensors import TensorHeader
-from .names import merged
 
 
-def compare_merged(model: nn.Module, headers: dict[str, TensorHeader]) -> None:
+def compare_merged(model: nn.Module, headers: dict[str, TensorHeader], merged: dict[str, list[str]]) -> None:
     """Raise ValueError for a stack of experts that its stored parts, an expert each, do not make up, and for tensors
-    that are no parts of a stored one."""
-    state, found = model.state_dict(), merged(model, headers)
+    that are no parts of a stored one; merged: see names.py."""
+    state = model.state_dict()
     together: dict[tuple[str, ...], list[str]] = {}
-    for key, parts in found.items():
+    for key, parts in merged.items():
         together.setdefault((*parts,), []).append(key)
     for stored_keys, keys in together.items():
         stored = {key: headers[key] for key in stored_keys}

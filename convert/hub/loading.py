@@ -181,7 +181,7 @@ def compare_all(
         stored = {name: (header.dtype, header.shape) for name, header in named.items() if name not in made}
         if line := next(misfits(model, stored), None):
             raise ValueError(line)
-        compare_merged(model, named)
+        compare_merged(model, named, made)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 

@@ -61,7 +61,6 @@ def model_config(file: Path, config: dict[str, Any], tensors: int) -> Any:
 
 def model_class(config: Any, file: Path) -> type[PreTrainedModel]:
     """transformers' class for a config: the first of its architectures, or if it names none, a language model."""
-    autos = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
     if config.architectures:
         name = config.architectures[0]
         try:
@@ -69,16 +68,21 @@ def model_class(config: Any, file: Path) -> type[PreTrainedModel]:
         except Exception as error:  # a class whose module needs something that is not installed
             raise ValueError(f"{file}: transformers cannot import the model class {name!r} ({error})") from error
         if cls is None:  # a class of the user's, which is registered with transformers
-            registered = (auto._model_mapping.get(type(config), None) for auto in autos)
-            cls = next((found for found in registered if getattr(found, "__name__", "") == name), None)
+            cls = next((found for found in _classes(config) if found.__name__ == name), None)
         if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
             raise ValueError(f"{file}: transformers {transformers.__version__} has no model class {name!r}")
         return cls
-    for auto in autos:
+    if first := next(_classes(config), None):
+        return first
+    raise ValueError(f"{file}: transformers {transformers.__version__} has no model class for {type(config).__name__}")
+
+
+def _classes(config: Any) -> Iterator[type[PreTrainedModel]]:
+    """Those that transformers, or who registered them, gives a config: language models first."""
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel):
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
-    raise ValueError(f"{file}: transformers {transformers.__version__} has no model class for {type(config).__name__}")
+            yield from found if isinstance(found, tuple) else (found,)
 
 
 def skeleton(config: Any, file: Path, tensors: int) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,9 +68,14 @@ def forget_names(model: PreTrainedModel, names: Mapping[str, str]) -> None:
 
 def stored_name(model: PreTrainedModel, key: str) -> str:
     """The name that save_pretrained gives a tensor of the model: model_names the other way."""
-    transforms = get_model_conversion_mapping(model, add_legacy=False)[::-1]
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming) and not isinstance(t, PrefixChange)]
+    renamings = [t for t in _when_saving(model)[::-1] if isinstance(t, WeightRenaming)]
     return rename_source_key(key, [transform.reverse_transform() for transform in renamings], [])[0]
+
+
+def _when_saving(model: PreTrainedModel) -> list[Any]:
+    """The conversions that save_pretrained reverts of a model that no from_pretrained gave others."""
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return [transform for transform in found if not isinstance(transform, PrefixChange)]
 
 
 def keep_apart(model: PreTrainedModel, keys: Iterable[str]) -> None:
@@ -77,11 +83,9 @@ def keep_apart(model: PreTrainedModel, keys: Iterable[str]) -> None:
     bytes are not rows of floats, and each layer has scales of its own.
     """
     known = getattr(model, "_weight_conversions", None)
-    if known is None:  # as transformers does without any
-        known = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
-    joins = [t for t in known if isinstance(t, WeightConverter)]
-    touched = [t for t in joins if any(rename_source_key(key, [], [t.reverse_transform()])[1] for key in keys)]
-    if touched:
+    known = _when_saving(model) if known is None else known
+    joins = [(t, [t.reverse_transform()]) for t in known if isinstance(t, WeightConverter)]
+    if touched := [t for t, back in joins if any(rename_source_key(key, [], back)[1] for key in keys)]:
         model._weight_conversions = [t for t in known if t not in touched]
 
 

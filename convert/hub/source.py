@@ -145,7 +145,7 @@ class FolderSource(Source):
     def mismatches(self) -> list[str]:
         lines = super().mismatches()
         try:
-            compare_merged(self.model, self.headers)
+            compare_merged(self.model, self.headers, self.merged)
         except ValueError as error:
             lines.append(str(error))
         return lines
