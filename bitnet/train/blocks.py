@@ -69,7 +69,10 @@ def reconstruct(
     Embeddings, head and what else is outside the blocks stay as they are. Raises ValueError for models whose blocks
     cannot be run one by one: blocks with other arguments for other texts, or more than hidden states between them.
     """
-    name, own = decoder_blocks(student)
+    try:
+        name, own = decoder_blocks(student)
+    except ValueError as error:
+        raise ValueError(f"reconstruct: of {type(student).__name__}, {error}; or train it as a whole") from None
     theirs = teacher.get_submodule(name)
     assert isinstance(theirs, nn.ModuleList)
     if len(rows) % batch or not len(rows):
@@ -135,10 +138,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if low_bit and not any(name.startswith(f"{other}.") for other in lists):
             lists[name] = module
     if len(lists) != 1:
-        raise ValueError(
-            f"reconstruct: low-bit layers of {type(model).__name__} are in {len(lists)} lists of modules "
-            f"{' '.join(lists)}, not in one; train it as a whole"
-        )
+        others = f": {', '.join(lists)}; skip= keeps the layers of all but one float" if lists else ""
+        raise ValueError(f"low-bit layers are in {len(lists)} lists of modules, not in one{others}")
     return next(iter(lists.items()))
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitnet.kernels import quantizers
 from bitnet.linear import BitLinear, become
+from bitnet.train.blocks import decoder_blocks
 
 from ..rounding import Quantized, rotated, rounded
 from ..source import Source
@@ -88,25 +89,16 @@ class BlockModel:
             self.names[module] = name
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(device)
-        self.blocks = self._blocks()
+        try:
+            self.blocks = list(decoder_blocks(self.model)[1])
+        except ValueError as error:
+            raise self.refusal(str(error)) from None
         # modules without values may be of every model in the process, as OpenAI GPT's activations are
         for module in self.names:
             if module._parameters or module._buffers or module in self.blocks:
                 module.register_forward_pre_hook(self._about_to_run)
         inside = {module for block in self.blocks for module in block.modules()}
         self.outside = {module for module in self.names if isinstance(module, ObservedLinear) and module not in inside}
-
-    def _blocks(self) -> list[nn.Module]:
-        """The decoder blocks: the one outermost nn.ModuleList that holds low-bit layers."""
-        lists: dict[str, nn.ModuleList] = {}
-        for name, module in self.model.named_modules():
-            low_bit = isinstance(module, nn.ModuleList) and any(isinstance(m, ObservedLinear) for m in module.modules())
-            if low_bit and not any(name.startswith(f"{other}.") for other in lists):
-                lists[name] = module
-        if len(lists) != 1:
-            others = f": {', '.join(lists)}; skip= keeps the layers of all but one float" if lists else ""
-            raise self.refusal(f"low-bit layers are in {len(lists)} lists of modules, not in one{others}")
-        return list(*lists.values())
 
     def _about_to_run(self, module: nn.Module, args: Any) -> None:
         if not isinstance(module, _Passage):
