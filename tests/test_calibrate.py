@@ -15,9 +15,18 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from tiny import llama, randomize
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -27,8 +36,13 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 import bitnet
@@ -287,6 +301,82 @@ def test_scores_are_those_of_the_whole_model_as_it_is_served(
     assert str(result).count("\n") == len(rows) + 4
 
 
+ENCODER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER |= {"vocab_size": 260, "max_position_embeddings": 64}
+
+
+def bert() -> PreTrainedModel:
+    return randomize(BertModel(BertConfig(**ENCODER)))
+
+
+def classifier() -> PreTrainedModel:
+    return randomize(BertForSequenceClassification(BertConfig(**ENCODER)))
+
+
+def deberta() -> PreTrainedModel:
+    """Its encoder reads a table of relative positions without calling it."""
+    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
+    return randomize(DebertaV2Model(DebertaV2Config(**ENCODER, **options)))
+
+
+def qwen3_body() -> PreTrainedModel:
+    return randomize(Qwen3Model(Qwen3Config(**ENCODER, num_key_value_heads=2, head_dim=8)))
+
+
+def albert() -> PreTrainedModel:
+    """One block, called twice."""
+    return AlbertModel(AlbertConfig(**ENCODER, embedding_size=8))
+
+
+def closing_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, between [CLS] (257) and [SEP] (258)."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return tokenizer
+
+
+def test_encoders_see_stretches_between_their_special_tokens(text: Path) -> None:
+    plain, _ = read_text(text, build_tokenizer(), 4, 16, 0)
+    closed, held_out = read_text(text, closing_tokenizer(), 4, 18, 0, closed=True)
+    assert torch.equal(closed[:, 1:-1], plain)
+    assert bool((closed[:, 0] == 257).all() & (closed[:, -1] == 258).all())
+    assert held_out.shape == (1, 18)
+    opened, _ = read_text(text, closing_tokenizer(), 4, 17, 0)  # a model that writes goes on
+    assert torch.equal(opened, closed[:, :-1])
+
+
+@pytest.mark.parametrize("build", [bert, classifier, deberta, qwen3_body])
+def test_encoders_are_compared_with_the_float_model_as_they_are_served(
+    build: Callable[[], PreTrainedModel], text: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint(build(), tmp_path / "float")
+    closing_tokenizer().save_pretrained(folder)
+    result = calibrate(FolderSource(folder, per_row=True), text, tmp_path / "store", **OPTIONS)
+    assert (result.bits_per_byte, result.perplexity, result.tokens) == ({}, {}, 2 * 16)
+    _, held_out = read_text(text, closing_tokenizer(), OPTIONS["samples"], OPTIONS["length"], 0, closed=True)
+    teacher, student = (AutoModel.from_pretrained(folder) for _ in range(2))
+    bitnet.replace_linear(student, per_row=True)
+
+    @torch.no_grad()
+    def similarity() -> float:
+        outputs = [model.eval()(held_out).last_hidden_state for model in (teacher, student)]
+        return F.cosine_similarity(*outputs, dim=-1).mean().item()
+
+    assert result.similarity["float"] == pytest.approx(1)
+    assert result.similarity["plain"] == pytest.approx(similarity(), rel=1e-5)
+    body = type(student).base_model_prefix if build is classifier else ""
+    for name, codes in calibrated(tmp_path / "store").items():
+        layer = student.get_submodule(name.removeprefix(f"{body}."))
+        assert isinstance(layer, BitLinear)
+        ternary, scale = codes()
+        PackedBitLinear.from_bit_linear(layer, layout.pack_ternary(ternary), scale)
+    assert result.similarity["calibrated"] == pytest.approx(similarity(), rel=1e-5)
+    assert result.similarity["calibrated"] > result.similarity["plain"]
+    assert "calibrated  0.9" in str(result)
+
+
 def contents(store: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in store.iterdir()}
 
@@ -370,6 +460,9 @@ def t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=257))
 
 
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+
+
 def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=257))
 
@@ -390,14 +483,16 @@ def damaged() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (t5, "T5ForConditionalGeneration is not a decoder-only language model"),
+        (t5, "T5ForConditionalGeneration does not read one text alone"),
+        (lambda: ViTModel(ViTConfig(**VISION)), "ViTModel does not read one text alone"),
+        (albert, "AlbertModel cannot be run one by one .they are not called one after the other"),
         (gpt2, r"transformer.h.0.attn.c_attn is no nn.Linear .*; keep such layers float \(skip='c_attn'\)"),
         (mixtral, r"layers.0.mlp.experts is no nn.Linear .*; keep such layers float \(skip='experts'\)"),
         (lambda: overflowing(1e38, "up_proj"), r"model.layers.1.mlp.up_proj: its outputs overflow float32"),
         (lambda: overflowing(1e15, "gate_proj", "up_proj"), r"layers.1.mlp.down_proj: its inputs are NaN or too large"),
         (damaged, r"model.layers.1.mlp.up_proj.weight holds NaN or Inf"),
     ],
-    ids=["t5", "gpt2", "mixtral", "outputs", "inputs", "nan"],
+    ids=["t5", "vit", "albert", "gpt2", "mixtral", "outputs", "inputs", "nan"],
 )
 def test_models_that_cannot_be_calibrated_are_refused(
     build: Callable[[], PreTrainedModel], message: str, text: Path, tmp_path: Path
@@ -442,6 +537,8 @@ def test_inputs_that_make_no_sense_are_refused(folder: Path, text: Path, tmp_pat
     )
     refuse("samples must be at least 1", source, samples=0)
     refuse("length=4096 is more than the 2048 positions", source, length=4096)
+    with pytest.raises(ValueError, match="length=2 leaves no room for text"):
+        read_text(text, closing_tokenizer(), 4, 2, 0, closed=True)
     refuse("rms_norm=True adds norms", FolderSource(folder, rms_norm=True))
     refuse("is low-bit already", FolderSource(low_bit(folder, tmp_path)))
 

@@ -70,7 +70,7 @@ def reconstruct(
     cannot be run one by one: blocks with other arguments for other texts, or more than hidden states between them.
     """
     try:
-        name, own = decoder_blocks(student)
+        name, own = low_bit_blocks(student)
     except ValueError as error:
         raise ValueError(f"reconstruct: of {type(student).__name__}, {error}; or train it as a whole") from None
     theirs = teacher.get_submodule(name)
@@ -130,7 +130,7 @@ def reconstruct(
     return reports
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def low_bit_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The one outermost nn.ModuleList that holds low-bit layers, and its name; raises ValueError if it is not one."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():

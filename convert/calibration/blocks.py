@@ -1,6 +1,6 @@
 """A model that runs block by block, out of a Source, with the rest of it on the meta device.
 
-What the model does before, between and after its decoder blocks is learned by running it with the blocks replaced; the
+What the model does before, between and after its blocks is learned by running it with the blocks replaced; the
 blocks then run alone, called as the model called them.
 
 Three versions run side by side, the streams: with float weights; with plain rounding; and with calibrated
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bitnet.kernels import quantizers
 from bitnet.linear import BitLinear, become
-from bitnet.train.blocks import decoder_blocks
+from bitnet.train.blocks import low_bit_blocks
 
 from ..rounding import Quantized, rotated, rounded
 from ..source import Source
@@ -53,12 +53,16 @@ class ObservedLinear(BitLinear):
 
 
 class _Passage(nn.Module):
-    """What a decoder block is turned into to learn how the model calls it, or to have its output replaced."""
+    """What a block is turned into to learn how the model calls it, or to have its output replaced."""
 
     pass_on: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.pass_on(self, args, kwargs)
+
+
+def _tables(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if isinstance(child, nn.Embedding)]
 
 
 class BlockModel:
@@ -74,6 +78,8 @@ class BlockModel:
             del config.quantization_config
         with init_empty_weights(include_buffers=False):  # tables such as rotary frequencies get their values
             self.model = type(source.model)._from_config(config, dtype=torch.float32).eval()
+        # what is run: of a model that writes all of it, else what is below its task's head
+        self.body = self.model if self.model.can_generate() else self.model.base_model
         self.source, self.device = source, device
         self.rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self.calls: list[Any] = []  # of each block: itself, positional and other arguments but for hidden states
@@ -88,22 +94,23 @@ class BlockModel:
         for name, module in self.model.named_modules():
             self.names[module] = name
             for leaf, buffer in module._buffers.items():
-                module._buffers[leaf] = None if buffer is None else buffer.to(device)
+                if buffer is not None and not buffer.is_meta:  # those made of weights are meta, and stored
+                    module._buffers[leaf] = buffer.to(device)
         try:
-            self.blocks = list(decoder_blocks(self.model)[1])
+            self.blocks = list(low_bit_blocks(self.model)[1])
         except ValueError as error:
             raise self.refusal(str(error)) from None
         # modules without values may be of every model in the process, as OpenAI GPT's activations are
         for module in self.names:
-            if module._parameters or module._buffers or module in self.blocks:
+            if module._parameters or module._buffers or _tables(module) or module in self.blocks:
                 module.register_forward_pre_hook(self._about_to_run)
         inside = {module for block in self.blocks for module in block.modules()}
         self.outside = {module for module in self.names if isinstance(module, ObservedLinear) and module not in inside}
 
     def _about_to_run(self, module: nn.Module, args: Any) -> None:
         if not isinstance(module, _Passage):
-            # a block whole, since some modules use the weights of others without calling them
-            for part in module.modules() if module in self.blocks else (module,):
+            # a block whole, and tables, since some modules use the weights of others without calling them
+            for part in module.modules() if module in self.blocks else (module, *_tables(module)):
                 self.load(part)
 
     def load(self, module: nn.Module) -> None:
@@ -116,7 +123,7 @@ class BlockModel:
                     value = rotated(value, module.spec, module.signs)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for leaf, buffer in module._buffers.items():
-            if buffer is not None and self.source.parts(f"{name}.{leaf}"):
+            if buffer is not None and (buffer.is_meta or self.source.parts(f"{name}.{leaf}")):
                 module._buffers[leaf] = self.read(f"{name}.{leaf}", buffer.shape).to(buffer.dtype)
         if isinstance(module, ObservedLinear) and PLAIN not in module.rounded:
             module.rounded[PLAIN] = rounded(module.weight.detach(), module.spec)
@@ -149,12 +156,14 @@ class BlockModel:
     def embed(self, ids: Tensor, stream: str) -> Tensor:
         """What enters the first block: [1, tokens, hidden], for ids [tokens]."""
         self.stream = stream
-        return self._pass(ids, last=self.blocks[0]).cpu()
+        hidden: Tensor = self._pass(ids, enter=True)
+        return hidden.cpu()
 
-    def logits(self, ids: Tensor, hidden: Tensor, stream: str) -> Tensor:
-        """What the model makes of the last block's output: [1, tokens, vocabulary]."""
+    def output(self, ids: Tensor, hidden: Tensor, stream: str) -> Tensor:
+        """What the model makes of the last block's output: logits, or the last hidden states of one without a head."""
         self.stream = stream
-        return self._pass(ids, feed=hidden.to(self.device)).logits
+        output: Tensor = self._pass(ids, feed=hidden.to(self.device))[0]
+        return output
 
     def block(self, index: int, hidden: Tensor, stream: str) -> Tensor:
         """A block's output for one text, called as the model calls it."""
@@ -175,10 +184,11 @@ class BlockModel:
             hidden = self.embed(texts[0], FLOAT)
             self.calls = self._calls
             self.block(0, hidden, FLOAT)  # for the form of what blocks return
+            self.unload()
             for ids in texts:
-                self._pass(ids, last=self.blocks[-1])
+                self._pass(ids)
                 seen.append(self._calls)
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
+        except (RuntimeError, NotImplementedError, AttributeError, IndexError) as error:
             # a weight is used without calling its module, or the model wants more of a block than a call
             raise self.refusal(str(error)) from error
         self.unload()
@@ -197,8 +207,9 @@ class BlockModel:
             "convert it without calibration"
         )
 
-    def _pass(self, ids: Tensor, last: nn.Module | None = None, feed: Tensor | None = None) -> Any:
-        """Run the model around its blocks, which pass their input on, or `feed`; up to the block `last`'s input."""
+    def _pass(self, ids: Tensor, feed: Tensor | None = None, enter: bool = False) -> Any:
+        """Run the model around its blocks, which pass their input on, or `feed`; with `enter` up to what the first
+        block is given, which is returned."""
         self._calls: list[Any] = []
         classes = [type(block) for block in self.blocks]
 
@@ -208,7 +219,7 @@ class BlockModel:
                 raise self.refusal("they do not take hidden states first")
             hidden = args[0] if args else kwargs.pop("hidden_states")
             self._calls.append((block, args[1:] if args else None, kwargs))
-            if block is last:
+            if enter:
                 raise _Stop(hidden)
             hidden = hidden if feed is None else feed
             return hidden if self.rest is None else (hidden, *self.rest)
@@ -216,7 +227,7 @@ class BlockModel:
         for block in self.blocks:
             become(block, _Passage).pass_on = pass_on
         try:
-            return self.model(input_ids=ids[None].to(self.device), use_cache=False)
+            return self.body(input_ids=ids[None].to(self.device), use_cache=False)
         except _Stop as stop:
             return stop.args[0]
         finally:

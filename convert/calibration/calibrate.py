@@ -1,6 +1,6 @@
 """Low-bit rounding of a trained checkpoint, calibrated on text: block by block, with the model never whole in memory.
 
-Each decoder block is loaded alone, its low-bit layers are rounded so that their outputs on the text change least
+Each block is loaded alone, its low-bit layers are rounded so that their outputs on the text change least
 (gptq.py has the arithmetic), and its outputs become the inputs of the next block. Within a block, layers are rounded in
 the order in which they run, those that share an input together, so that each makes up for the errors before it.
 
@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitnet import tables
 from bitnet.decode.sequences import positions
@@ -63,13 +62,17 @@ class Calibration:
     """What a calibration achieved; print it for a table.
 
     layers:                                in the order of the model
-    bits_per_byte, perplexity (per token): of held-out text, by stream: "float", "plain", "calibrated"
+    bits_per_byte, perplexity (per token): of held-out text, by stream: "float", "plain", "calibrated"; empty for models
+                                           that do not write
+    similarity:                            mean cosine similarity of a token's last hidden states to the float model's
+                                           instead; empty for models that write
     tokens:                                how many were scored for them
     """
 
     layers: list[LayerReport]
     bits_per_byte: dict[str, float]
     perplexity: dict[str, float]
+    similarity: dict[str, float]
     tokens: int
 
     def __str__(self) -> str:
@@ -77,8 +80,9 @@ class Calibration:
         lines += [(row.name, _decibels(row.plain), _decibels(row.calibrated), row.reason) for row in self.layers]
         scores = [
             f"{name:10} {self.bits_per_byte[name]:7.3f} bits per byte, perplexity {self.perplexity[name]:,.2f}"
-            for name in STREAMS
+            for name in self.perplexity
         ]
+        scores += [f"{name:10} {cosine:7.4f} cosine similarity to float" for name, cosine in self.similarity.items()]
         return "\n".join([tables.text(lines, right=(1, 2)), f"{self.tokens:,} held-out tokens:", *scores])
 
 
@@ -100,10 +104,10 @@ def calibrate(
 ) -> Calibration:
     """Round the low-bit layers of a float checkpoint, calibrated on a text; results go to `store`.
 
-    source:   a float checkpoint; its layers' options (weights, per_row, activation_bits, ...) decide what is computed
+    source:   a float checkpoint of a model that reads one text, a sentence encoder, say; its layers' options (weights, per_row, activation_bits, ...) decide what is computed
     text:     of (samples + samples / 4) * length tokens or more, in a file that train.texts.documents reads; stretches
               are drawn from all of it
-    store:    a directory for one file per decoder block, which `calibrated` reads
+    store:    a directory for one file per block, which `calibrated` reads
     samples:  stretches to calibrate on; a quarter as many others are held out for the scores
     length:   of a stretch in tokens, at most what the model was trained on
     seed:     of the draw; one seed, device and number of threads give the same bytes
@@ -111,7 +115,7 @@ def calibrate(
     console:  where the progress goes; default nowhere
 
     Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, on the CPU; and on
-    `device` either the embedding or the head in float32, or one block (6 a weight) with the arithmetic of one of its
+    `device` either the embedding and the head in float32, or one block (6 a weight) with the arithmetic of one of its
     layers [N, K], about 40 K^2 + 40 N K.
 
     Raises ValueError for models whose blocks cannot be run one by one, for text that is too short or not UTF-8, for
@@ -120,7 +124,8 @@ def calibrate(
     device, store, text = torch.device(device), Path(store), Path(text)
     _check(source, samples, length)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    texts, held_out = read_text(text, tokenizer, samples, length, seed)
+    writes = source.model.can_generate()
+    texts, held_out = read_text(text, tokenizer, samples, length, seed, closed=not writes)
     reports: list[LayerReport] = []
     with torch.no_grad():
         model = BlockModel(source, device)
@@ -149,16 +154,13 @@ def calibrate(
         reports += [
             LayerReport(model.names[layer], math.nan, math.nan, "outside the blocks") for layer in model.outside
         ]
-        losses = {}
-        for stream, hidden in unseen.items():
-            logits = (model.logits(ids, hidden[i : i + 1], stream)[0, :-1] for i, ids in enumerate(held_out))
-            pairs = zip(logits, held_out[:, 1:].to(device), strict=True)
-            losses[stream] = sum(F.cross_entropy(y.float(), ids, reduction="sum").item() for y, ids in pairs)
-        model.unload()
+        if not writes:
+            return Calibration(reports, {}, {}, _similarity(model, held_out, unseen), held_out.numel())
+        losses = _losses(model, held_out, unseen)
     size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in held_out)
     tokens = held_out[:, 1:].numel()
     bits = {stream: loss / size / math.log(2) for stream, loss in losses.items()}
-    return Calibration(reports, bits, {stream: math.exp(loss / tokens) for stream, loss in losses.items()}, tokens)
+    return Calibration(reports, bits, {stream: math.exp(loss / tokens) for stream, loss in losses.items()}, {}, tokens)
 
 
 def calibrated(store: str | Path) -> dict[str, Callable[[], Quantized]]:
@@ -181,8 +183,8 @@ def _check(source: Source, samples: int, length: int) -> None:
     layers = source.layers()
     if samples < 1 or length < 2:
         raise ValueError(f"calibrate: samples must be at least 1 and length at least 2, got {samples} and {length}")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or source.model.config.is_encoder_decoder:
-        raise ValueError(f"calibrate: {kind} is not a decoder-only language model; convert it without calibration")
+    if source.model.main_input_name != "input_ids" or source.model.config.is_encoder_decoder:
+        raise ValueError(f"calibrate: {kind} does not read one text alone; convert it without calibration")
     if any(isinstance(layer, PackedBitLinear) for layer in layers.values()) or getattr(source, "settings", None):
         raise ValueError(f"calibrate: {source.path} is low-bit already; start from a float checkpoint")
     if any(layer.spec.rms_norm for layer in layers.values()):
@@ -200,12 +202,20 @@ def _check(source: Source, samples: int, length: int) -> None:
         raise ValueError(f"calibrate: length={length} is more than the {limit} positions of the model")
 
 
-def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Stretches of a text as ids, [samples, length] to calibrate on and ceil(samples / 4) others."""
+def read_text(
+    file: Path, tokenizer: Any, samples: int, length: int, seed: int, closed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Stretches of a text as ids, [samples, length] to calibrate on and ceil(samples / 4) others.
+
+    Each has the special tokens before it that the tokenizer puts there, which models never miss; and if `closed`, as
+    encoders know texts, those behind it.
+    """
     texts = [text for text, _ in documents([file])]
-    start = tokenizer("").input_ids[:1]
-    start = start if start and start[0] == tokenizer.bos_token_id else []  # models with such a token never miss it
-    own = length - len(start)
+    start, close = _special_tokens(tokenizer)
+    close = close if closed else []
+    own = length - len(start) - len(close)
+    if own < 1:
+        raise ValueError(f"calibrate: length={length} leaves no room for text between special tokens; make it larger")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     # between documents the end-of-text token
@@ -219,8 +229,39 @@ def read_text(file: Path, tokenizer: Any, samples: int, length: int, seed: int) 
         )
     stretches = ids[: count * own].view(count, own)
     chosen = stretches[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]]
-    chosen = torch.cat([torch.tensor(start, dtype=torch.long).expand(wanted, -1), chosen], dim=1)
+    ends = [torch.tensor(some, dtype=torch.long).expand(wanted, -1) for some in (start, close)]
+    chosen = torch.cat([ends[0], chosen, ends[1]], dim=1)
     return chosen[:samples], chosen[samples:]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before a text, and behind it."""
+    marks = tokenizer("a", return_special_tokens_mask=True)
+    pairs = list(zip(marks.input_ids, marks.special_tokens_mask, strict=True))
+    start, close = ([token for token, _ in itertools.takewhile(lambda p: p[1], some)] for some in (pairs, pairs[::-1]))
+    return start, close[::-1]
+
+
+def _losses(model: BlockModel, held_out: Tensor, unseen: dict[str, Tensor]) -> dict[str, float]:
+    """The sum of -ln p of all tokens but the first, by stream, from what the last block gives."""
+    losses = {}
+    for stream, hidden in unseen.items():
+        logits = (model.output(ids, hidden[i : i + 1], stream)[0, :-1] for i, ids in enumerate(held_out))
+        pairs = zip(logits, held_out[:, 1:].to(model.device), strict=True)
+        losses[stream] = sum(F.cross_entropy(y.float(), ids, reduction="sum").item() for y, ids in pairs)
+    model.unload()
+    return losses
+
+
+def _similarity(model: BlockModel, held_out: Tensor, unseen: dict[str, Tensor]) -> dict[str, float]:
+    """The mean cosine similarity of a token's last hidden states to the float model's, by stream."""
+    sums = dict.fromkeys(STREAMS, 0.0)
+    for i, ids in enumerate(held_out):
+        outputs = {stream: model.output(ids, hidden[i : i + 1], stream).float() for stream, hidden in unseen.items()}
+        for stream, output in outputs.items():
+            sums[stream] += F.cosine_similarity(output, outputs[FLOAT], dim=-1).mean().item()
+    model.unload()
+    return {stream: total / len(held_out) for stream, total in sums.items()}
 
 
 def _fingerprint(source: Source, texts: Tensor, held_out: Tensor, device: torch.device) -> str:
