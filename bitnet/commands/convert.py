@@ -102,7 +102,8 @@ def add(commands: Any) -> None:
         "of a float model, rounding that is calibrated on text",
         "Instead of taking each weight to the nearest code, choose codes block by block so that the\noutputs on TEXT "
         "change least; prints each layer's signal-to-noise ratio and the perplexity\non held-out parts of TEXT, both "
-        "ways. With --to latent, the weights become a start for\ntraining.",
+        "ways (of encoders, how alike the last hidden states are to\nfloat's). With --to latent, the weights become a "
+        "start for training.",
     )
     calibrate.add_argument(
         "--calibrate",
