@@ -130,37 +130,36 @@ def gptq(w: Tensor, u: Tensor, scale: Tensor, binary: bool = False) -> Tensor:
 
     scale: from columns()
     """
-    w, codes, scale = w.clone(), torch.empty_like(w), scale.expand_as(w)
-    for start in range(0, w.shape[1], BLOCK):
-        end = min(start + BLOCK, w.shape[1])
-        part, corner = w[:, start:end], u[start:end, start:end]
+    w, scale = w.T.clone(memory_format=torch.contiguous_format), scale.expand_as(w).T.contiguous()
+    codes = torch.empty_like(w)
+    for start in range(0, len(w), BLOCK):  # what is a column of w is a row here, and contiguous
+        end = min(start + BLOCK, len(w))
+        part, corner = w[start:end], u[start:end, start:end]
         moved = torch.empty_like(part)
-        for j in range(end - start):
-            own = scale[:, start + j]
-            code = nearest(part[:, j] / own, binary)
-            error = (part[:, j] - code * own) / corner[j, j]
-            part[:, j:] -= error[:, None] * corner[j, j:]
-            codes[:, start + j], moved[:, j] = code, error
-        w[:, end:] -= moved @ u[start:end, end:]
-    return codes
+        for j, own in enumerate(scale[start:end]):
+            code = nearest(part[j] / own, binary)
+            error = (part[j] - code * own) / corner[j, j]
+            part[j:].addr_(corner[j, j:], error, alpha=-1)
+            codes[start + j], moved[j] = code, error
+        w[end:] -= u[start:end, end:].T @ moved
+    return codes.T.contiguous()
 
 
 def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, binary: bool = False) -> Tensor:
     """New codes: each column's in turn the best ones, given those of all others; scale: from columns()."""
-    codes, scale = codes.clone(), scale.expand_as(w)
-    slope = (w - codes * scale) @ h  # of the error along each column, negative and halved
-    for start in range(0, w.shape[1], BLOCK):
-        end = min(start + BLOCK, w.shape[1])
-        part, corner = slope[:, start:end].clone(), h[start:end, start:end]
+    slope = h @ (w - codes * scale).T  # of the error along each column, negative and halved
+    codes, scale = codes.T.clone(memory_format=torch.contiguous_format), scale.expand_as(w).T.contiguous()
+    for start in range(0, len(codes), BLOCK):  # what is a column of w is a row here, and contiguous
+        end = min(start + BLOCK, len(codes))
+        part, corner = slope[start:end].clone(), h[start:end, start:end]
         change = torch.empty_like(part)
-        for j in range(end - start):
-            old, own = codes[:, start + j], scale[:, start + j]
-            new = nearest(old + part[:, j] / (corner[j, j] * own), binary)
-            change[:, j] = (new - old) * own
-            part -= change[:, j, None] * corner[j]
-            codes[:, start + j] = new
-        slope -= change @ h[start:end]
-    return codes
+        for j, own in enumerate(scale[start:end]):
+            old = codes[start + j].clone()
+            codes[start + j] = nearest(old + part[j] / (corner[j, j] * own), binary)
+            torch.mul(codes[start + j] - old, own, out=change[j])
+            part.addr_(corner[j], change[j], alpha=-1)
+        slope -= h[:, start:end] @ change
+    return codes.T.contiguous()
 
 
 def refit(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
