@@ -54,6 +54,7 @@ from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.rounding import latent_weight
 from bitnet.kernels import layout, reference
+from bitnet.kernels.cpu.choose import can_choose, choose
 from bitnet.packing import quantize_matrix
 from bitnet.train.data import build_tokenizer
 
@@ -189,12 +190,26 @@ def test_scales_of_groups_are_the_best_for_their_codes() -> None:
     group_of = torch.randperm(100) // 32
     codes = w.sign()
     scale = torch.ones(5, 4)
+    slope = (w - codes * gptq.columns(scale, group_of)) @ h
     for _ in range(60):  # one after the other, until none can become better
-        scale = gptq.refit_groups(w, h, codes, scale, group_of)
+        scale = gptq.refit_groups(h, codes, scale, group_of, slope)
+    torch.testing.assert_close(slope, (w - codes * gptq.columns(scale, group_of)) @ h, rtol=1e-4, atol=1e-2)
     for row in range(5):
         parts = torch.stack([codes[row] * (group_of == g) for g in range(4)]).double()
         best = torch.linalg.solve(parts @ h.double() @ parts.T, parts @ h.double() @ w[row].double())
         torch.testing.assert_close(scale[row].double(), best, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows", [5, 1], ids=["row", "tensor"])
+def test_a_refitted_scale_is_the_best_for_its_codes_and_moves_the_slope(rows: int) -> None:
+    w, x, _ = layer(5, 60, 300)
+    h, codes, scale = x.T @ x, w.sign(), torch.full((rows,), 0.3)
+    slope = (w - codes * scale[:, None]) @ h
+    scale = gptq.refit(w, w @ h, codes, scale, slope)
+    torch.testing.assert_close(slope, (w - codes * scale[:, None]) @ h, rtol=1e-3, atol=1e-4 * float(h.abs().max()))
+    best = torch.stack([(w @ h * codes).sum(1), (codes @ h * codes).sum(1)])
+    best = best if rows > 1 else best.sum(1, keepdim=True)
+    torch.testing.assert_close(scale, best[0] / best[1], rtol=1e-4, atol=0)
 
 
 def test_columns_and_layers_without_input_are_rounded_by_their_weights() -> None:
@@ -221,7 +236,12 @@ def test_the_first_scale_is_the_best_for_its_codes(per_row: bool) -> None:
     torch.testing.assert_close(scale, best.nan_to_num(reference.EPS))
 
 
-def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
+NATIVE = pytest.param(True, marks=pytest.mark.skipif(not can_choose(torch.device("cpu")), reason="no native library"))
+
+
+@pytest.mark.parametrize("native", [NATIVE, False], ids=["native", "torch"])
+def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "can_choose", lambda device: native)
     w, x, _ = layer(6, 150, 300)  # more columns than are propagated at once
     h = x.T @ x
     h.diagonal().add_(0.01 * h.diagonal().mean())
@@ -242,7 +262,52 @@ def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent() -> None:
             e = w.double().numpy() - slow * s[:, None]
             tried.append(((e @ exact) * e).sum(1))
         slow[:, j] = np.argmin(tried, axis=0) - 1
-    assert np.array_equal(gptq.sweep(w, h, codes, gptq.columns(scale, None)).numpy(), slow)
+    columns = gptq.columns(scale, None)
+    slope = (w - codes * columns) @ h
+    gptq.sweep(h, codes, columns, slope)
+    assert np.array_equal(codes.numpy(), slow)
+    torch.testing.assert_close(slope, (w - codes * columns) @ h, rtol=1e-4, atol=1e-4 * float(h.abs().max()))
+
+
+@pytest.mark.skipif(not can_choose(torch.device("cpu")), reason="no native library")
+@pytest.mark.parametrize("binary", [False, True], ids=["ternary", "binary"])
+@pytest.mark.parametrize("by", ["row", "column", "tensor"])
+@pytest.mark.parametrize(("n", "j"), [(1, 1), (3, 5), (70, 128), (257, 40)])
+def test_native_codes_of_a_block_are_the_definitions(
+    n: int, j: int, by: str, binary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few integers and powers of two, so that no operation rounds and any order of them gives the same."""
+    generator = torch.Generator().manual_seed(n + j)
+
+    def integers(low: int, *shape: int) -> Tensor:
+        return torch.randint(low, 4, shape, generator=generator).float()
+
+    corner = (integers(-3, j, j) * (torch.rand(j, j, generator=generator) < 1 / 64)).fill_diagonal_(1)
+    scale = {"row": 2.0 ** integers(-2, n, 1), "column": 2.0 ** integers(-2, n, j), "tensor": torch.full((1, 1), 0.5)}[
+        by
+    ]
+    whole, before = integers(-3, n, j + 7), integers(-1, n, j + 3).clamp(max=1)
+    results: dict[tuple[bool, Any], tuple[Tensor, ...]] = {}
+    for native in (True, False):
+        monkeypatch.setattr(gptq, "can_choose", lambda device, native=native: native)
+        for step in (gptq.feed, gptq.descend):
+            codes = before.clone()
+            moved = step(whole.clone()[:, 4 : j + 4], corner, scale.expand(n, j), codes[:, 1 : j + 1], binary)
+            assert torch.equal(codes[:, [0, -2, -1]], before[:, [0, -2, -1]])
+            results[native, step] = codes, moved
+    for step in (gptq.feed, gptq.descend):
+        for ours, wanted in zip(results[True, step], results[False, step], strict=True):
+            assert torch.equal(ours, wanted)
+
+
+def test_what_is_no_block_of_columns_is_refused() -> None:
+    part, corner, scale = torch.zeros(4, 6), torch.eye(6), torch.ones(4, 6)
+    with pytest.raises(ValueError, match="shapes must fit"):
+        choose(part, torch.eye(5), scale, torch.zeros(4, 6), False, False)
+    with pytest.raises(ValueError, match="contiguous"):
+        choose(torch.zeros(6, 4).T, corner, scale, torch.zeros(4, 6), False, False)
+    with pytest.raises(ValueError, match="float32"):
+        choose(part, corner, scale.double(), torch.zeros(4, 6), False, False)
 
 
 def test_documents_of_a_jsonl_file_follow_each_other_behind_the_end_of_text_token(text: Path, tmp_path: Path) -> None:

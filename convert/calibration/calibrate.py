@@ -106,7 +106,8 @@ def calibrate(
 ) -> Calibration:
     """Round the low-bit layers of a float checkpoint, calibrated on a text; results go to `store`.
 
-    source:   a float checkpoint of a model that reads one text, a sentence encoder, say; its layers' options (weights, per_row, activation_bits, ...) decide what is computed
+    source:   a float checkpoint of a model that reads one text, a sentence encoder, say; its layers' options (weights,
+              per_row, activation_bits, ...) decide what is computed
     text:     of (samples + samples / 4) * length tokens or more, in a file that train.texts.documents reads; stretches
               are drawn from all of it
     store:    a directory for one file per block, which `calibrated` reads

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import reference
+from bitnet.kernels.cpu.choose import can_choose, choose
 from bitnet.quantize import QuantSpec
 
 DAMPING = 0.1  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
@@ -57,16 +58,24 @@ def round_matrix(weight: Tensor, h: Tensor, c: Tensor, spec: QuantSpec) -> tuple
         sizes, masses = (reference.grouped(t[:, back], group_size) for t in (target, d))
         scale = first_scale(sizes.flatten(0, 1), masses.flatten(0, 1), True, binary).view(sizes.shape[:2])
     codes = gptq(target, u, columns(scale, group_of), binary)
+    slope, total = (target - codes * columns(scale, group_of)) @ h, target @ h
+
+    def refitted() -> Tensor:
+        if group_of is None:
+            return refit(target, total, codes, scale, slope)
+        return refit_groups(h, codes, scale, group_of, slope)
+
     for _ in range(SWEEPS):
-        scale = refit(target, h, codes, scale) if group_of is None else refit_groups(target, h, codes, scale, group_of)
-        before, codes = codes, sweep(target, h, codes, columns(scale, group_of), binary)
+        scale, before = refitted(), codes.clone()
+        sweep(h, codes, columns(scale, group_of), slope, binary)
         if torch.equal(codes, before):
             break
+    scale = refitted()
     if group_of is None:
-        scale = 1 / (1 / refit(target, h, codes, scale))  # as 1 / inv, like trained scales: Hub files store inv
+        scale = 1 / (1 / scale)  # as 1 / inv, like trained scales: Hub files store inv
     else:  # codes have the last word, because scales are stored as float16
-        scale = refit_groups(target, h, codes, scale, group_of).clamp(min=reference.EPS).half()
-        codes = sweep(target, h, codes, columns(scale, group_of), binary)
+        scale = scale.clamp(min=reference.EPS).half()
+        sweep(h, codes, columns(scale, group_of), (target - codes * columns(scale, group_of)) @ h, binary)
     if binary and spec.centered:
         turn_one(target, h, codes, columns(scale, group_of), group_of, per_row)
 
@@ -115,8 +124,10 @@ def first_scale(w: Tensor, d: Tensor, per_row: bool, binary: bool = False) -> Te
     scale = reference.EPS + size.mean(dims, keepdim=True)
     for _ in range(1 if binary else 20):  # codes for the scale (1 above half of it, or all), scale for the codes
         used = d.expand_as(size) if binary else (size > scale / 2) * d
-        scale = (used * size).sum(dims, keepdim=True) / used.sum(dims, keepdim=True)
+        before, scale = scale, (used * size).sum(dims, keepdim=True) / used.sum(dims, keepdim=True)
         scale = scale.nan_to_num(0).clamp(min=reference.EPS)
+        if torch.equal(scale, before):
+            break
     return scale.reshape(-1)
 
 
@@ -130,51 +141,78 @@ def gptq(w: Tensor, u: Tensor, scale: Tensor, binary: bool = False) -> Tensor:
 
     scale: from columns()
     """
-    w, scale = w.T.clone(memory_format=torch.contiguous_format), scale.expand_as(w).T.contiguous()
-    codes = torch.empty_like(w)
-    for start in range(0, len(w), BLOCK):  # what is a column of w is a row here, and contiguous
-        end = min(start + BLOCK, len(w))
-        part, corner = w[start:end], u[start:end, start:end]
-        moved = torch.empty_like(part)
-        for j, own in enumerate(scale[start:end]):
-            code = nearest(part[j] / own, binary)
-            error = (part[j] - code * own) / corner[j, j]
-            part[j:].addr_(corner[j, j:], error, alpha=-1)
-            codes[start + j], moved[j] = code, error
-        w[end:] -= u[start:end, end:].T @ moved
-    return codes.T.contiguous()
+    w, codes, scale = w.clone(), torch.empty_like(w), scale.expand_as(w)
+    for start in range(0, w.shape[1], BLOCK):
+        own = slice(start, start + BLOCK)
+        moved = feed(w[:, own], u[own, own], scale[:, own], codes[:, own], binary)
+        w[:, own.stop :].addmm_(moved, u[own, own.stop :], alpha=-1)
+    return codes
 
 
-def sweep(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, binary: bool = False) -> Tensor:
-    """New codes: each column's in turn the best ones, given those of all others; scale: from columns()."""
-    slope = h @ (w - codes * scale).T  # of the error along each column, negative and halved
-    codes, scale = codes.T.clone(memory_format=torch.contiguous_format), scale.expand_as(w).T.contiguous()
-    for start in range(0, len(codes), BLOCK):  # what is a column of w is a row here, and contiguous
-        end = min(start + BLOCK, len(codes))
-        part, corner = slope[start:end].clone(), h[start:end, start:end]
-        change = torch.empty_like(part)
-        for j, own in enumerate(scale[start:end]):
-            old = codes[start + j].clone()
-            codes[start + j] = nearest(old + part[j] / (corner[j, j] * own), binary)
-            torch.mul(codes[start + j] - old, own, out=change[j])
-            part.addr_(corner[j], change[j], alpha=-1)
-        slope -= h[:, start:end] @ change
-    return codes.T.contiguous()
+def sweep(h: Tensor, codes: Tensor, scale: Tensor, slope: Tensor, binary: bool = False) -> None:
+    """Each column's codes in turn become the best ones, given those of all others; scale: from columns().
+
+    slope: (w - codes * scale) h [N, K], of the error along each column, negative and halved; it changes with the codes
+    """
+    scale = scale.expand_as(codes)
+    for start in range(0, codes.shape[1], BLOCK):
+        own = slice(start, start + BLOCK)
+        changed = descend(slope[:, own].clone(), h[own, own], scale[:, own], codes[:, own], binary)
+        slope.addmm_(changed, h[own], alpha=-1)
 
 
-def refit(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The scale that fits codes best, of each row or all; where there is none that is positive, the one given."""
-    product = codes @ h
+def feed(part: Tensor, corner: Tensor, scale: Tensor, codes: Tensor, binary: bool) -> Tensor:
+    """gptq within a block of J columns, whose codes it fills in: part [N, J], which it spoils, corner [J, J] of u.
+
+    returns: the errors [N, J] that later blocks are to make up for
+    """
+    if can_choose(part.device):
+        return choose(part, corner, scale, codes, binary, descend=False)
+    part = part.T.contiguous()
+    moved = torch.empty_like(part)
+    for j, own in enumerate(scale.T):
+        codes[:, j] = nearest(part[j] / own, binary)
+        moved[j] = (part[j] - codes[:, j] * own) / corner[j, j]
+        part[j:].addr_(corner[j, j:], moved[j], alpha=-1)
+    return moved.T
+
+
+def descend(part: Tensor, corner: Tensor, scale: Tensor, codes: Tensor, binary: bool) -> Tensor:
+    """sweep within a block of J columns, whose codes it replaces: part [N, J] of the slope, which it spoils, corner [J,
+    J] of h.
+
+    returns: by how much the weights [N, J] changed
+    """
+    if can_choose(part.device):
+        return choose(part, corner, scale, codes, binary, descend=True)
+    part = part.T.contiguous()
+    changed = torch.empty_like(part)
+    for j, own in enumerate(scale.T):
+        old = codes[:, j].clone()
+        codes[:, j] = nearest(old + part[j] / (corner[j, j] * own), binary)
+        changed[j] = (codes[:, j] - old) * own
+        part.addr_(corner[j], changed[j], alpha=-1)
+    return changed.T
+
+
+def refit(w: Tensor, total: Tensor, codes: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
+    """The scale that fits codes best, of each row or all; where there is none that is positive, the one given.
+
+    total: w h; slope: as in sweep, it changes with the scale
+    """
+    product = (total - slope) / scale[:, None]  # codes h
     above, below = (w * product).sum(1, dtype=torch.float64), (codes * product).sum(1, dtype=torch.float64)
     if len(scale) != len(w):
         above, below = above.sum(0, keepdim=True), below.sum(0, keepdim=True)
-    return torch.where((above > 0) & (below > 0), above / below, scale.double()).float()
+    scale = torch.where((above > 0) & (below > 0), above / below, scale.double()).float()
+    torch.sub(total, product.mul_(scale[:, None]), out=slope)
+    return scale
 
 
-def refit_groups(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, group_of: Tensor) -> Tensor:
-    """Scales [N, G]: each group's in turn the best one, given those of all others, if it is positive."""
+def refit_groups(h: Tensor, codes: Tensor, scale: Tensor, group_of: Tensor, slope: Tensor) -> Tensor:
+    """Scales [N, G]: each group's in turn the best one, given those of all others, if it is positive; slope: as in
+    sweep, it changes with them."""
     scale = scale.float().clone()
-    slope = (w - codes * columns(scale, group_of)) @ h
     for group in range(scale.shape[1]):
         own = (group_of == group).nonzero()[:, 0]
         part = codes[:, own]
@@ -182,7 +220,7 @@ def refit_groups(w: Tensor, h: Tensor, codes: Tensor, scale: Tensor, group_of: T
         step = (part * slope[:, own]).sum(1, dtype=torch.float64) / below
         step = torch.where((below > 0) & (scale[:, group] + step > 0), step, 0.0).float()
         scale[:, group] += step
-        slope -= (step[:, None] * part) @ h[own]
+        slope.addmm_(step[:, None] * part, h[own], alpha=-1)
     return scale
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 17  # bitnet_abi() of a library built from these sources
+_ABI = 18  # bitnet_abi() of a library built from these sources
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}
@@ -123,6 +123,7 @@ def load() -> ctypes.CDLL | str:
     library.bitnet_ternary_codes.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32, int32)
     library.bitnet_pack_ternary.argtypes = (pointer, int32, int64, int64, pointer, int32, pointer, int32, int32)
     library.bitnet_magnitudes.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)
+    library.bitnet_choose.argtypes = (pointer, int32)
     library.bitnet_read.argtypes, library.bitnet_read.restype = (pointer, int64, int32), int64
     return library
 

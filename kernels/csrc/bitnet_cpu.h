@@ -122,6 +122,19 @@ struct Attention {
   int32_t isa;          // index into bitnet_isa(kTwoBits)
 };
 
+// A block of `count` columns of n rows, whose codes are chosen one after the other: by what is wanted (part), the error of
+// each moved to those after it, or with `descend` by the slope of the error (part), given the codes before.
+struct Columns {
+  float* part;          // [n, count], rows part_stride apart; spoilt
+  const float* corner;  // [count, count]
+  const float* scale;   // [n, count], scale_row and scale_column apart
+  float* codes;         // [n, count], rows codes_stride apart
+  float* moved;         // [n, count]: the errors to be moved on, or the changes
+  int64_t n, count, part_stride, scale_row, scale_column, codes_stride;
+  int32_t descend, binary;
+  int32_t isa;          // index into bitnet_isa(kTwoBits)
+};
+
 // Changes whenever anything in this file does, so that a stale build is noticed.
 BITNET_EXPORT int32_t bitnet_abi();
 
@@ -182,6 +195,8 @@ BITNET_EXPORT int32_t bitnet_pack_ternary(const void* w, int32_t type, int64_t n
 // sums [n] = the sum of |w| over each row of a contiguous latent weight [n, k]: not finite if the row is not.
 BITNET_EXPORT int32_t bitnet_magnitudes(const void* w, int32_t type, int64_t n, int64_t k, double* sums,
                                         int32_t isa, int32_t threads);
+
+BITNET_EXPORT int32_t bitnet_choose(const Columns* columns, int32_t threads);
 
 // Reads bytes once and returns a checksum: the yardstick that benchmarks hold kernels against. Used for nothing else.
 BITNET_EXPORT int64_t bitnet_read(const void* data, int64_t bytes, int32_t threads);

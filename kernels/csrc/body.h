@@ -23,6 +23,7 @@
 // Those of form F have transpose(w, rows) in place of unpack: the 32-bit lanes of a step's rows, of which
 // field<j>(w, packed) is a field.
 #pragma once
+#include "choose.h"
 #include "finish.h"
 #include "hadamard.h"
 #include "quantize.h"
@@ -477,7 +478,7 @@ constexpr Isa make_isa(const char* name, bool (*supported)()) {
   void (*make_tables)(const int8_t*, int64_t, int, int8_t*) = nullptr;
   if constexpr (kTables<I>) make_tables = I::make_tables;
   return {name, supported, I::kForm, I::kMaxTokens, I::kFewTokens, I::kStoredPanels, I::kTableLimbs, quantize, sum_groups, split,
-          hadamard, ternary_codes, pack_ternary, magnitude, make_tables, gemv<I>, gemm<I>, between<I>()};
+          hadamard, ternary_codes, pack_ternary, magnitude, choose, make_tables, gemv<I>, gemm<I>, between<I>()};
 }
 
 }  // namespace

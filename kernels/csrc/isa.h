@@ -135,6 +135,9 @@ struct Isa {
   // Sum of the magnitudes of one row of k latent weights; Inf or NaN if one of them is.
   double (*magnitude)(const void* w, int32_t type, int64_t k);
 
+  // Codes of rows [first, last) of a block of columns.
+  void (*choose)(const Columns& columns, int64_t first, int64_t last);
+
   // Tables of `count` codes of a limb, those of a step `limbs` of these apart; null where there are none.
   void (*make_tables)(const int8_t* codes, int64_t count, int limbs, int8_t* tables);
 

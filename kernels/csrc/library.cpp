@@ -21,7 +21,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 17; }
+BITNET_EXPORT int32_t bitnet_abi() { return 18; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -211,6 +211,16 @@ BITNET_EXPORT int32_t bitnet_magnitudes(const void* w, int32_t type, int64_t n, 
     for (int64_t row = share(n, thread, count); row < share(n, thread + 1, count); ++row)
       sums[row] = target->magnitude(static_cast<const char*>(w) + row * k * element_size(type), type, k);
   });
+  return kOk;
+}
+
+BITNET_EXPORT int32_t bitnet_choose(const Columns* columns, int32_t threads) {
+  const Columns& c = *columns;
+  const Isa* target = find_isa(kTwoBits, c.isa);
+  if (!target) return kBadIsa;
+  if (c.n < 0 || c.count < 0) return kBadShape;
+  if (c.n * c.count * c.count < int64_t(1) << 18) threads = 1;
+  parallel(threads, [&](int thread, int count) { target->choose(c, share(c.n, thread, count), share(c.n, thread + 1, count)); });
   return kOk;
 }
 

@@ -280,6 +280,38 @@ void check_hadamard(int64_t m, int64_t block, int64_t blocks) {
     }
 }
 
+// Codes of a block of columns, between others, against plain loops; scales of rows or of groups.
+void check_choose(int64_t n, int64_t count, bool descend, bool binary) {
+  const int64_t stride = count + 3;
+  const auto floats = [](int64_t size) {
+    std::vector<float> values(size);
+    for (auto& v : values) v = float(int(draw(2001)) - 1000) / 700;
+    return values;
+  };
+  auto corner = floats(count * count), scale = floats(n * count);
+  for (int64_t j = 0; j < count; ++j) corner[j * count + j] = 4;
+  for (auto& v : scale) v = v * v + 0.1f;
+  const auto part = floats(n * stride), codes = floats(n * stride);
+  auto left = part, expected_codes = codes, expected = floats(n * count);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t j = 0; j < count; ++j) {
+      const float own = scale[row * count + j], at = left[row * stride + j], old = codes[row * stride + j];
+      const float v = descend ? old + at / (4 * own) : at / own;
+      const float code = binary ? (v > 0 ? 1 : -1) : v > 0.5f ? 1 : v < -0.5f ? -1 : 0;
+      const float by = descend ? (code - old) * own : (at - code * own) / 4;
+      expected_codes[row * stride + j] = code, expected[row * count + j] = by;
+      for (int64_t i = j; i < count; ++i) left[row * stride + i] -= corner[j * count + i] * by;
+    }
+  for (const auto& target : targets())
+    for (int threads = 1; threads <= 2 && target.form == kTwoBits; ++threads) {
+      auto spoilt = part, found = codes, moved = floats(n * count);
+      const Columns columns{spoilt.data(), corner.data(), scale.data(), found.data(), moved.data(), n, count, stride, count, 1,
+                            stride, descend, binary, target.index};
+      const auto status = bitnet_choose(&columns, threads);
+      require(!status && same(moved, expected) && same(found, expected_codes), "codes of columns", target.isa, n, count, descend);
+    }
+}
+
 // Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens.
 void check_step(int cache_type, int gate, int64_t group_size, bool other, bool by_head) {
   constexpr int64_t kHidden = 40, kHeads = 6, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
@@ -394,6 +426,9 @@ int main() {
   for (int i = 0; i < 50; ++i) check_quantizers(near[draw(19)], near[draw(19)]);
   check_quantizers(700, 530);
   for (int64_t block = 2; block <= 8192; block *= 2) check_hadamard(1 + draw(3), block, 1 + draw(3));
+  for (int64_t count : {1, 5, 64, 128})
+    for (int which = 0; which < 4; ++which) check_choose(1 + draw(70), count, which & 1, which & 2);
+  check_choose(300, 128, true, false);  // in two threads
   check(300, 40, 20, 0);
   check(1, 1000, 1100, 0);
   check(9, 500, 600, 0);
