@@ -31,7 +31,7 @@ parser.add_argument("--model", type=Path, help="a float encoder, a folder of sen
 parser.add_argument("--data", type=Path, nargs="+", help="text files, with --model")
 parser.add_argument("--steps", type=int, default=60, help="of BATCH sentences (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=16, help="sentences; many small steps learn most")
-parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: %(default)s)")
+parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default: %(default)s)")
 parser.add_argument("--bf16", action="store_true", help="autocast, on CPUs with such instructions and on GPUs")
 parser.add_argument("--out", type=Path, default=Path("embedding-1.58"), help="where the packed model goes")
 args = parser.parse_args()
@@ -90,10 +90,10 @@ with tempfile.TemporaryDirectory() as folder:
     teacher.save_pretrained(source)
     tokenizer.save_pretrained(source)
     seen.write_text("\n".join(sentences), encoding="utf-8")
-    options: Any = {"calibrate": seen, "samples": 64, "length": LENGTH}
-    bitnet.convert_checkpoint(source, latent, "latent", per_row=True, console=Console(), **options)
+    options: Any = {"calibrate": seen, "samples": 128, "length": LENGTH, "console": Console()}
+    bitnet.convert_checkpoint(source, latent, "latent", group_size=128, hadamard=64, **options)
     student = AutoModel.from_pretrained(latent, dtype=torch.float32)
-    bitnet.replace_linear(rounded := AutoModel.from_pretrained(source), per_row=True)
+    bitnet.replace_linear(rounded := AutoModel.from_pretrained(source), group_size=128, hadamard=64)
 scores = {"rounded": spearman(rounded), "calibrated": spearman(student)}
 
 # 3. It learns the float model's hidden states, every layer's of every token, fully quantized from the first step.

@@ -192,7 +192,7 @@ def test_scales_of_groups_are_the_best_for_their_codes() -> None:
     scale = torch.ones(5, 4)
     slope = (w - codes * gptq.columns(scale, group_of)) @ h
     for _ in range(60):  # one after the other, until none can become better
-        scale = gptq.refit_groups(h, codes, scale, group_of, slope)
+        scale = gptq.refit_groups(h, group_of, codes, scale, slope)
     torch.testing.assert_close(slope, (w - codes * gptq.columns(scale, group_of)) @ h, rtol=1e-4, atol=1e-2)
     for row in range(5):
         parts = torch.stack([codes[row] * (group_of == g) for g in range(4)]).double()

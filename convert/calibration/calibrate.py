@@ -119,7 +119,7 @@ def calibrate(
 
     Memory, in bytes: 4 * length * hidden size * 2.75 * samples for the hidden states of all streams, on the CPU; and on
     `device` either the embedding and the head in float32, or one block (6 a weight) with the arithmetic of one of its
-    layers [N, K], about 40 K^2 + 40 N K.
+    layers [N, K], about 40 K^2 + 48 N K.
 
     Raises ValueError for models whose blocks cannot be run one by one, for text that is too short or not UTF-8, for
     NaN, and for a store that belongs to other inputs.

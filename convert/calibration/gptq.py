@@ -14,6 +14,8 @@ best one given all others (coordinate descent, QuantEase, arXiv 2309.01885), wit
 squares: neither step can make the sum larger.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -58,19 +60,14 @@ def round_matrix(weight: Tensor, h: Tensor, c: Tensor, spec: QuantSpec) -> tuple
         sizes, masses = (reference.grouped(t[:, back], group_size) for t in (target, d))
         scale = first_scale(sizes.flatten(0, 1), masses.flatten(0, 1), True, binary).view(sizes.shape[:2])
     codes = gptq(target, u, columns(scale, group_of), binary)
-    slope, total = (target - codes * columns(scale, group_of)) @ h, target @ h
-
-    def refitted() -> Tensor:
-        if group_of is None:
-            return refit(target, total, codes, scale, slope)
-        return refit_groups(h, codes, scale, group_of, slope)
-
+    slope = (target - codes * columns(scale, group_of)) @ h
+    best = partial(refit, target, target @ h) if group_of is None else partial(refit_groups, h, group_of)
     for _ in range(SWEEPS):
-        scale, before = refitted(), codes.clone()
+        scale, before = best(codes, scale, slope), codes.clone()
         sweep(h, codes, columns(scale, group_of), slope, binary)
         if torch.equal(codes, before):
             break
-    scale = refitted()
+    scale = best(codes, scale, slope)
     if group_of is None:
         scale = 1 / (1 / scale)  # as 1 / inv, like trained scales: Hub files store inv
     else:  # codes have the last word, because scales are stored as float16
@@ -209,7 +206,7 @@ def refit(w: Tensor, total: Tensor, codes: Tensor, scale: Tensor, slope: Tensor)
     return scale
 
 
-def refit_groups(h: Tensor, codes: Tensor, scale: Tensor, group_of: Tensor, slope: Tensor) -> Tensor:
+def refit_groups(h: Tensor, group_of: Tensor, codes: Tensor, scale: Tensor, slope: Tensor) -> Tensor:
     """Scales [N, G]: each group's in turn the best one, given those of all others, if it is positive; slope: as in
     sweep, it changes with them."""
     scale = scale.float().clone()
