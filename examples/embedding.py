@@ -90,8 +90,8 @@ with tempfile.TemporaryDirectory() as folder:
     teacher.save_pretrained(source)
     tokenizer.save_pretrained(source)
     seen.write_text("\n".join(sentences), encoding="utf-8")
-    options: Any = {"calibrate": seen, "samples": 128, "length": LENGTH, "console": Console()}
-    bitnet.convert_checkpoint(source, latent, "latent", group_size=128, hadamard=64, **options)
+    options: Any = {"calibrate": seen, "samples": min(128, len(sentences) // 10), "length": LENGTH}
+    bitnet.convert_checkpoint(source, latent, "latent", group_size=128, hadamard=64, console=Console(), **options)
     student = AutoModel.from_pretrained(latent, dtype=torch.float32)
     bitnet.replace_linear(rounded := AutoModel.from_pretrained(source), group_size=128, hadamard=64)
 scores = {"rounded": spearman(rounded), "calibrated": spearman(student)}

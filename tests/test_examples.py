@@ -64,10 +64,10 @@ def test_finetune_takes_back_what_rounding_loses(monkeypatch, capsys) -> None:  
 
 
 def test_an_encoder_is_served_as_it_was_trained(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    printed = run("embedding.py", "--steps", "40", monkeypatch=monkeypatch, capsys=capsys)
+    printed = run("embedding.py", "--steps", "40", "--lr", "1e-3", monkeypatch=monkeypatch, capsys=capsys)
     scores = dict(re.findall(r"(rounded|calibrated|trained|as served) ([\d.]+)", printed))
     assert scores["as served"] == scores["trained"]
-    assert float(scores["rounded"]) < float(scores["calibrated"]) < float(scores["trained"])
+    assert float(scores["trained"]) > 0.1 + max(float(scores["rounded"]), float(scores["calibrated"]))
     assert bitnet.Encoder("embedding-1.58", pooling="mean")(["one", "two"]).shape == (2, 64)
 
 
