@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,15 +23,19 @@ from transformers import (
     AlbertModel,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPVisionConfig,
     DebertaV2Config,
     DebertaV2Model,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -364,6 +369,21 @@ def test_scores_are_those_of_the_whole_model_as_it_is_served(
     assert len(codes) == len(rows) - (2 if isinstance(model, OPTForCausalLM) else 0)  # project_in and project_out
     assert result.perplexity["calibrated"] == pytest.approx(perplexity(model, held_out), rel=1e-4)
     assert str(result).count("\n") == len(rows) + 4
+
+
+def test_what_writes_behind_a_vision_tower_is_calibrated_if_the_tower_stays_float(text: Path, tmp_path: Path) -> None:
+    tower = CLIPVisionConfig(**VISION | {"num_hidden_layers": 2}, patch_size=4)
+    config = LlavaConfig(text_config=llama(vocab_size=257).config, vision_config=tower, image_token_index=256)
+    folder = checkpoint(randomize(LlavaForConditionalGeneration(config)), tmp_path / "float")
+    with pytest.raises(ValueError, match=r"skip='.*vision_tower.*' keeps the layers of the first float") as refused:
+        calibrate(FolderSource(folder), text, tmp_path / "store", **OPTIONS)
+    options: dict[str, Any] = {"per_row": True, "skip": re.findall(r"skip='(.*?)'", str(refused.value))}
+    result = calibrate(FolderSource(folder, **options), text, tmp_path / "store", **OPTIONS)
+    _, held_out = read_text(text, build_tokenizer(), OPTIONS["samples"], OPTIONS["length"], 0)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert result.perplexity["float"] == pytest.approx(perplexity(model, held_out), rel=1e-5)
+    bitnet.replace_linear(model, **options)
+    assert result.perplexity["plain"] == pytest.approx(perplexity(model, held_out), rel=1e-4)
 
 
 ENCODER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}

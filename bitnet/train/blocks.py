@@ -138,7 +138,8 @@ def low_bit_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if low_bit and not any(name.startswith(f"{other}.") for other in lists):
             lists[name] = module
     if len(lists) != 1:
-        others = f": {', '.join(lists)}; skip= keeps the layers of all but one float" if lists else ""
+        names = list(lists)
+        others = f": {', '.join(names)}; skip='{names[0]}.*' keeps the layers of the first float" if names else ""
         raise ValueError(f"low-bit layers are in {len(lists)} lists of modules, not in one{others}")
     return next(iter(lists.items()))
 
