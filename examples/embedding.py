@@ -3,9 +3,8 @@
 Run:  python examples/embedding.py             (seconds: a small encoder of random weights stands in for a real one)
       python examples/embedding.py --model DIR --data text.txt ... --steps 1500      (an encoder and text of yours)
 
-No labels are needed: a sentence and what the float model makes of it is all there is to learn. The last lines say how
-alike the rankings of sentence pairs are, float against plainly rounded, calibrated, and trained: Spearman's correlation
-of their cosine similarities, on sentences that were held out. Then `bitnet serve OUT` answers /v1/embeddings.
+No labels are needed. The last lines say how alike the float model's ranking of held-out sentence pairs and others' are:
+Spearman's correlation of their cosine similarities. Then `bitnet serve OUT` answers /v1/embeddings.
 """
 
 import argparse
@@ -49,8 +48,8 @@ else:
     text = bytes(corpus()[0][:200_000].clamp(max=255).tolist()).decode("latin-1")
 found = dict.fromkeys(" ".join(s.split()) for s in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text))
 sentences = [s for s in found if 20 <= len(s) <= 300]
-unseen = sentences[:: max(2, len(sentences) // HELD_OUT)][:HELD_OUT]
-sentences = [s for s in sentences if s not in set(unseen)]
+held_out = set(unseen := sentences[:: max(2, len(sentences) // HELD_OUT)][:HELD_OUT])
+sentences = [s for s in sentences if s not in held_out]
 print(f"{len(sentences):,} sentences to train on, {len(unseen)} held out")
 
 
@@ -80,11 +79,12 @@ def similarities(model: nn.Module) -> Tensor:
 
 
 def spearman(model: nn.Module) -> float:
-    ranks = [similarities(some).argsort().argsort().double() for some in (model, teacher)]
+    ranks = [pairs.argsort().argsort().double() for pairs in (similarities(model), wanted)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 # 2. Its copy has low-bit layers, with codes chosen so that their outputs on the text change least.
+wanted = similarities(teacher)
 with tempfile.TemporaryDirectory() as folder:
     source, latent, seen = (Path(folder, name) for name in ("float", "latent", "text.txt"))
     teacher.save_pretrained(source)

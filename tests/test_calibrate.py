@@ -59,7 +59,8 @@ from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.source import FolderSource
 from bitnet.convert.rounding import latent_weight
 from bitnet.kernels import layout, reference
-from bitnet.kernels.cpu.choose import can_choose, choose
+from bitnet.kernels.cpu.choose import choose
+from bitnet.kernels.quantizers import on_native
 from bitnet.packing import quantize_matrix
 from bitnet.train.data import build_tokenizer
 
@@ -241,12 +242,12 @@ def test_the_first_scale_is_the_best_for_its_codes(per_row: bool) -> None:
     torch.testing.assert_close(scale, best.nan_to_num(reference.EPS))
 
 
-NATIVE = pytest.param(True, marks=pytest.mark.skipif(not can_choose(torch.device("cpu")), reason="no native library"))
+NATIVE = pytest.param(True, marks=pytest.mark.skipif(not on_native(torch.zeros(1)), reason="no native library"))
 
 
 @pytest.mark.parametrize("native", [NATIVE, False], ids=["native", "torch"])
 def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "can_choose", lambda device: native)
+    monkeypatch.setattr(gptq, "on_native", lambda part: native)
     w, x, _ = layer(6, 150, 300)  # more columns than are propagated at once
     h = x.T @ x
     h.diagonal().add_(0.01 * h.diagonal().mean())
@@ -274,7 +275,7 @@ def test_codes_equal_those_of_a_slow_gptq_and_a_slow_descent(native: bool, monke
     torch.testing.assert_close(slope, (w - codes * columns) @ h, rtol=1e-4, atol=1e-4 * float(h.abs().max()))
 
 
-@pytest.mark.skipif(not can_choose(torch.device("cpu")), reason="no native library")
+@pytest.mark.skipif(not on_native(torch.zeros(1)), reason="no native library")
 @pytest.mark.parametrize("binary", [False, True], ids=["ternary", "binary"])
 @pytest.mark.parametrize("by", ["row", "column", "tensor"])
 @pytest.mark.parametrize(("n", "j"), [(1, 1), (3, 5), (70, 128), (257, 40)])
@@ -294,7 +295,7 @@ def test_native_codes_of_a_block_are_the_definitions(
     whole, before = integers(-3, n, j + 7), integers(-1, n, j + 3).clamp(max=1)
     results: dict[tuple[bool, Any], tuple[Tensor, ...]] = {}
     for native in (True, False):
-        monkeypatch.setattr(gptq, "can_choose", lambda device, native=native: native)
+        monkeypatch.setattr(gptq, "on_native", lambda part, native=native: native)
         for step in (gptq.feed, gptq.descend):
             codes = before.clone()
             moved = step(whole.clone()[:, 4 : j + 4], corner, scale.expand(n, j), codes[:, 1 : j + 1], binary)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import reference
-from bitnet.kernels.cpu.choose import can_choose, choose
+from bitnet.kernels.cpu.choose import choose
+from bitnet.kernels.quantizers import on_native
 from bitnet.quantize import QuantSpec
 
 DAMPING = 0.1  # of the mean of the diagonal of Y^T Y; columns without any input are rounded to W itself by it
@@ -163,7 +164,7 @@ def feed(part: Tensor, corner: Tensor, scale: Tensor, codes: Tensor, binary: boo
 
     returns: the errors [N, J] that later blocks are to make up for
     """
-    if can_choose(part.device):
+    if on_native(part):
         return choose(part, corner, scale, codes, binary, descend=False)
     part = part.T.contiguous()
     moved = torch.empty_like(part)
@@ -180,7 +181,7 @@ def descend(part: Tensor, corner: Tensor, scale: Tensor, codes: Tensor, binary: 
 
     returns: by how much the weights [N, J] changed
     """
-    if can_choose(part.device):
+    if on_native(part):
         return choose(part, corner, scale, codes, binary, descend=True)
     part = part.T.contiguous()
     changed = torch.empty_like(part)

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import check, isa_index, load, native
+from .library import check, isa_index, native
 
 
 class _Columns(ctypes.Structure):  # as in csrc/bitnet_cpu.h
@@ -17,10 +17,6 @@ class _Columns(ctypes.Structure):  # as in csrc/bitnet_cpu.h
         ),
         *((name, ctypes.c_int32) for name in ("descend", "binary", "isa")),
     )
-
-
-def can_choose(device: torch.device) -> bool:
-    return device.type == "cpu" and not isinstance(load(), str)
 
 
 def choose(part: Tensor, corner: Tensor, scale: Tensor, codes: Tensor, binary: bool, descend: bool) -> Tensor:

@@ -280,14 +280,15 @@ void check_hadamard(int64_t m, int64_t block, int64_t blocks) {
     }
 }
 
+std::vector<float> floats(int64_t count) {
+  std::vector<float> values(count);
+  for (auto& v : values) v = float(int(draw(2001)) - 1000) / 700;
+  return values;
+}
+
 // Codes of a block of columns, between others, against plain loops; scales of rows or of groups.
 void check_choose(int64_t n, int64_t count, bool descend, bool binary) {
   const int64_t stride = count + 3;
-  const auto floats = [](int64_t size) {
-    std::vector<float> values(size);
-    for (auto& v : values) v = float(int(draw(2001)) - 1000) / 700;
-    return values;
-  };
   auto corner = floats(count * count), scale = floats(n * count);
   for (int64_t j = 0; j < count; ++j) corner[j * count + j] = 4;
   for (auto& v : scale) v = v * v + 0.1f;
@@ -321,11 +322,6 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
   std::vector<Weight> weights;
   for (int b = 0; b < kBlocks; ++b)
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
-  const auto floats = [](int64_t count) {
-    std::vector<float> values(count);
-    for (auto& v : values) v = float(int(draw(2001)) - 1000) / 700;
-    return values;
-  };
   const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
   const std::vector<float> one_scale{0.02f};
   std::vector<std::vector<uint16_t>> group_scales;
