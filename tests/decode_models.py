@@ -52,6 +52,10 @@ def _model(kind: str, **options: object) -> Callable[[], PreTrainedModel]:
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attn_implementation": "eager"}
 _SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+_ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 2}
+_ROUTED |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**SIZES, rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True)
@@ -98,6 +102,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "starcoder2": _model("starcoder2", hidden_act="gelu_pytorch_tanh", sliding_window=24),
     "stablelm": _model("stablelm", use_qkv_bias=True, rope_parameters=_PARTIAL),
     "stablelm parallel": _model("stablelm", use_parallel_residual=True, rope_parameters=_PARTIAL),
+    "mixtral": _model("mixtral", sliding_window=24, num_local_experts=5, num_experts_per_tok=2),
+    "qwen2_moe": _model("qwen2_moe", **_EXPERTS, shared_expert_intermediate_size=80, mlp_only_layers=[1]),
+    "qwen3_moe": _model("qwen3_moe", **_EXPERTS, head_dim=16, norm_topk_prob=True),
+    "olmoe": _model("olmoe", **_EXPERTS),
+    "flex_olmo": _model("flex_olmo", **_EXPERTS, norm_topk_prob=True, pad_token_id=0),
+    "granitemoe": _model(
+        "granitemoe",
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+    ),
+    "ernie4_5_moe": _model(
+        "ernie4_5_moe",
+        moe_num_experts=6,
+        moe_k=3,
+        moe_intermediate_size=48,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+    ),
+    "minimax_m2": _model("minimax_m2", num_local_experts=6, num_experts_per_tok=3, head_dim=16, rotary_dim=8),
+    "glm4_moe": _model("glm4_moe", **_ROUTED, use_qk_norm=True, head_dim=16, routed_scaling_factor=1.5),
+    "dots1": _model("dots1", **_ROUTED, head_dim=16, **_SLIDING),
+    "solar_open": _model("solar_open", **_ROUTED, head_dim=16),
+    "exaone_moe": _model("exaone_moe", **_ROUTED, head_dim=16, **_SLIDING),
 }
 
 
@@ -105,6 +135,9 @@ def packed(family: str = "llama", head: str | None = None, **options: object) ->
     """The same weights every time."""
     torch.manual_seed(0)
     model = randomize(FAMILIES[family]()).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data += 0.1 * torch.randn_like(buffer)
     bitnet.replace_linear(model, **options)
     bitnet.pack(model, head=head)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0

@@ -15,6 +15,7 @@ import bitnet
 from bitnet.decode.attach import NativeForward, native_decoding, why_not
 from bitnet.decode.native import Cached, NativeSequences, run
 from bitnet.decode.plan import Plan, Unplanned
+from bitnet.experts import PackedStack
 from bitnet.kernels.cpu import library
 from bitnet.kernels.cpu import step as native
 
@@ -61,6 +62,13 @@ def test_a_step_computes_every_option_of_the_layers(name: str) -> None:
     model = packed("llama", **SPECS[name])
     found = stepwise(NativeSequences(model, 1, "float32"), IDS)
     assert_same_but_for_roundings(found, reference(model), model.model.layers[0].mlp.up_proj.activation_bits)
+
+
+@pytest.mark.parametrize("name", ["row", "groups", "16 bits", "weight-only groups", "binary"])
+def test_a_step_computes_every_option_of_experts(name: str) -> None:
+    model = packed("mixtral", **SPECS[name])
+    found = stepwise(NativeSequences(model, 1, "float32"), IDS)
+    assert_same_but_for_roundings(found, reference(model), model.model.layers[0].self_attn.q_proj.activation_bits)
 
 
 def test_layers_that_rotate_their_common_input_alike_share_the_transform() -> None:
@@ -120,13 +128,14 @@ def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str) ->
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_weights_of_1_bit_give_the_bits_of_2(bits: int) -> None:
+def test_weights_of_1_bit_give_the_bits_of_2(bits: int, family: str) -> None:
     """For one token, a few and many, which are multiplied in different ways."""
-    model, found = packed("llama", weights="binary", activation_bits=bits, group_size=32), []
+    model, found = packed(family, weights="binary", activation_bits=bits, group_size=32), []
     for weight_bits in (2, 1):
         for layer in model.modules():
-            if isinstance(layer, bitnet.PackedBitLinear):
+            if isinstance(layer, bitnet.PackedBitLinear | PackedStack):
                 layer.set_backend("cpu", weight_bits=weight_bits)
         sequences = NativeSequences(model, 1)
         found.append(torch.cat([sequences.extend([(0, part)]) for part in IDS.split([40, 5, 1, 2, 17, 5])]))
@@ -143,8 +152,9 @@ def test_narrow_caches_stay_close(cache_type: str, most: float) -> None:
     assert error.max() < 2 * most
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    model, before, found = packed("bitnet", head="int8"), torch.get_num_threads(), []
+@pytest.mark.parametrize("family", ["bitnet", "qwen2_moe"])
+def test_threads_do_not_change_a_bit(family: str) -> None:
+    model, before, found = packed(family, head="int8"), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -207,7 +217,25 @@ def test_a_changed_weight_is_noticed(change: str) -> None:
     assert_same_but_for_roundings(after, reference(model)[-1:])
 
 
-@pytest.mark.parametrize("why", ["head_dim", "float layer", "kind", "hook", "activation", "rope"])
+@pytest.mark.parametrize("change", ["scale", "router", "correction"])
+def test_a_changed_mixture_is_noticed(change: str) -> None:
+    model = packed("minimax_m2")
+    sequences = NativeSequences(model, 2, "float32")
+    before = sequences.extend([(0, IDS)])
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        if change == "scale":
+            mlp.experts.packed_down_proj.weight_scale *= 2
+        elif change == "router":
+            mlp.gate.weight *= -1
+        else:
+            mlp.e_score_correction_bias[1] += 1
+    after = sequences.extend([(1, IDS)])
+    assert not torch.equal(before, after)
+    assert_same_but_for_roundings(after, reference(model)[-1:])
+
+
+@pytest.mark.parametrize("why", ["head_dim", "float layer", "kind", "hook", "activation", "rope", "float experts"])
 def test_models_that_are_not_computed_say_why(why: str) -> None:
     from tiny import gpt2, llama
 
@@ -226,6 +254,11 @@ def test_models_that_are_not_computed_say_why(why: str) -> None:
         words = "layers.0 has hooks"
     elif why == "activation":
         model.config.hidden_act, words = "tanh", "'tanh' in its MLPs"
+    elif why == "float experts":
+        model, words = (
+            packed("mixtral", skip=["experts"]),
+            "layers.0.mlp.experts is a MixtralExperts, not packed experts",
+        )
     else:
         model.model.rotary_emb.rope_type, words = "dynamic", "rotary positions of type dynamic"
     assert words in str(why_not(model))
@@ -339,9 +372,9 @@ def _new_names() -> bool:
     return "cache" in BaseModelOutputWithPast.__dataclass_fields__
 
 
-@pytest.mark.parametrize("what", ["no cache", "gradients", "hook", "adapter", "static cache"])
+@pytest.mark.parametrize("what", ["no cache", "gradients", "hook", "adapter", "static cache", "routers"])
 def test_other_calls_stay_transformers_own(calls: Calls, what: str) -> None:
-    model = packed()
+    model = packed("mixtral" if what == "routers" else "llama")
     native_decoding(model)
     inputs = {"input_ids": IDS[None], "attention_mask": torch.ones(1, 70, dtype=torch.long)}
     if what == "no cache":
@@ -351,6 +384,11 @@ def test_other_calls_stay_transformers_own(calls: Calls, what: str) -> None:
         model.get_input_embeddings().requires_grad_(True)
         model(**inputs).logits.sum().backward()
         assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    elif what == "routers":  # asked for by an argument, or by the config
+        with torch.no_grad():
+            assert model(**inputs, output_router_logits=True, use_cache=True).router_logits is not None
+        model.config.output_router_logits = True
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
     elif what == "static cache":
         model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
     else:

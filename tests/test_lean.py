@@ -160,13 +160,12 @@ def test_a_growing_layer_begun_in_inference_mode_goes_on_outside() -> None:
 
 # models
 
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
     "apertus": {},
     "olmo": {},
-    "qwen3_moe": {"head_dim": 16, **_MOE},
-    "mixtral": {"head_dim": 16, "sliding_window": None},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
     "deepseek_v3": {
         "q_lora_rank": 32,
         "kv_lora_rank": 32,
@@ -246,7 +245,7 @@ def in_parts(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_logits_are_as_close_as_roundings(dtype: torch.dtype, calls: list[int]) -> None:
-    model = packed("qwen3_moe", dtype)
+    model = packed("apertus", dtype)
     plain, exact = in_parts(model), in_parts(nn.Module.float(copy.deepcopy(model)))
     attach_decoding(model)
     found = in_parts(model)
@@ -263,7 +262,7 @@ def test_logits_are_as_close_as_roundings(dtype: torch.dtype, calls: list[int]) 
 
 
 def test_tokens_of_a_short_prompt_see_none_behind_them(calls: list[int]) -> None:
-    model = packed("qwen3_moe")
+    model = packed("hunyuan_v1_moe")
     attach_decoding(model)
     with torch.no_grad():
         found, alone = (model(IDS[None, :n], **{CACHE: DynamicCache(config=model.config)}).logits[0, 0] for n in (5, 1))
@@ -347,7 +346,7 @@ def test_what_the_step_cannot_compute_of_a_family_it_knows_runs_lean(calls: list
 
 
 def test_a_changed_norm_is_noticed(calls: list[int]) -> None:
-    model = packed("mixtral")
+    model = packed("granitemoeshared")
     attach_decoding(model)
     texts = []
     for _ in range(2):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from ..kernels import observed
 from .lean import prepare, restore, running
@@ -101,7 +101,9 @@ class NativeForward:
                 self._prepared = True
             with running(cache, given.shape[1]):
                 return self._original(*args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+        mixtures = self._plan is not None and self._plan.mixtures  # whose heads look for their routers' outputs
+        output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPast
+        return output(last_hidden_state=hidden, **{CACHE: cache})
 
     def _can_run(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
@@ -111,6 +113,8 @@ class NativeForward:
             return False
         config = self._base.config
         if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
+            return False
+        if getattr(config, "output_router_logits", False):
             return False
         return not any(value for name, value in kwargs.items() if name not in _KNOWN and name != CACHE)
 

@@ -5,7 +5,8 @@ The step (kernels/csrc/step.h) knows one block:
     x += [norm](out([norm](attention(q, k, v))))     q, k, v of [norm](x); q and k [norm], then [rotary positions]
     x += [norm](down([norm](f(gate([norm](x))) [* up([norm](x))])))
 
-with what stands in brackets where a model has it, norms of two kinds, and both lines of the same x in some models.
+with what stands in brackets where a model has it, norms of two kinds, and both lines of the same x in some models. In
+place of the second line's MLP, or beside it, there may be experts, of which a router chooses a few for each token.
 FAMILIES says of which model types that is true of all that their transformers class computes; what a block has is read
 off its modules.
 """
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..experts import PackedExperts, PackedStack
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
 from ..kernels.cpu.linear import ROWS, prepared
@@ -38,6 +40,8 @@ class Family(NamedTuple):
     parallel: bool = False  # attention and the MLP see the same x, and its one norm where there is no second
     interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
     mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
+    holder: str = "mlp"  # of these, or of experts
+    score: str = "softmax"  # of a router's outputs; see kernels/csrc/bitnet_cpu.h
     attention: str = "self_attn"
     fused: str = "qkv_proj"  # q, k and v in one layer, where there is such a one
     by_head: bool = False  # in which those of a head are one after the other
@@ -49,6 +53,14 @@ class Family(NamedTuple):
 
 def _of_config(attention: Any) -> int | None:
     return getattr(attention.config, "sliding_window", None)
+
+
+def _of_exaone(attention: Any) -> int | None:
+    return attention.sliding_window if attention.is_sliding else None
+
+
+def _exaone_rotates(attention: Any) -> bool:
+    return attention.sliding_window is None or attention.is_sliding
 
 
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -90,12 +102,7 @@ FAMILIES = {
         interleaved=True,
         rotates=lambda attention: attention.sliding_window is not None,
     ),
-    "exaone4": Family(
-        "Exaone4Model",
-        _AFTER,
-        window=lambda attention: attention.sliding_window if attention.is_sliding else None,
-        rotates=lambda attention: attention.sliding_window is None or attention.is_sliding,
-    ),
+    "exaone4": Family("Exaone4Model", _AFTER, window=_of_exaone, rotates=_exaone_rotates),
     "glm": Family("GlmModel", interleaved=True),
     "glm4": Family("Glm4Model", _GLM4, interleaved=True),
     "helium": Family("HeliumModel", interleaved=True),
@@ -108,6 +115,18 @@ FAMILIES = {
     "arcee": Family("ArceeModel", mlp=(None, "up_proj", "down_proj")),
     "starcoder2": Family("Starcoder2Model", mlp=(None, "c_fc", "c_proj"), window=_of_config),
     "stablelm": Family("StableLmModel"),
+    "mixtral": Family("MixtralModel", window=_of_config),
+    "qwen2_moe": Family("Qwen2MoeModel"),
+    "qwen3_moe": Family("Qwen3MoeModel"),
+    "olmoe": Family("OlmoeModel"),
+    "flex_olmo": Family("FlexOlmoModel", _AFTER),
+    "granitemoe": Family("GraniteMoeModel", holder="block_sparse_moe", score="softmax of chosen"),
+    "ernie4_5_moe": Family("Ernie4_5_MoeModel", interleaved=True),
+    "minimax_m2": Family("MiniMaxM2Model", score="sigmoid"),
+    "glm4_moe": Family("Glm4MoeModel", score="sigmoid"),
+    "dots1": Family("Dots1Model", score="sigmoid"),
+    "solar_open": Family("SolarOpenModel", score="sigmoid"),
+    "exaone_moe": Family("ExaoneMoeModel", window=_of_exaone, rotates=_exaone_rotates, score="sigmoid"),
 }
 
 _GATES = {
@@ -118,6 +137,7 @@ _GATES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_CORRECTION = "e_score_correction_bias"
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose tables do not depend on how long a text is
 
 
@@ -169,7 +189,7 @@ class Plan:
             for part, child in module._modules.items():
                 self._watched.append((module._modules, part, child, -1))
         attention = getattr(layers[0], self._family.attention)
-        self.blocks, self.hidden = len(layers), config.hidden_size
+        self.blocks, self.hidden, self.mixtures = len(layers), config.hidden_size, False
         self.heads = config.num_attention_heads
         self.kv_heads = self.heads if self._family.by_head else config.num_key_value_heads
         self.head_dim = getattr(attention, "head_dim", config.hidden_size // self.heads)
@@ -178,8 +198,12 @@ class Plan:
             raise Unplanned(f"heads of {self.head_dim} features, which must be a multiple of {native.RUN}")
         if getattr(config, "use_bidirectional_attention", False):
             raise Unplanned("its attention looks ahead")
-        if getattr(attention, "use_qk_norm", False) or getattr(attention, "qk_layernorm", False):
+        if getattr(attention, "qk_layernorm", False) or (
+            hasattr(attention, "q_norm") and attention.q_norm.weight.ndim > 1
+        ):
             raise Unplanned("each head of its queries and keys has a norm of its own")
+        if getattr(config, "clip_qkv", None) is not None:
+            raise Unplanned("its queries, keys and values are clipped")
         activation = getattr(config, "hidden_act", None) or config.hidden_activation
         if (gate := _GATES.get(activation)) is None:
             raise Unplanned(f"{activation!r} in its MLPs")
@@ -193,7 +217,7 @@ class Plan:
         plan = native.Plan()
         plan.blocks, plan.count = ctypes.cast(blocks, ctypes.c_void_p), self.blocks
         plan.hidden, plan.heads, plan.kv_heads, plan.head_dim = self.hidden, self.heads, self.kv_heads, self.head_dim
-        plan.inner, plan.scaling, plan.gate = config.intermediate_size, attention.scaling, native.GATES[gate]
+        plan.scaling, plan.gate = attention.scaling, native.GATES[gate]
         plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
         plan.residual = getattr(config, "residual_multiplier", 1)
         plan.interleaved, plan.gated = self._family.interleaved, self._family.mlp[0] is not None
@@ -235,7 +259,9 @@ class Plan:
         centered = self._family.centered or isinstance(module, nn.LayerNorm)
         return native.Norm(values.data_ptr(), None if shift is None else shift.data_ptr(), eps, centered)
 
-    def _layer(self, name: str, module: nn.Module, rows: tuple[int, int] | None = None) -> ctypes.Structure:
+    def _layer(
+        self, name: str, module: nn.Module, rows: tuple[int, int] | None = None, watched: bool = True
+    ) -> ctypes.Structure:
         """A layer, or the part of it that gives outputs [first, last)."""
         if not isinstance(module, PackedBitLinear):
             raise Unplanned(f"{name} is a {type(module).__name__}, not a packed layer")
@@ -244,7 +270,8 @@ class Plan:
         weight, backend = module.prepack()
         if (form := library.form_of_backend(backend)) is None:
             raise Unplanned(f"{name} runs on backend {backend!r}")
-        self._watch(module, "weight", "weight_scale", "bias", "signs")
+        if watched:
+            self._watch(module, "weight", "weight_scale", "bias", "signs")
         scale, bias, n = module.weight_scale, module.bias, module.out_features
         if rows is not None:
             first, last = rows
@@ -287,7 +314,7 @@ class Plan:
         return native.Norm(weight.data_ptr(), None, norm.eps, False)
 
     def _fill(self, block: Any, layer: Any, config: Any, ropes: dict[str, int]) -> None:
-        family, mlp = self._family, layer.mlp
+        family, mlp = self._family, getattr(layer, self._family.holder)
         attention = getattr(layer, family.attention)
         block.parallel = getattr(layer, "use_parallel_residual", family.parallel)
         norms = [None if name is None else getattr(layer, name, None) for name in family.norms]
@@ -302,11 +329,18 @@ class Plan:
         block.in_count = self._products(into, norms[0], block.into)
         sub = getattr(attention, "attn_sub_norm", None)
         self._products([(f"{family.attention}.{family.out}", getattr(attention, family.out))], sub, [block.out])
-        gate, up, down = family.mlp
-        names = [name for name in (gate, up) if name is not None]
-        first = _parts("mlp", mlp, names, "gate_up_proj", (config.intermediate_size,) * 2)
-        block.gate_count = self._products(first, norms[2], block.gate)
-        self._products([(f"mlp.{down}", getattr(mlp, down))], getattr(mlp, "ffn_sub_norm", None), [block.down])
+        holder, experts = family.holder, getattr(mlp, "experts", None)
+        if experts is not None:
+            block.mixture = ctypes.pointer(self._mixture(mlp, experts, norms[2]))
+            shared = [name for name in ("shared_expert", "shared_experts") if getattr(mlp, name, None) is not None]
+            holder, mlp = (f"{holder}.{shared[0]}", getattr(mlp, shared[0])) if shared else (holder, None)
+        if mlp is not None:
+            gate, up, down = family.mlp
+            names = [name for name in (gate, up) if name is not None]
+            block.inner = getattr(mlp, down).in_features
+            first = _parts(holder, mlp, names, "gate_up_proj", (block.inner,) * 2)
+            block.gate_count = self._products(first, norms[2], block.gate)
+            self._products([(f"{holder}.{down}", getattr(mlp, down))], getattr(mlp, "ffn_sub_norm", None), [block.down])
         if norms[1] is not None:
             block.after_attention = self._norm(norms[1])
         if norms[3] is not None:
@@ -316,6 +350,54 @@ class Plan:
             block.whole = attention.q_norm.weight.numel() == width > self.head_dim
         block.window = family.window(attention) or 0
         block.rope = ropes[_kind(attention)] if family.rotates(attention) else -1
+
+    def _mixture(self, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
+        """Experts and what chooses among them; the router's options have one name in all families that have them."""
+        name = f"{self._family.holder}.experts"
+        if not isinstance(experts, PackedExperts):
+            raise Unplanned(f"{name} is a {type(experts).__name__}, not packed experts")
+        if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
+            raise Unplanned(f"{name} have no gate, or a norm of their own")
+        router = getattr(mlp, "gate", None) or mlp.router
+        mixture = native.Mixture(experts=experts.stacks[0].experts, chosen=router.top_k, groups=1, groups_chosen=1)
+        if norm is not None:
+            mixture.norm = self._norm(norm)
+        stacks = [experts.stack(m) for m in experts.stacks]
+        mixture.inner = stacks[1].in_features
+        mixture.first, mixture.second = (self._stack(f"{name}.{m.packed}", experts.stack(m)) for m in experts.stacks)
+        weight, gate = router.weight, getattr(mlp, "shared_expert_gate", None)
+        self._watch(router, "weight")
+        if gate is not None:
+            self._watch(gate, "weight")
+            weight, mixture.shared_gate = torch.cat([weight, gate.weight.to(weight.dtype)]), True
+        weight = weight.detach().contiguous()
+        holder = next((m for m in (router, getattr(router, "moe_statics", None), mlp) if hasattr(m, _CORRECTION)), None)
+        if holder is not None:
+            self._watch(holder, _CORRECTION)
+            correction = getattr(holder, _CORRECTION).detach().float().flatten().contiguous()
+            mixture.correction = correction.data_ptr()
+            self._kept.append(correction)
+        mixture.router, mixture.router_type = weight.data_ptr(), native.TYPES[weight.dtype]
+        mixture.score, mixture.normalized = native.SCORES[self._family.score], getattr(router, "norm_topk_prob", True)
+        if self._family.score == "softmax of chosen":
+            mixture.normalized = False
+        mixture.least = getattr(router, "norm_min", 1e-20)
+        mixture.factor = getattr(router, "routed_scaling_factor", 1)
+        if getattr(router, "num_group", None) is not None:
+            mixture.groups, mixture.groups_chosen = router.num_group, router.topk_group
+        self._kept += [mixture, weight]
+        self.mixtures = True
+        return mixture
+
+    def _stack(self, name: str, stack: PackedStack) -> int:
+        """The address of the addresses of a stack's layers, which all take the same codes."""
+        self._watch(stack, "weight", "weight_scale", "bias")
+        layers = [self._layer(f"{name}[{e}]", layer, watched=False) for e, layer in enumerate(stack.layers())]
+        if len({(layer.form, layer.isa, layer.activation_bits) for layer in layers}) > 1:
+            raise Unplanned(f"{name} runs on several backends")
+        pointers = (ctypes.c_void_p * len(layers))(*map(ctypes.addressof, layers))
+        self._kept.append(pointers)
+        return ctypes.addressof(pointers)
 
     def _kinds(self, base: Any, layers: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, once it is known that they are tables."""

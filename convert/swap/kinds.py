@@ -21,7 +21,7 @@ from bitnet.quantize import QuantSpec
 # Last name components that are kept by default, whole (so "gate" is not "gate_proj"): what decides between
 # classes, tokens or experts is small and does not survive 1.58 bits.
 HEADS = {"lm_head", "ctc_head", "embed_out", "head", "classifier", "score", "qa_outputs", "proj_out", "pooler"}
-ROUTERS = {"router", "gate"}
+ROUTERS = {"router", "gate", "wg", "router_gate", "modality_router", "shared_expert_gate"}
 
 
 def swappable(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from .linear import PreparedWeight
 MOST_TOKENS = 256  # of one call
 RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
 GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3}
+SCORES = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -36,6 +37,27 @@ class Product(ctypes.Structure):
     )
 
 
+class Mixture(ctypes.Structure):
+    _fields_ = (
+        ("norm", Norm),
+        ("router", _pointer),
+        ("correction", _pointer),
+        ("experts", _int64),
+        ("chosen", _int64),
+        ("groups", _int64),
+        ("groups_chosen", _int64),
+        ("inner", _int64),
+        ("first", _pointer),
+        ("second", _pointer),
+        ("least", ctypes.c_float),
+        ("factor", ctypes.c_float),
+        ("score", _int32),
+        ("normalized", _int32),
+        ("router_type", _int32),
+        ("shared_gate", _int32),
+    )
+
+
 class Block(ctypes.Structure):
     _fields_ = (
         ("into", Product * 3),
@@ -46,6 +68,8 @@ class Block(ctypes.Structure):
         ("key", Norm),
         ("after_attention", Norm),
         ("after_mlp", Norm),
+        ("mixture", ctypes.POINTER(Mixture)),
+        ("inner", _int64),
         ("window", _int64),
         ("in_count", _int32),
         ("gate_count", _int32),
@@ -63,7 +87,6 @@ class Plan(ctypes.Structure):
         ("heads", _int64),
         ("kv_heads", _int64),
         ("head_dim", _int64),
-        ("inner", _int64),
         ("half", _int64),
         ("positions", _int64),
         ("ropes", _pointer * 2 * 2),

@@ -43,6 +43,26 @@ INLINE double power_sum(const float* x, float mean, int64_t k) {
     for (int64_t i = 0; i < k; ++i) y[i] += norm.bias[i];
 }
 
+template <class F>
+INLINE float dot(const typename F::Bits* row, const float* x, int64_t k) {
+  float sum[kRun] = {};
+  int64_t i = 0;
+  for (; i + kRun <= k; i += kRun)
+    for (int l = 0; l < kRun; ++l) sum[l] += F::value(row[i + l]) * x[i + l];
+  for (int l = 0; i < k; ++i, ++l) sum[l] += F::value(row[i]) * x[i];
+  for (int l = 1; l < kRun; ++l) sum[0] += sum[l];
+  return sum[0];
+}
+
+// The dot product of a row of a router, of a float type, and x.
+[[maybe_unused]] float score_row(const void* row, int32_t type, const float* x, int64_t k) {
+  switch (type) {
+    case kBFloat16: return dot<BF16>(static_cast<const uint16_t*>(row), x, k);
+    case kFloat16: return dot<F16>(static_cast<const uint16_t*>(row), x, k);
+    default: return dot<F32>(static_cast<const uint32_t*>(row), x, k);
+  }
+}
+
 // Rotary positions of one head in place: features i and i + half, or 2i and 2i + 1, turn by an angle.
 [[maybe_unused]] void rotate(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head) {
   if (interleaved) {

@@ -65,14 +65,39 @@ struct Product {
   const PreparedWeight* layers[3];
 };
 
+// What scores of experts become: a softmax or sigmoids, of which some are chosen, or a softmax of those chosen.
+enum Score { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2 };
+
+// Experts of which each token takes a few: y is the sum of second(f(gate) * up) of each times its weight, where gate and up
+// are the halves of first(norm(x)).
+struct Mixture {
+  Norm norm;
+  const void* router;         // [experts, hidden] of router_type; a row more if shared_gate
+  const float* correction;    // added to scores where experts are chosen, but not to their weights; null: nothing is
+  int64_t experts, chosen;
+  int64_t groups, groups_chosen;  // experts are chosen from so many of these groups of neighbours
+  int64_t inner;              // features between the halves and second
+  const PreparedWeight* const* first;   // [experts]
+  const PreparedWeight* const* second;  // [experts]
+  float least;                // weights are divided by their sum, or by this if it is greater, if `normalized`
+  float factor;               // and multiplied by this
+  int32_t score;
+  int32_t normalized;
+  int32_t router_type;
+  int32_t shared_gate;        // the sigmoid of the router's last score multiplies what the block's own MLP gives
+};
+
 // One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))), what is
-// added times the plan's `residual`. If `parallel`, both see the x that came in.
+// added times the plan's `residual`. If `parallel`, both see the x that came in. A block with a mixture adds that of it to
+// the MLP's, or has no MLP of its own.
 struct Block {
   Product in[3];    // q, k and v in this order, in as many products as `in_count`
   Product gate[2];  // gate and up, or the one layer before f
   Product out, down;
   Norm query, key;  // of each head, or if `whole` of all heads as one
   Norm after_attention, after_mlp;
+  const Mixture* mixture;  // or null; then not `parallel`
+  int64_t inner;    // features between gate and down; 0: there is no MLP, and gate_count is 0
   int64_t window;   // positions that a token sees, itself among them; 0: all
   int32_t in_count, gate_count;
   int32_t rope;     // which of the plan's tables; -1: no rotary positions
@@ -85,7 +110,6 @@ struct Plan {
   const Block* blocks;
   int64_t count;
   int64_t hidden, heads, kv_heads, head_dim;  // head_dim: a multiple of 16
-  int64_t inner;             // features between gate and down
   int64_t half, positions;   // of the tables: half the rotated features of a head
   const float* ropes[2][2];  // cosine and sine, [positions, half]
   Norm final;

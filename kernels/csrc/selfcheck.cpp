@@ -313,16 +313,27 @@ void check_choose(int64_t n, int64_t count, bool descend, bool binary) {
     }
 }
 
-// Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens.
+// Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens. Unless `other`,
+// the second has experts, too, or them alone.
 void check_step(int cache_type, int gate, int64_t group_size, bool other, bool by_head) {
   constexpr int64_t kHidden = 40, kHeads = 6, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
+  constexpr int64_t kExperts = 6, kExpertInner = 24;
   const int64_t kv_heads = by_head ? kHeads : 2;
   const int64_t shapes[7][2] = {{(by_head ? 3 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden}, {kv_heads * kDim, kHidden},
                                 {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden}, {kHidden, kInner}};
   std::vector<Weight> weights;
   for (int b = 0; b < kBlocks; ++b)
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
+  for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
+  for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
   const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
+  const auto router = floats((kExperts + 1) * kHidden), correction = floats(kExperts);
+  std::vector<uint16_t> narrow;  // bfloat16
+  for (float value : router) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    narrow.push_back(uint16_t(bits >> 16));
+  }
   const std::vector<float> one_scale{0.02f};
   std::vector<std::vector<uint16_t>> group_scales;
   for (const auto& w : weights) group_scales.emplace_back((w.n + 31) / 32 * 32 * ((w.k + 31) / 32), uint16_t(0x2400));
@@ -354,9 +365,17 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.down = {{none, none}, nullptr, 0, 1, {l + 6}};
         block.query = block.key = b ? n : none;
         block.after_attention = block.after_mlp = b ? none : n;
-        block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head, block.parallel = other;
+        block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head, block.parallel = other;
       }
-      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, kInner, 8, kCapacity, {{cosine.data(), sine.data()}},
+      std::vector<const PreparedWeight*> experts;
+      for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[7 * kBlocks + e]);
+      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), correction.data(), kExperts, 2, 3, 2, kExpertInner,
+                      experts.data(), experts.data() + kExperts, 1e-20f, 1.5f, gate % 3, gate != kSquaredRelu, kFloat32, 1};
+      if (cache_type == kFloat16) mixture.router = narrow.data(), mixture.router_type = kBFloat16;
+      if (cache_type == kInt8) mixture.correction = nullptr, mixture.groups = mixture.groups_chosen = 1, mixture.shared_gate = 0;
+      if (!other) blocks[1].mixture = &mixture;
+      if (!other && cache_type == kInt8) blocks[1].inner = blocks[1].gate_count = blocks[1].down.count = 0;
+      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, 8, kCapacity, {{cosine.data(), sine.data()}},
                 {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, by_head, gate, !other,
                 cache_type, isa};
       const int64_t cells = kBlocks * kv_heads * kCapacity;

@@ -1,5 +1,6 @@
 // The decoder blocks of a model over some tokens: one call a step, one team of threads that meet at barriers.
 #pragma once
+#include "mixture.h"
 #include "multiply.h"
 #include "numbers.h"
 
@@ -16,6 +17,22 @@ struct Heads {
   float* at(int64_t t, int64_t h) const { return first + t * token + h * head; }
 };
 
+// What threads keep from one layer to the next that takes the same input.
+struct Codes {
+  Token token;
+  Panels all;
+  bool filled = false;
+};
+
+// Where tokens of a mixture go. A pair is a token and one of its experts; `order` has pairs by their experts, those of
+// expert e from first[e] on, and `place` says where in it a pair is.
+struct Routes {
+  float *scores, *weights;  // [m, experts (+ 1)], [m, chosen]
+  int32_t *chosen, *order, *place, *first;
+  void* choice;             // of choice_bytes() a token
+  float *between, *out;     // of pairs in this order: [pairs, 2 inner], [pairs, hidden]
+};
+
 struct Step {
   const Plan& plan;
   const Isa& isa;
@@ -27,11 +44,22 @@ struct Step {
   const Between& f = *isa.between;
   Heads q = {}, k = {}, v = {};
   float *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
-  void* panels = nullptr;
+  void *panels = nullptr, *routing = nullptr;
   int64_t query_width = plan.heads * plan.head_dim, key_width = plan.kv_heads * plan.head_dim;
+  int64_t widest = 0, routes_bytes = 0;  // of all blocks' MLPs and mixtures
+
+  void measure() {
+    for (int64_t b = 0; b < plan.count; ++b) {
+      const Block& block = plan.blocks[b];
+      widest = widest < block.inner ? block.inner : widest;
+      if (!block.mixture) continue;
+      const int64_t bytes = place_routes(*block.mixture, nullptr).second;
+      routes_bytes = routes_bytes < bytes ? bytes : routes_bytes;
+    }
+  }
 
   // Activations and codes of all tokens lie one after the other.
-  int64_t floats() const { return m * (2 * query_width + 2 * key_width + 2 * plan.inner + 2 * plan.hidden); }
+  int64_t floats() const { return m * (2 * query_width + 2 * key_width + 2 * widest + 2 * plan.hidden); }
 
   void place(void* memory) {
     auto* first = static_cast<float*>(memory);
@@ -47,10 +75,11 @@ struct Step {
     }
     attended = first + m * (query_width + 2 * key_width);
     gate = attended + m * query_width;
-    up = gate + m * plan.inner;
-    y = up + m * plan.inner;
+    up = gate + m * widest;
+    y = up + m * widest;
     z = y + m * plan.hidden;
-    panels = reinterpret_cast<char*>(memory) + ceil_div(4 * floats(), 64) * 64;
+    routing = reinterpret_cast<char*>(memory) + ceil_div(4 * floats(), 64) * 64;
+    panels = reinterpret_cast<char*>(routing) + routes_bytes;
   }
 
   Call call(const PreparedWeight& layer, const float* from, float* to) const {
@@ -59,13 +88,17 @@ struct Step {
   }
 
   template <class Visit>
-  void each_product(const Visit& visit) const {
+  void each_layer(const Visit& visit) const {
+    const auto all = [&](const Product& product) {
+      for (int i = 0; i < product.count; ++i) visit(*product.layers[i]);
+    };
     for (int64_t b = 0; b < plan.count; ++b) {
       const Block& block = plan.blocks[b];
-      for (int i = 0; i < block.in_count; ++i) visit(block.in[i]);
-      for (int i = 0; i < block.gate_count; ++i) visit(block.gate[i]);
-      visit(block.out);
-      visit(block.down);
+      for (int i = 0; i < block.in_count; ++i) all(block.in[i]);
+      for (int i = 0; i < block.gate_count; ++i) all(block.gate[i]);
+      all(block.out);
+      all(block.down);
+      if (block.mixture) visit(*block.mixture->first[0]), visit(*block.mixture->second[0]);  // all are alike
     }
   }
 
@@ -92,57 +125,63 @@ struct Step {
            a.groups.size == b.groups.size && &a.isa == &b.isa;
   }
 
-  // A thread's share of a product's outputs, to[i] [m, n] for layer i. The caller waits before they are used.
+  // A thread's share of a layer's outputs, to [rows, n]. row(t, room): input t, made in `room` unless it is somewhere; again:
+  // whether codes are made of it, and not those of the layer before taken. The caller waits before outputs are used.
+  template <class Row>
+  void multiply(const PreparedWeight& layer, int64_t rows, const Row& row, bool again, Codes& codes, float* to, int thread,
+                int count) const {
+    auto* room = static_cast<float*>(row_scratch.memory);
+    char* rest = reinterpret_cast<char*>(room + ceil_div(layer.k, 16) * 16);
+    const int64_t blocks = ceil_div(layer.n, kBlockRows), first = share(blocks, thread, count),
+                  last = share(blocks, thread + 1, count);
+    if (rows == 1) {
+      const Call now = call(layer, again ? row(0, room) : nullptr, to);
+      if (again) codes.token = make_token(now, rest);
+      return now.isa.gemv(layer, first, last, codes.token, to, kFloat32);
+    }
+    const Call now = call(layer, nullptr, to);
+    if (again) {
+      if (codes.filled) barrier(count);
+      codes.filled = true;
+      codes.all = place_panels(now, rows, panels);
+      fill_panels(now, codes.all, reinterpret_cast<int8_t*>(rest + scratch_bytes(rows, now.limbs, layer.group_size)), thread,
+                  count, [&](int64_t t, int8_t* to, int32_t* sums) {
+                    return now.quantize_token(reinterpret_cast<const char*>(row(t, room)), to, sums);
+                  });
+      barrier(count);
+    }
+    now.isa.gemm(layer, first, last, codes.all, rest, to, kFloat32);
+  }
+
+  // The same of a product: to[i] [m, n] for layer i.
   void multiply(const Product& product, const float* from, float* const* to, int thread, int count) const {
-    const int64_t width = product.layers[0]->k;
-    auto* row = static_cast<float*>(row_scratch.memory);
-    char* rest = reinterpret_cast<char*>(row + ceil_div(width, 16) * 16);
-    const float* single = m == 1 ? input(product, from, 0, row) : nullptr;
-    Token token;
-    Panels all;
+    Codes codes;
     for (int i = 0; i < product.count; ++i) {
       const PreparedWeight& layer = *product.layers[i];
-      const Call now = call(layer, m == 1 ? single : from, to[i]);
-      const bool again = i == 0 || !same_codes(call(*product.layers[i - 1], from, to[i]), now);
-      const int64_t blocks = ceil_div(layer.n, kBlockRows), first = share(blocks, thread, count),
-                    last = share(blocks, thread + 1, count);
-      if (m == 1) {
-        if (again) token = make_token(now, rest);
-        now.isa.gemv(layer, first, last, token, to[i], kFloat32);
-        continue;
-      }
-      const int64_t scratch = scratch_bytes(m, now.limbs, layer.group_size);
-      if (again) {
-        if (i) barrier(count);
-        all = place_panels(now, m, panels);
-        fill_panels(now, all, reinterpret_cast<int8_t*>(rest + scratch), thread, count,
-                    [&](int64_t t, int8_t* codes, int32_t* sums) {
-                      return now.quantize_token(reinterpret_cast<const char*>(input(product, from, t, row)), codes, sums);
-                    });
-        barrier(count);
-      }
-      now.isa.gemm(layer, first, last, all, rest, to[i], kFloat32);
+      const bool again = i == 0 || !same_codes(call(*product.layers[i - 1], from, to[i]), call(layer, from, to[i]));
+      multiply(layer, m, [&](int64_t t, float* room) { return input(product, from, t, room); }, again, codes, to[i], thread,
+               count);
     }
   }
 
   int64_t thread_bytes() const {
     int64_t most = 0;
-    each_product([&](const Product& product) {
-      for (int i = 0; i < product.count; ++i) {
-        const Call now = call(*product.layers[i], nullptr, nullptr);
-        const int64_t scratch = scratch_bytes(m, now.limbs, now.layer.group_size), one = token_bytes(now);
-        const int64_t bytes = (now.layer.k + 16) * 4 + scratch + now.row_bytes() + one;
-        most = most < bytes ? bytes : most;
-      }
+    each_layer([&](const PreparedWeight& layer) {
+      const Call now = call(layer, nullptr, nullptr);
+      const int64_t scratch = scratch_bytes(m, now.limbs, layer.group_size);
+      const int64_t bytes = (layer.k + 16) * 4 + scratch + now.row_bytes() + token_bytes(now);
+      most = most < bytes ? bytes : most;
     });
     return most;
   }
 
   int64_t shared_panel_bytes() const {
     int64_t most = 0;
-    each_product([&](const Product& product) {
-      for (int i = 0; i < product.count; ++i) {
-        const int64_t bytes = panel_bytes(call(*product.layers[i], nullptr, nullptr), m);
+    each_layer([&](const PreparedWeight& layer) {
+      const Call now = call(layer, nullptr, nullptr);
+      const int64_t counts[] = {m, smaller(m, now.isa.table_limbs / now.limbs)};  // an expert's may become tables: larger
+      for (int64_t rows : counts) {
+        const int64_t bytes = panel_bytes(now, rows);
         most = most < bytes ? bytes : most;
       }
     });
@@ -229,6 +268,107 @@ struct Step {
     barrier(count);
   }
 
+  struct Placed {
+    Routes first;
+    int64_t second;  // bytes
+  };
+
+  Placed place_routes(const Mixture& mix, void* memory) const {
+    auto* next = static_cast<char*>(memory);
+    int64_t bytes = 0;
+    const auto take = [&](int64_t size) {
+      char* at = next ? next + bytes : nullptr;
+      bytes += ceil_div(size, 64) * 64;
+      return static_cast<void*>(at);
+    };
+    const int64_t pairs = m * mix.chosen;
+    Routes r;
+    r.scores = static_cast<float*>(take(4 * m * (mix.experts + 1)));
+    r.weights = static_cast<float*>(take(4 * pairs));
+    r.chosen = static_cast<int32_t*>(take(4 * pairs));
+    r.order = static_cast<int32_t*>(take(4 * pairs));
+    r.place = static_cast<int32_t*>(take(4 * pairs));
+    r.first = static_cast<int32_t*>(take(4 * (mix.experts + 1)));
+    r.choice = take(m * choice_bytes(mix));
+    r.between = static_cast<float*>(take(4 * pairs * 2 * mix.inner));
+    r.out = static_cast<float*>(take(4 * pairs * plan.hidden));
+    return {r, bytes};
+  }
+
+  // Pairs by expert, in the order of tokens.
+  void sort(const Mixture& mix, const Routes& r) const {
+    memset(r.first, 0, 4 * (mix.experts + 1));
+    for (int64_t i = 0; i < m * mix.chosen; ++i) ++r.first[r.chosen[i] + 1];
+    for (int64_t e = 0; e < mix.experts; ++e) r.first[e + 1] += r.first[e];
+    for (int64_t i = 0; i < m * mix.chosen; ++i) r.order[r.place[i] = r.first[r.chosen[i]]++] = int32_t(i);
+    memmove(r.first + 1, r.first, 4 * mix.experts);
+    r.first[0] = 0;
+  }
+
+  // y = the mixture of x, plus y if there is an MLP, whose outputs a thread has written its share of, as it does here.
+  void mixture(const Block& block, int thread, int count) const {
+    const Mixture& mix = *block.mixture;
+    const Routes r = place_routes(mix, routing).first;
+    const int64_t scores = mix.experts + mix.shared_gate, pairs = m * mix.chosen;
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t)
+      if (mix.norm.weight) f.normalize(x + t * plan.hidden, mix.norm, plan.hidden, z + t * plan.hidden);
+      else memcpy(z + t * plan.hidden, x + t * plan.hidden, 4 * plan.hidden);
+    barrier(count);
+    for (int64_t i = share(m * scores, thread, count); i < share(m * scores, thread + 1, count); ++i) {
+      const char* row = static_cast<const char*>(mix.router) + i % scores * plan.hidden * element_size(mix.router_type);
+      r.scores[i] = f.score_row(row, mix.router_type, z + i / scores * plan.hidden, plan.hidden);
+    }
+    barrier(count);
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t)
+      choose_experts(mix, r.scores + t * scores, r.chosen + t * mix.chosen, r.weights + t * mix.chosen,
+                     static_cast<char*>(r.choice) + t * choice_bytes(mix));
+    if (m > 1) barrier(count);
+    if (thread == count - 1) sort(mix, r);  // whose share a single token is
+    barrier(count);
+    Codes codes;
+    bool again = true;
+    for (int64_t e = 0; e < mix.experts; ++e) {
+      const int64_t at = r.first[e], rows = r.first[e + 1] - at;
+      if (!rows) continue;
+      const auto row = [&](int64_t i, float*) { return z + r.order[at + i] / mix.chosen * plan.hidden; };
+      multiply(*mix.first[e], rows, row, again, codes, r.between + at * 2 * mix.inner, thread, count);
+      again = m > 1;
+    }
+    barrier(count);
+    for (int64_t i = share(pairs, thread, count); i < share(pairs, thread + 1, count); ++i) {
+      float* halves = r.between + i * 2 * mix.inner;
+      f.apply_gate(plan.gate, halves, halves + mix.inner, mix.inner);
+    }
+    barrier(count);
+    codes.filled = false;
+    for (int64_t e = 0; e < mix.experts; ++e) {
+      const int64_t at = r.first[e], rows = r.first[e + 1] - at;
+      if (!rows) continue;
+      const auto row = [&](int64_t i, float*) { return r.between + (at + i) * 2 * mix.inner; };
+      multiply(*mix.second[e], rows, row, true, codes, r.out + at * plan.hidden, thread, count);
+    }
+    for (int64_t t = 0; t < m; ++t) {
+      const int32_t* place = r.place + t * mix.chosen;
+      const float* weights = r.weights + t * mix.chosen;
+      const float shared = mix.shared_gate ? 1 / (1 + exponential(-r.scores[t * scores + mix.experts])) : 1;
+      own_columns([&](int64_t first, int64_t columns) {
+        float sum[kBlockRows] = {};
+        for (int64_t j = 0; j < mix.chosen; ++j)
+          for (int64_t i = 0; i < columns; ++i) sum[i] += r.out[place[j] * plan.hidden + first + i] * weights[j];
+        float* to = y + t * plan.hidden + first;
+        for (int64_t i = 0; i < columns; ++i) to[i] = block.inner ? sum[i] + to[i] * shared : sum[i];
+      }, thread, count);
+    }
+  }
+
+  // to(first, count) for the blocks of a thread's columns of what a block adds to x.
+  template <class To>
+  void own_columns(const To& to, int thread, int count) const {
+    const int64_t blocks = ceil_div(plan.hidden, kBlockRows);
+    for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
+      to(b * kBlockRows, smaller(kBlockRows, plan.hidden - b * kBlockRows));
+  }
+
   void run(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
     float* in[] = {q.first, k.first, v.first};
@@ -247,12 +387,15 @@ struct Step {
       if (i) barrier(count);
       multiply(block.gate[i], x, gates + at, thread, count);
     }
-    const int64_t blocks = ceil_div(plan.inner, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
-                  last = smaller(share(blocks, thread + 1, count) * kBlockRows, plan.inner);
-    for (int64_t t = 0; t < m; ++t)
-      f.apply_gate(plan.gate, gate + t * plan.inner + first, plan.gated ? up + t * plan.inner + first : nullptr, last - first);
-    barrier(count);
-    multiply(block.down, gate, &(in[0] = y), thread, count);
+    if (const int64_t inner = block.inner) {
+      const int64_t blocks = ceil_div(inner, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
+                    last = smaller(share(blocks, thread + 1, count) * kBlockRows, inner);
+      for (int64_t t = 0; t < m; ++t)
+        f.apply_gate(plan.gate, gate + t * inner + first, plan.gated ? up + t * inner + first : nullptr, last - first);
+      barrier(count);
+      multiply(block.down, gate, &(in[0] = y), thread, count);
+    }
+    if (block.mixture) mixture(block, thread, count);
     if (block.parallel) add(z, block.after_attention, thread, count);
     add(y, block.after_mlp, thread, count);
   }
@@ -260,7 +403,8 @@ struct Step {
   Status run_all(int threads) {
     int64_t longest = 0;
     for (int64_t t = 0; t < m; ++t) longest = longest < position[t] + 1 ? position[t] + 1 : longest;
-    void* memory = step_scratch.reserve(ceil_div(4 * floats(), 64) * 64 + shared_panel_bytes());
+    measure();
+    void* memory = step_scratch.reserve(ceil_div(4 * floats(), 64) * 64 + routes_bytes + shared_panel_bytes());
     if (!memory) return kNoMemory;
     place(memory);
     const int64_t bytes = thread_bytes(), scores = (longest + 32) * kTileQueries * 4;
