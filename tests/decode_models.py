@@ -52,6 +52,9 @@ def _model(kind: str, **options: object) -> Callable[[], PreTrainedModel]:
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attn_implementation": "eager"}
 _SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 
+_LINEAR = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16}
+_LINEAR |= {"linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"] * 2}
+_LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 2}
 _ROUTED |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
@@ -126,6 +129,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "minimax_m2": _model("minimax_m2", num_local_experts=6, num_experts_per_tok=3, head_dim=16, rotary_dim=8),
     "glm4_moe": _model("glm4_moe", **_ROUTED, use_qk_norm=True, head_dim=16, routed_scaling_factor=1.5),
     "dots1": _model("dots1", **_ROUTED, head_dim=16, **_SLIDING),
+    "qwen3_5": _model("qwen3_5_text", **_LINEAR),
+    "qwen3_5_moe": _model("qwen3_5_moe_text", **_LINEAR, **_EXPERTS, shared_expert_intermediate_size=80),
     "solar_open": _model("solar_open", **_ROUTED, head_dim=16),
     "exaone_moe": _model("exaone_moe", **_ROUTED, head_dim=16, **_SLIDING),
 }

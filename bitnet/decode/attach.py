@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from ..kernels import observed
@@ -121,14 +121,16 @@ class NativeForward:
     def _run(self, cache: Cache, rows: "_Rows | None", kwargs: dict[str, Any]) -> Tensor | None:
         """The last hidden states [B, T, hidden], or None for a call that is not the step's."""
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if rows is None and cache.get_seq_length() > 0:
-            return None  # begun by transformers
+        if rows is None and (cache.get_seq_length() > 0 or any(getattr(x, "record_past", False) for x in cache.layers)):
+            return None  # begun by transformers, or to be cut where it cannot be
         if self._plan is None or not self._plan.current():
             self._plan = None  # should the next line raise
             self._plan = Plan(self._base, self._cache_type)
         plan = self._plan
         if rows is None:
-            rows = _Rows([Cached(plan) for _ in ids], cache.layers)
+            if plan.kept.states is not None and not cache.layers:
+                return None  # transformers could not go on with it
+            rows = _Rows([Cached(plan) for _ in ids], cache.layers, plan.blocks)
         if len(rows.cached) != len(ids) or rows.cached[0].store.keys.dtype != plan.cache_type:
             return None
         past = rows.seen.shape[1]
@@ -147,7 +149,8 @@ class NativeForward:
         starts = torch.tensor([[cached.length] for cached in rows.cached])
         expected = (new.cumsum(1) - 1 + starts)[new]
         positions = kwargs.get("position_ids")
-        if positions is not None and not torch.equal(positions.expand_as(new)[new], expected):
+        planes = [] if positions is None else positions if positions.ndim == 3 else [positions]  # of time, height and width
+        if not all(torch.equal(plane.expand_as(new)[new], expected) for plane in planes):
             return None
         if (
             sum(counts) == 0
@@ -173,15 +176,15 @@ def _is_observed() -> bool:
 class _Rows:
     """What a transformers cache holds when the native step fills it."""
 
-    def __init__(self, cached: list[Cached], layers: list[Any]) -> None:
-        self.cached = cached
+    def __init__(self, cached: list[Cached], layers: list[Any], blocks: int) -> None:
+        self.cached, self.blocks = cached, blocks
         self.seen = torch.zeros(len(cached), 0, dtype=torch.bool)  # [B, columns]: which are tokens, not padding
         self._layers = layers  # transformers' own, empty
 
     def take(self, cache: Cache) -> None:
         """Stand in the cache, if that is not so yet."""
         if not (cache.layers and isinstance(cache.layers[0], _NativeLayer)):
-            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self.cached[0].store.keys.shape[0])]
+            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self.blocks)]
 
     def give_back(self, cache: Cache, dtype: torch.dtype) -> None:
         """Turn the cache into what transformers' own forward would have filled, with zeros for padding."""
@@ -192,14 +195,20 @@ class _Rows:
                 full[:, :, seen] = part
             rows.append(both)
         cache.layers = self._layers
-        for i in range(self.cached[0].store.keys.shape[0]):
-            keys, values = (torch.stack([row[which][i] for row in rows]).to(dtype) for which in (0, 1))
+        recurrent = [i for i, layer in enumerate(self._layers) if isinstance(layer, LinearAttentionLayer)]
+        for place, i in enumerate(i for i in range(self.blocks) if i not in recurrent):
+            keys, values = (torch.stack([row[which][place] for row in rows]).to(dtype) for which in (0, 1))
             cache.update(keys, values, i)
+        for place, i in enumerate(recurrent):
+            states, windows = zip(*((c.store.states, c.store.windows) for c in self.cached), strict=True)
+            window = torch.stack([window[place].T for window in windows]).to(dtype)
+            cache.update_conv_state(window, i, conv_kernel_size=window.shape[-1] + 1)
+            cache.update_recurrent_state(torch.stack([state[place] for state in states]), i)
 
     def crop(self, columns: int) -> None:
         self.seen = self.seen[:, :columns]
         for cached, seen in zip(self.cached, self.seen, strict=True):
-            cached.length = int(seen.sum())
+            cached.cut(int(seen.sum()))
 
     def select(self, indices: list[int]) -> None:
         """Make row i a copy of row indices[i]."""
@@ -217,6 +226,10 @@ class _NativeLayer(DynamicLayer):
     def __init__(self, rows: _Rows, first: bool) -> None:
         super().__init__()
         self.rows, self.first, self.is_initialized = rows, first, True
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.rows.cached[0].store.states is None
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise RuntimeError("this cache belongs to the native step; pass it to the model that made it")

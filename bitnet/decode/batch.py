@@ -132,16 +132,15 @@ class Scheduler:
                     return
                 request = self._waiting[0]
                 # the last token is always computed: its logits are what the answer starts from
-                known = [(_common(slot.tokens, request.prompt[:-1]), slot) for slot in self._slots]
-                coming = max(
-                    (_common(s.tokens + s.pending, request.prompt[:-1]) for s in self._slots if s.request), default=0
-                )
+                known = [(self._usable(slot, request.prompt[:-1]), slot) for slot in self._slots]
+                running = [slot for slot in self._slots if slot.request and self._sequences.cuts]
+                coming = max((_common(s.tokens + s.pending, request.prompt[:-1]) for s in running), default=0)
                 if coming > max(count for count, _ in known) + 16:
                     return  # the same prompt is being computed: the next steps make it a copy
                 self._waiting.popleft()
-            slot = max(free, key=lambda s: (_common(s.tokens, request.prompt[:-1]), -s.used))
+            slot = max(free, key=lambda s: (self._usable(s, request.prompt[:-1]), -s.used))
             most, source = max(known, key=lambda pair: pair[0])
-            own = _common(slot.tokens, request.prompt[:-1])
+            own = self._usable(slot, request.prompt[:-1])
             at = self._slots.index(slot)
             if most > own:
                 self._sequences.copy(self._slots.index(source), at, most)
@@ -150,6 +149,11 @@ class Scheduler:
                 self._sequences.truncate(at, own)
             slot.tokens, slot.pending, slot.request = request.prompt[:own], request.prompt[own:], request
             request.cached = own
+
+    def _usable(self, slot: _Slot, prompt: list[int]) -> int:
+        """How many tokens of a prompt a slot has computed, and can be asked for."""
+        common = _common(slot.tokens, prompt)
+        return common if self._sequences.cuts or common == len(slot.tokens) else 0
 
     def _step(self) -> None:
         work: list[tuple[_Slot, int]] = [(s, 1) for s in self._slots if s.request and len(s.pending) == 1]

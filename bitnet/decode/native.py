@@ -17,9 +17,20 @@ class Cached:
     """One sequence: its tokens' keys and values, and how many there are."""
 
     def __init__(self, plan: Plan) -> None:
-        self._shape = plan.blocks, plan.kv_heads, plan.head_dim
-        self.store = native.KeyValues.empty(*self._shape, ROOM, plan.cache_type)
+        self.store = native.KeyValues.empty(plan.kept, ROOM, plan.cache_type)
         self.length = 0
+
+    def cut(self, tokens: int) -> None:
+        """Forget all but the first `tokens`. Raises ValueError where there are not so many, or where a recurrence, which
+        keeps but one state, has gone on."""
+        if tokens > self.length:
+            raise ValueError(f"a sequence of {self.length} tokens cannot be cut to {tokens}")
+        if self.store.states is not None and tokens not in (0, self.length):
+            raise ValueError(f"of a recurrent model's {self.length} tokens, the first {tokens} cannot be had alone")
+        if tokens == 0 and self.store.states is not None and self.store.windows is not None:
+            self.store.states.zero_()
+            self.store.windows.zero_()
+        self.length = tokens
 
     def reserve(self, tokens: int) -> None:
         """Make room for as many tokens in all."""
@@ -30,10 +41,11 @@ class Cached:
             self.store = self.store.resized(capacity, self.length)
 
     def copy(self, length: int | None = None) -> "Cached":
-        """An independent copy of the first `length` tokens, by default of all."""
+        """An independent copy of the first `length` tokens, by default of all; see cut."""
         copy = Cached.__new__(Cached)
-        copy._shape, copy.length = self._shape, self.length if length is None else length
-        copy.store = self.store.resized(self.store.capacity, copy.length)
+        copy.length = self.length
+        copy.store = self.store.resized(self.store.capacity, self.length if length is None else length)
+        copy.cut(self.length if length is None else length)
         return copy
 
 
@@ -70,6 +82,7 @@ class NativeSequences:
         self._model, self._cache_type = model, cache_type
         self._plan = Plan(model.base_model, cache_type)
         self._caches = [Cached(self._plan) for _ in range(slots)]
+        self.cuts = self._plan.kept.states is None
         self.slots, self.vocabulary = slots, model.config.get_text_config().vocab_size
         self.context = min(context or self._plan.positions, self._plan.positions)
 
@@ -78,15 +91,14 @@ class NativeSequences:
         return self._caches[slot].length
 
     def truncate(self, slot: int, tokens: int) -> None:
-        """Forget all but the first `tokens`; with 0 the slot's memory is given back, too."""
-        if tokens > self._caches[slot].length:
-            raise ValueError(f"slot {slot} holds {self._caches[slot].length} tokens, not {tokens}")
-        self._caches[slot].length = tokens
+        """See Sequences."""
         if tokens == 0 and self._caches[slot].store.capacity > ROOM:
             self._caches[slot] = Cached(self._plan)
+        else:
+            self._caches[slot].cut(tokens)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Make one slot the first `tokens` of another."""
+        """See Sequences."""
         self._caches[target] = self._caches[source].copy(tokens)
 
     @torch.inference_mode()

@@ -6,7 +6,8 @@ The step (kernels/csrc/step.h) knows one block:
     x += [norm](down([norm](f(gate([norm](x))) [* up([norm](x))])))
 
 with what stands in brackets where a model has it, norms of two kinds, and both lines of the same x in some models. In
-place of the second line's MLP, or beside it, there may be experts, of which a router chooses a few for each token.
+place of the second line's MLP, or beside it, there may be experts, of which a router chooses a few for each token, and
+in place of attention the gated delta rule.
 FAMILIES says of which model types that is true of all that their transformers class computes; what a block has is read
 off its modules.
 """
@@ -43,6 +44,7 @@ class Family(NamedTuple):
     holder: str = "mlp"  # of these, or of experts
     score: str = "softmax"  # of a router's outputs; see kernels/csrc/bitnet_cpu.h
     attention: str = "self_attn"
+    recurrence: str = "linear_attn"  # in its place
     fused: str = "qkv_proj"  # q, k and v in one layer, where there is such a one
     by_head: bool = False  # in which those of a head are one after the other
     out: str = "o_proj"
@@ -126,6 +128,8 @@ FAMILIES = {
     "glm4_moe": Family("Glm4MoeModel", score="sigmoid"),
     "dots1": Family("Dots1Model", score="sigmoid"),
     "solar_open": Family("SolarOpenModel", score="sigmoid"),
+    "qwen3_5_text": Family("Qwen3_5TextModel", plus_one=True),
+    "qwen3_5_moe_text": Family("Qwen3_5MoeTextModel", plus_one=True),
     "exaone_moe": Family("ExaoneMoeModel", window=_of_exaone, rotates=_exaone_rotates, score="sigmoid"),
 }
 
@@ -188,7 +192,10 @@ class Plan:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             for part, child in module._modules.items():
                 self._watched.append((module._modules, part, child, -1))
-        attention = getattr(layers[0], self._family.attention)
+        attending = [layer for layer in layers if hasattr(layer, self._family.attention)]
+        if not attending:
+            raise Unplanned("there is no block with attention")
+        attention = getattr(attending[0], self._family.attention)
         self.blocks, self.hidden, self.mixtures = len(layers), config.hidden_size, False
         self.heads = config.num_attention_heads
         self.kv_heads = self.heads if self._family.by_head else config.num_key_value_heads
@@ -207,11 +214,16 @@ class Plan:
         activation = getattr(config, "hidden_act", None) or config.hidden_activation
         if (gate := _GATES.get(activation)) is None:
             raise Unplanned(f"{activation!r} in its MLPs")
-        ropes = self._kinds(base, layers)
+        ropes = self._kinds(base, attending)
+        self.kept = native.Kept(len(attending), self.kv_heads, self.head_dim)
         blocks = (native.Block * self.blocks)()
+        places = [0, 0]  # of caches, of states
         for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+            recurs = not hasattr(layer, self._family.attention)
+            block.place = places[recurs]
+            places[recurs] += 1
             try:
-                self._fill(block, layer, config, ropes)
+                self._fill(block, layer, ropes)
             except Unplanned as why:
                 raise Unplanned(f"layers.{i}.{why}") from None
         plan = native.Plan()
@@ -221,7 +233,11 @@ class Plan:
         plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
         plan.residual = getattr(config, "residual_multiplier", 1)
         plan.interleaved, plan.gated = self._family.interleaved, self._family.mlp[0] is not None
-        plan.by_head = self._family.by_head
+        plan.by_head, plan.query_gate = self._family.by_head, self._query_gate
+        if self.kept.states is not None and self.kept.windows is not None:
+            self.kept = self.kept._replace(
+                states=(places[1], *self.kept.states), windows=(places[1], *self.kept.windows)
+            )
         plan.final = self._norm(getattr(base, self._family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self._kept.append(blocks)
@@ -307,28 +323,22 @@ class Plan:
             previous = (block, signs) if inner is None else None
         return count
 
-    def _inner(self, norm: nn.RMSNorm) -> native.Norm:
+    def _inner(self, norm: Any) -> native.Norm:
         self._watch(norm, "weight")
         weight = norm.weight.detach().float().contiguous()
         self._kept.append(weight)
-        return native.Norm(weight.data_ptr(), None, norm.eps, False)
+        return native.Norm(weight.data_ptr(), None, eps_of(norm), False)
 
-    def _fill(self, block: Any, layer: Any, config: Any, ropes: dict[str, int]) -> None:
+    def _fill(self, block: Any, layer: Any, ropes: dict[str, int]) -> None:
         family, mlp = self._family, getattr(layer, self._family.holder)
-        attention = getattr(layer, family.attention)
         block.parallel = getattr(layer, "use_parallel_residual", family.parallel)
         norms = [None if name is None else getattr(layer, name, None) for name in family.norms]
         if block.parallel and norms[2] is None:
             norms[2] = norms[0]
-        width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        sizes = width, key_width, key_width
-        if family.by_head:
-            into = [(f"{family.attention}.{family.fused}", getattr(attention, family.fused))]
+        if hasattr(layer, family.attention):
+            self._attention(block, getattr(layer, family.attention), norms[0], ropes)
         else:
-            into = _parts(family.attention, attention, ["q_proj", "k_proj", "v_proj"], family.fused, sizes)
-        block.in_count = self._products(into, norms[0], block.into)
-        sub = getattr(attention, "attn_sub_norm", None)
-        self._products([(f"{family.attention}.{family.out}", getattr(attention, family.out))], sub, [block.out])
+            self._recurrence(block, getattr(layer, family.recurrence), norms[0])
         holder, experts = family.holder, getattr(mlp, "experts", None)
         if experts is not None:
             block.mixture = ctypes.pointer(self._mixture(mlp, experts, norms[2]))
@@ -345,11 +355,49 @@ class Plan:
             block.after_attention = self._norm(norms[1])
         if norms[3] is not None:
             block.after_mlp = self._norm(norms[3])
+
+    def _attention(self, block: Any, attention: Any, norm: Any, ropes: dict[str, int]) -> None:
+        family = self._family
+        width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if family.by_head:
+            into = [(f"{family.attention}.{family.fused}", getattr(attention, family.fused))]
+        else:
+            sizes = width, key_width, key_width
+            into = _parts(family.attention, attention, ["q_proj", "k_proj", "v_proj"], family.fused, sizes)
+        block.in_count = self._products(into, norm, block.into)
+        sub = getattr(attention, "attn_sub_norm", None)
+        self._products([(f"{family.attention}.{family.out}", getattr(attention, family.out))], sub, [block.out])
+        self._query_gate = hasattr(attention, "q_proj") and attention.q_proj.out_features == 2 * width
         if hasattr(attention, "q_norm"):
             block.query, block.key = self._norm(attention.q_norm), self._norm(attention.k_norm)
             block.whole = attention.q_norm.weight.numel() == width > self.head_dim
         block.window = family.window(attention) or 0
         block.rope = ropes[_kind(attention)] if family.rotates(attention) else -1
+
+    def _recurrence(self, block: Any, rule: Any, norm: Any) -> None:
+        """The gated delta rule of a block."""
+        name = self._family.recurrence
+        into = [(f"{name}.{part}", getattr(rule, part)) for part in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")]
+        block.in_count = self._products(into, norm, block.into)
+        self._products([(f"{name}.out_proj", rule.out_proj)], None, [block.out])
+        if rule.head_v_dim % native.COLUMNS:
+            raise Unplanned(f"{name} has values of {rule.head_v_dim} features, which must be a multiple of {native.COLUMNS}")
+        self._watch(rule.conv1d, "weight")
+        self._watch(rule, "A_log", "dt_bias")
+        if rule.conv1d.bias is not None or rule.norm.activation != "silu" or rule.activation != "silu":
+            raise Unplanned(f"{name} has a bias in its convolution, or gates that are not silu")
+        channels, _, kernel = rule.conv1d.weight.shape
+        tensors = (rule.conv1d.weight[:, 0].T, rule.A_log.float().exp(), rule.dt_bias)
+        floats = [tensor.detach().float().contiguous() for tensor in tensors]
+        gated = self._inner(rule.norm)
+        recurrence = native.Recurrence(*(t.data_ptr() for t in floats), gated, kernel, channels)
+        recurrence.key_heads, recurrence.value_heads = rule.num_k_heads, rule.num_v_heads
+        recurrence.key_dim, recurrence.value_dim = rule.head_k_dim, rule.head_v_dim
+        self.kept = self.kept._replace(
+            states=(rule.num_v_heads, rule.head_k_dim, rule.head_v_dim), windows=(kernel - 1, channels)
+        )
+        self._kept += [floats, recurrence]
+        block.recurrence = ctypes.pointer(recurrence)
 
     def _mixture(self, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
         """Experts and what chooses among them; the router's options have one name in all families that have them."""

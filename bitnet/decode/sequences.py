@@ -12,15 +12,16 @@ class Sequences(Protocol):
     vocabulary: int
     context: int  # tokens that one sequence may hold
     slots: int
+    cuts: bool  # whether a slot's first tokens can be had without those after them: not of a recurrent state
 
     def length(self, slot: int) -> int:
         """How many tokens a slot holds."""
 
     def truncate(self, slot: int, tokens: int) -> None:
-        """Forget all but the first `tokens`; with 0 the slot's memory is given back, too."""
+        """Forget all but the first `tokens`, which are 0 or all unless it cuts; with 0 the slot's memory is given back, too."""
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Make one slot the first `tokens` of another."""
+        """Make one slot the first `tokens` of another, all of them unless it cuts."""
 
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Append each (slot, ids int64 [T]) to its slot; logits after the last of each, float32 [len(work), V].

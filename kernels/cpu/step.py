@@ -6,6 +6,7 @@ The structures are those of csrc/bitnet_cpu.h, field by field.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .library import TYPES, check, isa_index, native
 from .linear import PreparedWeight
 
 MOST_TOKENS = 256  # of one call
+COLUMNS = 32  # features of a recurrence's values that are summed at once
 RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
 GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3}
 SCORES = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
@@ -33,7 +35,22 @@ class Product(ctypes.Structure):
         ("signs", _pointer),
         ("hadamard", _int64),
         ("count", _int64),
-        ("layers", ctypes.POINTER(PreparedWeight) * 3),
+        ("layers", ctypes.POINTER(PreparedWeight) * 4),
+    )
+
+
+class Recurrence(ctypes.Structure):
+    _fields_ = (
+        ("convolution", _pointer),
+        ("speed", _pointer),
+        ("shift", _pointer),
+        ("norm", Norm),
+        ("kernel", _int64),
+        ("channels", _int64),
+        ("key_heads", _int64),
+        ("value_heads", _int64),
+        ("key_dim", _int64),
+        ("value_dim", _int64),
     )
 
 
@@ -60,7 +77,7 @@ class Mixture(ctypes.Structure):
 
 class Block(ctypes.Structure):
     _fields_ = (
-        ("into", Product * 3),
+        ("into", Product * 4),
         ("gate", Product * 2),
         ("out", Product),
         ("down", Product),
@@ -68,7 +85,9 @@ class Block(ctypes.Structure):
         ("key", Norm),
         ("after_attention", Norm),
         ("after_mlp", Norm),
+        ("recurrence", ctypes.POINTER(Recurrence)),
         ("mixture", ctypes.POINTER(Mixture)),
+        ("place", _int64),
         ("inner", _int64),
         ("window", _int64),
         ("in_count", _int32),
@@ -96,6 +115,7 @@ class Plan(ctypes.Structure):
         ("residual", ctypes.c_float),
         ("interleaved", _int32),
         ("by_head", _int32),
+        ("query_gate", _int32),
         ("gate", _int32),
         ("gated", _int32),
         ("cache_type", _int32),
@@ -109,8 +129,20 @@ class _Sequence(ctypes.Structure):
         ("values", _pointer),
         ("key_scales", _pointer),
         ("value_scales", _pointer),
+        ("states", _pointer),
+        ("windows", _pointer),
         ("capacity", _int64),
     )
+
+
+class Kept(NamedTuple):
+    """The shape of what a sequence keeps: of `blocks` blocks with attention keys and values, of others a recurrence's."""
+
+    blocks: int
+    kv_heads: int
+    head_dim: int
+    states: tuple[int, ...] | None = None  # [blocks, value_heads, key_dim, value_dim]
+    windows: tuple[int, ...] | None = None  # [blocks, kernel - 1, channels]
 
 
 @dataclass
@@ -119,21 +151,30 @@ class KeyValues:
 
     keys: [blocks, kv_heads, capacity / 16, head_dim, 16]; values: [blocks, kv_heads, capacity, head_dim]; float32,
     float16
-    or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]
+    or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]; states, windows: float32
     """
 
     keys: Tensor
     values: Tensor
-    key_scales: Tensor | None
-    value_scales: Tensor | None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    states: Tensor | None = None
+    windows: Tensor | None = None
 
     @staticmethod
-    def empty(blocks: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> "KeyValues":
+    def empty(kept: Kept, capacity: int, dtype: torch.dtype) -> "KeyValues":
         """Room for that many positions, a multiple of 16."""
+        cache = KeyValues._room(*kept[:3], capacity, dtype)
+        if kept.states is not None and kept.windows is not None:
+            cache.states, cache.windows = torch.zeros(kept.states), torch.zeros(kept.windows)
+        return cache
+
+    @staticmethod
+    def _room(blocks: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> "KeyValues":
         keys = mapped(blocks, kv_heads, capacity // RUN, head_dim, RUN, dtype=dtype)
         values = mapped(blocks, kv_heads, capacity, head_dim, dtype=dtype)
         if dtype != torch.int8:
-            return KeyValues(keys, values, None, None)
+            return KeyValues(keys, values)
         return KeyValues(keys, values, *(torch.empty(blocks, kv_heads, capacity) for _ in range(2)))
 
     @property
@@ -141,9 +182,12 @@ class KeyValues:
         return self.values.shape[2]
 
     def resized(self, capacity: int, length: int) -> "KeyValues":
-        """A copy of the first `length` positions with room for another number of them."""
+        """A copy of the first `length` positions with room for another number of them; states stay those of all."""
         blocks, kv_heads, _, head_dim = self.values.shape
-        copy = KeyValues.empty(blocks, kv_heads, head_dim, capacity, self.values.dtype)
+        copy = KeyValues._room(blocks, kv_heads, head_dim, capacity, self.values.dtype)
+        for name in ("states", "windows"):
+            if (state := getattr(self, name)) is not None:
+                setattr(copy, name, state.clone())
         runs = -(-length // RUN)
         copy.keys[:, :, :runs] = self.keys[:, :, :runs]
         copy.values[:, :, :length] = self.values[:, :, :length]
@@ -162,8 +206,9 @@ class KeyValues:
         return keys, values
 
     def _described(self) -> _Sequence:
-        scales = (None if t is None else t.data_ptr() for t in (self.key_scales, self.value_scales))
-        return _Sequence(self.keys.data_ptr(), self.values.data_ptr(), *scales, self.capacity)
+        rest = (self.key_scales, self.value_scales, self.states, self.windows)
+        pointers = (None if t is None else t.data_ptr() for t in rest)
+        return _Sequence(self.keys.data_ptr(), self.values.data_ptr(), *pointers, self.capacity)
 
 
 def step(plan: Plan, x: Tensor, caches: Sequence[KeyValues], sequence: Sequence[int], position: Sequence[int]) -> None:

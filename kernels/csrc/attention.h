@@ -120,6 +120,7 @@ INLINE float normal(float x) {
         return x / (1 + exponential(-2 * z));
       }, gate, up, k);
     case kGelu: return apply([](float x) INLINE_LAMBDA { return x * normal(x); }, gate, up, k);
+    case kSigmoid: return apply([](float x) INLINE_LAMBDA { return 1 / (1 + exponential(-x)); }, gate, up, k);
   }
 }
 

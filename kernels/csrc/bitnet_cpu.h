@@ -62,11 +62,22 @@ struct Product {
   const int8_t* signs;  // of the transform, [k] or null
   int64_t hadamard;
   int64_t count;
-  const PreparedWeight* layers[3];
+  const PreparedWeight* layers[4];
+};
+
+// Linear attention by the gated delta rule, in place of attention. Its block's `in` are four layers: queries, keys and values,
+// which are convolved; the gate z of the outputs; what a new value weighs; how fast the state fades.
+struct Recurrence {
+  const float* convolution;  // [kernel, channels]
+  const float* speed;        // [value_heads]: the state of a token becomes exp(-speed * log(1 + exp(x + shift))) of it
+  const float* shift;
+  Norm norm;                 // of each head's outputs, before they are multiplied by silu(z)
+  int64_t kernel, channels;  // channels: 2 * key_heads * key_dim + value_heads * value_dim
+  int64_t key_heads, value_heads, key_dim, value_dim;  // value_dim: a multiple of 32
 };
 
 // What scores of experts become: a softmax or sigmoids, of which some are chosen, or a softmax of those chosen.
-enum Score { kSoftmax = 0, kSigmoid = 1, kSoftmaxOfChosen = 2 };
+enum Score { kSoftmax = 0, kSigmoids = 1, kSoftmaxOfChosen = 2 };
 
 // Experts of which each token takes a few: y is the sum of second(f(gate) * up) of each times its weight, where gate and up
 // are the halves of first(norm(x)).
@@ -91,12 +102,14 @@ struct Mixture {
 // added times the plan's `residual`. If `parallel`, both see the x that came in. A block with a mixture adds that of it to
 // the MLP's, or has no MLP of its own.
 struct Block {
-  Product in[3];    // q, k and v in this order, in as many products as `in_count`
+  Product in[4];    // q, k and v in this order, in as many products as `in_count`
   Product gate[2];  // gate and up, or the one layer before f
   Product out, down;
   Norm query, key;  // of each head, or if `whole` of all heads as one
   Norm after_attention, after_mlp;
-  const Mixture* mixture;  // or null; then not `parallel`
+  const Recurrence* recurrence;  // or null: attention
+  const Mixture* mixture;        // or null; then not `parallel`
+  int64_t place;    // which of a sequence's caches, or of its states, is this block's
   int64_t inner;    // features between gate and down; 0: there is no MLP, and gate_count is 0
   int64_t window;   // positions that a token sees, itself among them; 0: all
   int32_t in_count, gate_count;
@@ -104,7 +117,7 @@ struct Block {
   int32_t whole, parallel;
 };
 
-enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3 };
+enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3, kSigmoid = 4 };  // the last is that of queries
 
 struct Plan {
   const Block* blocks;
@@ -118,17 +131,20 @@ struct Plan {
   float residual;
   int32_t interleaved;       // features 2i and 2i + 1 turn together, and not i and i + half
   int32_t by_head;           // one layer has q, k and v, those of a head one after the other; kv_heads are heads
+  int32_t query_gate;        // a head's q is followed by a gate, whose sigmoid multiplies the head's output
   int32_t gate;
   int32_t gated;             // f(gate) * up; 0: f(gate)
   int32_t cache_type;        // kFloat32, kFloat16, or kInt8 with a float32 scale a position and head
   int32_t isa;               // index into bitnet_isa(kTwoBits)
 };
 
-// The cache of one sequence. keys [blocks, kv_heads, capacity/16, head_dim, 16] and values [blocks, kv_heads, capacity,
-// head_dim] of cache_type; scales [blocks, kv_heads, capacity]. capacity is a multiple of 16.
+// The cache of one sequence, of the blocks with attention. keys [blocks, kv_heads, capacity/16, head_dim, 16] and values [blocks, kv_heads, capacity,
+// head_dim] of cache_type; scales [blocks, kv_heads, capacity]. capacity is a multiple of 16. Of those with a recurrence states
+// [blocks, value_heads, key_dim, value_dim] and windows [blocks, kernel - 1, channels], at first 0.
 struct Sequence {
   void *keys, *values;
   float *key_scales, *value_scales;
+  float *states, *windows;
   int64_t capacity;
 };
 

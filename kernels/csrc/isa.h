@@ -101,6 +101,9 @@ struct Between {
   void (*normalize)(const float* x, const Norm& norm, int64_t k, float* y);
   void (*rotate)(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head);
   float (*score_row)(const void* row, int32_t type, const float* x, int64_t k);  // their dot product
+  void (*convolve)(const Recurrence& r, float* window, float* x, int64_t stride, int64_t tokens, int64_t first, int64_t last);
+  void (*to_length)(float* x, int64_t k, float factor);
+  void (*recur)(float* state, const float* q, const float* k, float* v, float decay, float beta, int64_t keys, int64_t values);
   void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);  // up: null without one
   void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim);
   // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dim is a multiple of 16.

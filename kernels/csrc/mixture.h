@@ -37,7 +37,7 @@ void choose_experts(const Mixture& mix, float* scores, int32_t* chosen, float* w
   float* sums = key + mix.experts;
   auto* taken = reinterpret_cast<uint8_t*>(sums + mix.groups);
   if (mix.score == kSoftmax) softmax(scores, mix.experts);
-  if (mix.score == kSigmoid)
+  if (mix.score == kSigmoids)
     for (int64_t e = 0; e < mix.experts; ++e) scores[e] = 1 / (1 + exponential(-scores[e]));
   for (int64_t e = 0; e < mix.experts; ++e) key[e] = mix.correction ? scores[e] + mix.correction[e] : scores[e];
   if (mix.groups_chosen < mix.groups) close_groups(mix, key, sums, taken);

@@ -1,7 +1,7 @@
 // Attention of a few tokens over keys and values as torch holds them, one position's features after the other: for models that
 // csrc/step.h does not compute. float32 inside, in the same order on each instruction set.
 #pragma once
-#include "attention.h"
+#include "recurrence.h"
 
 namespace {
 
@@ -116,7 +116,7 @@ void attend_rows(const Attention& a, int64_t batch, int64_t kv_head, int64_t fir
 }
 
 template <class I>
-constexpr Between kBetween = {normalize, rotate, score_row, apply_gate, store<I>, attend<I>, attend_rows<I>, normalize_row};
+constexpr Between kBetween = {normalize, rotate, score_row, convolve, to_length, recur, apply_gate, store<I>, attend<I>, attend_rows<I>, normalize_row};
 
 template <class I>
 constexpr const Between* between() {

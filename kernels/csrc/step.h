@@ -2,6 +2,7 @@
 #pragma once
 #include "mixture.h"
 #include "multiply.h"
+#include "recurrence.h"
 #include "numbers.h"
 
 namespace {
@@ -46,12 +47,17 @@ struct Step {
   float *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
   void *panels = nullptr, *routing = nullptr;
   int64_t query_width = plan.heads * plan.head_dim, key_width = plan.kv_heads * plan.head_dim;
-  int64_t widest = 0, routes_bytes = 0;  // of all blocks' MLPs and mixtures
+  int64_t in_width = (1 + plan.query_gate) * query_width + 2 * key_width;  // of what all blocks' `in` give
+  int64_t widest = 0, routes_bytes = 0;                                    // of their MLPs and mixtures
 
   void measure() {
     for (int64_t b = 0; b < plan.count; ++b) {
       const Block& block = plan.blocks[b];
       widest = widest < block.inner ? block.inner : widest;
+      if (const Recurrence* r = block.recurrence) {
+        const int64_t width = r->channels + r->value_heads * (r->value_dim + 2);
+        in_width = in_width < width ? width : in_width;
+      }
       if (!block.mixture) continue;
       const int64_t bytes = place_routes(*block.mixture, nullptr).second;
       routes_bytes = routes_bytes < bytes ? bytes : routes_bytes;
@@ -59,7 +65,7 @@ struct Step {
   }
 
   // Activations and codes of all tokens lie one after the other.
-  int64_t floats() const { return m * (2 * query_width + 2 * key_width + 2 * widest + 2 * plan.hidden); }
+  int64_t floats() const { return m * (in_width + query_width + 2 * widest + 2 * plan.hidden); }
 
   void place(void* memory) {
     auto* first = static_cast<float*>(memory);
@@ -69,11 +75,11 @@ struct Step {
       k = {first + dim, 3 * query_width, 3 * dim};
       v = {first + 2 * dim, 3 * query_width, 3 * dim};
     } else {
-      q = {first, query_width, dim};
-      k = {first + m * query_width, key_width, dim};
+      q = {first, (1 + plan.query_gate) * query_width, (1 + plan.query_gate) * dim};
+      k = {first + m * q.token, key_width, dim};
       v = {k.first + m * key_width, key_width, dim};
     }
-    attended = first + m * (query_width + 2 * key_width);
+    attended = first + m * in_width;
     gate = attended + m * query_width;
     up = gate + m * widest;
     y = up + m * widest;
@@ -188,9 +194,9 @@ struct Step {
     return most;
   }
 
-  CachedHead cached(int64_t block, int64_t t, int64_t head) const {
+  CachedHead cached(const Block& block, int64_t t, int64_t head) const {
     const Sequence& in = sequences[sequence[t]];
-    const int64_t at = (block * plan.kv_heads + head) * in.capacity;
+    const int64_t at = (block.place * plan.kv_heads + head) * in.capacity;
     const int64_t offset = at * plan.head_dim * element_size(plan.cache_type);
     const bool scaled = plan.cache_type == kInt8;
     return {static_cast<char*>(in.keys) + offset, static_cast<char*>(in.values) + offset,
@@ -205,8 +211,7 @@ struct Step {
     f.rotate(plan.ropes[block.rope][0] + at, plan.ropes[block.rope][1] + at, plan.half, plan.interleaved, head);
   }
 
-  void attention(int64_t b, int thread, int count) const {
-    const Block& block = plan.blocks[b];
+  void attention(const Block& block, int thread, int count) const {
     const int64_t dim = plan.head_dim, group = plan.heads / plan.kv_heads, all = plan.heads + plan.kv_heads;
     if (block.whole) {
       for (int64_t i = share(2 * m, thread, count); i < share(2 * m, thread + 1, count); ++i) {
@@ -226,13 +231,13 @@ struct Step {
       } else {
         float* key = k.at(t, head);
         turn(block, block.key, key, t);
-        f.store(plan.cache_type, cached(b, t, head), position[t], key, v.at(t, head), dim);
+        f.store(plan.cache_type, cached(block, t, head), position[t], key, v.at(t, head), dim);
       }
     }
     barrier(count);
     int64_t turn_of = 0;
-    for (int64_t t = 0, end; t < m; t = end) {  // tokens of one sequence
-      for (end = t + 1; end < m && sequence[end] == sequence[t];) ++end;
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
       const int64_t queries = (end - t) * group;
       for (int64_t at = 0; at < queries; at += kTileQueries)
         for (int64_t head = 0; head < plan.kv_heads; ++head) {
@@ -244,9 +249,59 @@ struct Step {
             const int64_t seen = block.window && block.window < last ? block.window : last;
             tile[i] = {q.at(row, of), attended + row * query_width + of * dim, last - seen, last};
           }
-          f.attend(plan.cache_type, cached(b, t, head), tile, here, dim, plan.cap,
+          f.attend(plan.cache_type, cached(block, t, head), tile, here, dim, plan.cap,
                    static_cast<float*>(attention_scratch.memory));
+          for (int i = 0; plan.query_gate && i < here; ++i) {
+            float* sigmoids = const_cast<float*>(tile[i].q) + dim;
+            f.apply_gate(kSigmoid, sigmoids, tile[i].out, dim);
+            memcpy(tile[i].out, sigmoids, 4 * dim);
+          }
         }
+    }
+  }
+
+  // The end of the tokens of t's sequence.
+  int64_t same_sequence(int64_t t) const {
+    int64_t end = t + 1;
+    while (end < m && sequence[end] == sequence[t]) ++end;
+    return end;
+  }
+
+  // From what `in` gives, one after the other, to what `out` takes, which is where the gates were.
+  void recurrence(const Block& block, float* const* in, int thread, int count) const {
+    const Recurrence& r = *block.recurrence;
+    float *mixed = in[0], *z = in[1], *beta = in[2], *fading = in[3];
+    const int64_t keys = r.key_heads * r.key_dim, width = r.value_heads * r.value_dim, state = r.key_dim * r.value_dim;
+    const int64_t pieces = ceil_div(r.channels, kColumns), first = share(pieces, thread, count) * kColumns,
+                  last = smaller(share(pieces, thread + 1, count) * kColumns, r.channels);
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float* window = sequences[sequence[t]].windows + block.place * (r.kernel - 1) * r.channels;
+      f.convolve(r, window, mixed + t * r.channels, r.channels, end - t, first, last);
+    }
+    barrier(count);
+    const int64_t heads = 2 * r.key_heads;
+    for (int64_t i = share(m * heads, thread, count); i < share(m * heads, thread + 1, count); ++i) {
+      const float factor = i % heads < r.key_heads ? 1 / __builtin_sqrtf(float(r.key_dim)) : 1;
+      f.to_length(mixed + i / heads * r.channels + i % heads * r.key_dim, r.key_dim, factor);
+    }
+    barrier(count);
+    int64_t turn_of = 0;
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float* states = sequences[sequence[t]].states + block.place * r.value_heads * state;
+      for (int64_t head = 0; head < r.value_heads; ++head) {
+        if (turn_of++ % count != thread) continue;
+        for (int64_t i = t; i < end; ++i) {
+          float* q = mixed + i * r.channels + head * r.key_heads / r.value_heads * r.key_dim;
+          float *v = mixed + i * r.channels + 2 * keys + head * r.value_dim, *gate = z + i * width + head * r.value_dim;
+          const int64_t at = i * r.value_heads + head;
+          const float decay = exponential(-r.speed[head] * softplus(fading[at] + r.shift[head]));
+          f.recur(states + head * state, q, q + keys, v, decay, 1 / (1 + exponential(-beta[at])), r.key_dim, r.value_dim);
+          f.normalize(v, r.norm, r.value_dim, v);
+          f.apply_gate(kSilu, gate, v, r.value_dim);
+        }
+      }
     }
   }
 
@@ -371,15 +426,23 @@ struct Step {
 
   void run(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
-    float* in[] = {q.first, k.first, v.first};
+    float* in[] = {q.first, k.first, v.first, nullptr};
+    const float* mixed = attended;
+    if (const Recurrence* r = block.recurrence) {
+      in[1] = in[0] + m * r->channels;
+      in[2] = in[1] + m * r->value_heads * r->value_dim;
+      in[3] = in[2] + m * r->value_heads;
+      mixed = in[1];
+    }
     for (int i = 0, at = 0; i < block.in_count; at += int(block.in[i++].count)) {
       if (i) barrier(count);
       multiply(block.in[i], x, in + at, thread, count);
     }
     barrier(count);
-    attention(b, thread, count);
+    if (block.recurrence) recurrence(block, in, thread, count);
+    else attention(block, thread, count);
     barrier(count);
-    multiply(block.out, attended, &(in[0] = z), thread, count);
+    multiply(block.out, mixed, &(in[0] = z), thread, count);
     if (block.parallel) barrier(count);
     else add(z, block.after_attention, thread, count);
     float* gates[] = {gate, up};
