@@ -19,8 +19,8 @@ class Counting:
 
     vocabulary, context = VOCABULARY, 1000
 
-    def __init__(self, slots: int) -> None:
-        self.slots, self.held = slots, [[] for _ in range(slots)]
+    def __init__(self, slots: int, cuts: bool = True) -> None:
+        self.slots, self.held, self.cuts = slots, [[] for _ in range(slots)], cuts
         self.steps: list[list[int]] = []  # tokens of each sequence in each step
         self.gate = threading.Semaphore(10**6)
 
@@ -28,10 +28,11 @@ class Counting:
         return len(self.held[slot])
 
     def truncate(self, slot: int, tokens: int) -> None:
-        assert tokens <= len(self.held[slot])
+        assert tokens <= len(self.held[slot]) if self.cuts else tokens in (0, len(self.held[slot]))
         del self.held[slot][tokens:]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
+        assert self.cuts or tokens == len(self.held[source])
         self.held[target] = self.held[source][:tokens]
 
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -133,6 +134,26 @@ def test_what_is_known_of_a_prompt_is_not_computed_again() -> None:
     assert sum(map(sum, model.steps)) < 2 * 300  # one of them computes the prompt, the others copy it
 
 
+def test_what_cannot_be_cut_is_used_whole() -> None:
+    """Of a recurrent model a slot's tokens are the beginning of a prompt, all of them, or of no use."""
+    model = Counting(2, cuts=False)
+    scheduler = Scheduler(model)
+    prompt = list(range(40)) * 3
+    for asked, cached in (
+        (Asked(prompt, 4), 0),
+        (Asked([*prompt, *expected(prompt, 3), 9], 4), 123),
+        (Asked(prompt, 4), 0),
+        (Asked([5], 4), 0),
+    ):
+        scheduler.submit(asked.request)
+        assert asked.wait().tokens == expected(asked.request.prompt, 4)
+        assert asked.request.cached == cached
+    twins = [Asked([7] * 300, 3) for _ in range(3)]
+    scheduler.submit(*(twin.request for twin in twins))
+    for twin in twins:
+        assert twin.wait().tokens == expected([7] * 300, 3)
+
+
 def test_stops_cancels_and_failures_end_a_request_once() -> None:
     model = Counting(2)
     scheduler = Scheduler(model, queue=3)
@@ -197,7 +218,8 @@ def test_draining_finishes_what_there_is_and_takes_no_more() -> None:
     assert endless.wait().ends[0] in ("cancelled", "length")
 
 
-def test_eager_sequences_are_those_of_the_model() -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_eager_sequences_are_those_of_the_model(family: str) -> None:
     from decode_models import packed
 
     import bitnet
@@ -207,17 +229,22 @@ def test_eager_sequences_are_those_of_the_model() -> None:
 
     if isinstance(library.load(), str):
         pytest.skip("there is no native library")
-    model = packed("llama", head="int8")
+    model = packed(family, head="int8")
     bitnet.native_decoding(model, None)
     eager, native = EagerSequences(model, 3), NativeSequences(model, 3, "float32")
     ids = torch.randint(3, 200, (40,), generator=torch.Generator().manual_seed(0))
     for sequences in (eager, native):
         sequences.extend([(0, ids[:20]), (2, ids[5:30])])
-        sequences.copy(0, 1, 12)
-        sequences.truncate(2, 7)
+        sequences.copy(0, 1, 20)
+        sequences.truncate(2, 0)
+    assert (eager.cuts, native.cuts) == (False, family == "llama")
     work = [(1, ids[12:15]), (2, ids[12:13]), (0, ids[20:21])]
     found, wanted = eager.extend(work), native.extend(work)
-    assert [eager.length(slot) for slot in range(3)] == [native.length(slot) for slot in range(3)] == [21, 15, 8]
+    assert [eager.length(slot) for slot in range(3)] == [native.length(slot) for slot in range(3)] == [21, 23, 1]
+    for sequences in [eager] if native.cuts else [eager, native]:
+        for cut in (lambda s: s.truncate(0, 7), lambda s: s.copy(0, 1, 7), lambda s: s.truncate(0, 40)):
+            with pytest.raises(ValueError, match=r"21 tokens"):
+                cut(sequences)
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
     with pytest.raises(ValueError, match="a sequence holds 512"):
         eager.extend([(0, ids.repeat(20))])

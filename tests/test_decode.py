@@ -116,8 +116,9 @@ def test_more_tokens_than_one_call_takes() -> None:
 
 @pytest.mark.parametrize("cache_type", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("isa", library.isas() if not isinstance(library.load(), str) else [])
-def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str) -> None:
-    model, found = packed("gemma3"), []
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5_moe"])
+def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str, family: str) -> None:
+    model, found = packed(family), []
     for name in (isa, library.isas()[-1]):  # the last is plain C++
         plan = Plan(model.base_model, cache_type, name)
         cached = Cached(plan)
@@ -152,7 +153,7 @@ def test_narrow_caches_stay_close(cache_type: str, most: float) -> None:
     assert error.max() < 2 * most
 
 
-@pytest.mark.parametrize("family", ["bitnet", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["bitnet", "qwen2_moe", "qwen3_5"])
 def test_threads_do_not_change_a_bit(family: str) -> None:
     model, before, found = packed(family, head="int8"), torch.get_num_threads(), []
     try:
@@ -190,7 +191,7 @@ def test_slots_are_cut_copied_and_freed() -> None:
     assert torch.equal(sequences.extend([(0, IDS[69:])]), whole)
     sequences.truncate(1, 0)
     assert sequences.length(1) == 0
-    with pytest.raises(ValueError, match="slot 2 holds 0 tokens, not 5"):
+    with pytest.raises(ValueError, match="a sequence of 0 tokens cannot be cut to 5"):
         sequences.truncate(2, 5)
     with pytest.raises(ValueError, match="140 tokens, but a sequence holds 100"):
         sequences.extend([(0, IDS)])
@@ -212,6 +213,20 @@ def test_a_changed_weight_is_noticed(change: str) -> None:
             layer.weight = layer.weight.flip(1)
         else:
             layer.bias += 1
+    after = sequences.extend([(1, IDS)])
+    assert not torch.equal(before, after)
+    assert_same_but_for_roundings(after, reference(model)[-1:])
+
+
+@pytest.mark.parametrize("change", ["speed", "convolution", "gated norm"])
+def test_a_changed_recurrence_is_noticed(change: str) -> None:
+    model = packed("qwen3_5")
+    sequences = NativeSequences(model, 2, "float32")
+    before = sequences.extend([(0, IDS)])
+    rule = model.model.layers[0].linear_attn
+    with torch.no_grad():
+        changed = {"speed": rule.A_log, "convolution": rule.conv1d.weight, "gated norm": rule.norm.weight}[change]
+        changed *= -1
     after = sequences.extend([(1, IDS)])
     assert not torch.equal(before, after)
     assert_same_but_for_roundings(after, reference(model)[-1:])
@@ -314,8 +329,9 @@ def test_generate_gives_the_same_tokens(calls: Calls, family: str) -> None:
             assert (scores[a[at]] - scores[b[at]]).abs() < 0.02 * scores.abs().max()
 
 
-def test_beams_and_samples_are_as_good(calls: Calls) -> None:
-    model = packed("gemma3")
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_beams_and_samples_are_as_good(calls: Calls, family: str) -> None:
+    model = packed(family)
     options = {"num_beams": 3, "max_new_tokens": 20, "return_dict_in_generate": True, "output_scores": True}
     plain = model.generate(**batch(), do_sample=False, **options).sequences_scores
     native_decoding(model, "float32")
@@ -345,7 +361,7 @@ def test_the_loop_of_a_user_runs_natively(calls: Calls) -> None:
 
 def test_a_cache_is_handed_to_transformers_and_goes_on(calls: Calls) -> None:
     """Attentions are asked for in the middle: transformers' own forward takes over with the same keys and values."""
-    for family in ("llama", "gemma3"):
+    for family in ("llama", "gemma3", "qwen3_5"):
         model = packed(family)
         model.set_attn_implementation("eager")
         native_decoding(model, "float32")
@@ -360,10 +376,13 @@ def test_a_cache_is_handed_to_transformers_and_goes_on(calls: Calls) -> None:
             found = model(new, attention_mask=mask, position_ids=positions, output_attentions=True, **{key: cache})
             assert found.attentions is not None
             assert type(cache.layers[0]).__name__ != "_NativeLayer"
-            ids = torch.cat([inputs["input_ids"], new], 1)
+            mask = torch.cat([mask, torch.ones_like(new)], 1)
+            after = model(new + 3, attention_mask=mask, position_ids=positions + 1, **{key: cache})
+            ids = torch.cat([inputs["input_ids"], new, new + 3], 1)
             for row in range(3):
-                expected = reference(model, ids[row][mask[row].bool()])[-1]
-                assert (found.logits[row, -1] - expected).abs().max() < 0.05 * expected.abs().max()
+                expected = reference(model, ids[row][mask[row].bool()])[-2:]
+                logits = torch.cat([found.logits[row], after.logits[row]])
+                assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def _new_names() -> bool:

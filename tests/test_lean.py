@@ -183,10 +183,23 @@ MODELS = {
 }
 
 
+OTHERS = {
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 0,
+    }
+}
+
+
 def packed(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same weights every time."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES | {"num_hidden_layers": 2, "pad_token_id": 0} | MODELS[kind])
+    config = AutoConfig.for_model(kind, **SIZES | {"num_hidden_layers": 2, "pad_token_id": 0} | (MODELS | OTHERS)[kind])
     model = randomize(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
     bitnet.replace_linear(model)
     bitnet.pack(model)
@@ -259,6 +272,53 @@ def test_logits_are_as_close_as_roundings(dtype: torch.dtype, calls: list[int]) 
         assert error.max() < 0.05
     else:  # as far from float32's as torch is
         assert (found - exact)[40:].abs().mean() < 1.5 * (plain - exact)[40:].abs().mean()
+
+
+SHAPES_1D = [(1, 6, 5, 4, 0, True), (2, 40, 9, 4, 3, False), (1, 1, 1, 1, 0, False)]
+
+
+@pytest.mark.parametrize(("batch", "channels", "tokens", "kernel", "padding", "bias"), SHAPES_1D)
+@pytest.mark.parametrize("dtype", TYPES[1:])
+@torch.no_grad()
+def test_depthwise_convolutions_are_torch_s(
+    batch: int, channels: int, tokens: int, kernel: int, padding: int, bias: bool, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(batch, channels, tokens).to(dtype), torch.randn(channels, 1, kernel).to(dtype)
+    shift = torch.randn(channels).to(dtype) if bias else None
+    expected = nn.functional.conv1d(
+        x.float(), weight.float(), None if shift is None else shift.float(), padding=padding, groups=channels
+    )
+    found = lean.depthwise(x, weight, shift, (1,), (padding,), 1, channels)
+    assert found is not None
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=rounding(dtype), atol=1e-6)
+    for other in (
+        lean.depthwise(x.float(), weight.float(), None, 1, padding, 1, channels),
+        lean.depthwise(x, weight.expand(channels, 2, kernel), None, 1, padding, 1, channels),
+        lean.depthwise(x, weight, None, 2, padding, 1, channels),
+        lean.depthwise(x, weight, None, 1, "same", 1, channels),
+    ):
+        assert other is None
+
+
+def test_convolutions_of_single_tokens_are_not_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = packed("qwen3_next", torch.bfloat16), []
+    original = lean.depthwise
+
+    def counted(x: Tensor, *args: object, **options: object) -> Tensor | None:
+        y = original(x, *args, **options)
+        tokens.append(0 if y is None else y.shape[2])
+        return y
+
+    monkeypatch.setattr(lean, "depthwise", counted)
+    plain = in_parts(model)
+    assert not tokens
+    exact = in_parts(nn.Module.float(copy.deepcopy(model)))
+    attach_decoding(model)
+    found = in_parts(model)
+    assert len(tokens) == 3  # a prompt is torch's
+    assert min(tokens) >= 1
+    assert (found - exact)[40:].abs().mean() < 1.5 * (plain - exact)[40:].abs().mean()
 
 
 def test_tokens_of_a_short_prompt_see_none_behind_them(calls: list[int]) -> None:

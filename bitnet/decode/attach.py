@@ -66,7 +66,7 @@ class NativeForward:
     def __init__(self, base: Any, cache_type: str) -> None:
         self._base, self._cache_type = base, cache_type
         self._plan: Plan | None = None
-        self._prepared = False  # to run lean
+        self._prepared = self._convolves = False  # to run lean
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_plan": None, "_prepared": False}
@@ -97,9 +97,8 @@ class NativeForward:
             if _is_observed() or observed.is_observed() or type(given) is not Tensor:
                 return self._original(*args, **kwargs)
             if not self._prepared:
-                prepare(self._base)
-                self._prepared = True
-            with running(cache, given.shape[1]):
+                self._convolves, self._prepared = prepare(self._base), True
+            with running(cache, given.shape[1], self._convolves):
                 return self._original(*args, **kwargs)
         mixtures = self._plan is not None and self._plan.mixtures  # whose heads look for their routers' outputs
         output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPast
@@ -149,7 +148,9 @@ class NativeForward:
         starts = torch.tensor([[cached.length] for cached in rows.cached])
         expected = (new.cumsum(1) - 1 + starts)[new]
         positions = kwargs.get("position_ids")
-        planes = [] if positions is None else positions if positions.ndim == 3 else [positions]  # of time, height and width
+        planes = (
+            [] if positions is None else positions if positions.ndim == 3 else [positions]
+        )  # of time, height and width
         if not all(torch.equal(plane.expand_as(new)[new], expected) for plane in planes):
             return None
         if (

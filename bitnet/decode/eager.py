@@ -34,7 +34,9 @@ class EagerSequences:
     def truncate(self, slot: int, tokens: int) -> None:
         """See Sequences."""
         if tokens not in (0, self.length(slot)):
-            raise ValueError(f"slot {slot} holds {self.length(slot)} tokens, of which the first {tokens} cannot be had alone")
+            raise ValueError(
+                f"slot {slot} holds {self.length(slot)} tokens, of which the first {tokens} cannot be had alone"
+            )
         if tokens == 0:
             self._caches[slot], self._lengths[slot] = None, 0
 

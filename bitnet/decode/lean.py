@@ -3,11 +3,13 @@
 Of the time of a token on a CPU, torch's attention, the concatenation of keys and values, and norms of six operations
 each take as long as all packed layers. In calls of transformers' own forward that are given a DynamicCache, `running`
 has the cache's layers grow into room of their own (Growing) instead of being copied for each token, and for up to
-MOST_TOKENS new tokens puts two more things in their places, in any architecture:
+MOST_TOKENS new tokens puts three more things in their places, in any architecture:
 
 - transformers' attention registry has our function as "sdpa", which computes what it can natively and hands all else to
   the original,
-- modules that prove to be an RMSNorm run in one native call (LeanNorm).
+- modules that prove to be an RMSNorm run in one native call (LeanNorm),
+- convolutions of each channel by itself, in bfloat16 and float16, are a product and a sum (depthwise): where oneDNN
+  lacks the dtype, torch calls a matrix product for each channel.
 
 Nothing is rounded that was not: keys and values stay in the model's dtype, sums are of float32. They have another order
 than torch's, and a norm in bfloat16 is rounded once, where some models round it twice; a value may then round to the
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,6 +35,7 @@ from ..kernels.cpu.library import FLOATS
 from .native import ROOM
 from .plan import eps_of
 
+_NARROW = torch.bfloat16, torch.float16
 MOST_TOKENS = 8  # beyond these torch's matrix products are as fast
 
 
@@ -43,8 +47,11 @@ _here = _Here()
 
 
 @contextlib.contextmanager
-def running(cache: DynamicCache, tokens: int) -> Iterator[None]:
-    """Inside, a model's own forward, given the cache and so many tokens, runs lean in this thread; see the module."""
+def running(cache: DynamicCache, tokens: int, convolves: bool = False) -> Iterator[None]:
+    """Inside, a model's own forward, given the cache and so many tokens, runs lean in this thread; see the module.
+
+    convolves: whether it has convolutions, what `prepare` said
+    """
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = Growing
@@ -52,21 +59,24 @@ def running(cache: DynamicCache, tokens: int) -> Iterator[None]:
         cache.layer_class_to_replicate = Growing
     before, _here.running = _here.running, tokens <= MOST_TOKENS
     try:
-        yield
+        with _Convolutions() if convolves and _here.running else contextlib.nullcontext():
+            yield
     finally:
         _here.running = before
 
 
-def prepare(base: nn.Module) -> None:
-    """Make a base model's forward one that can run lean."""
+def prepare(base: nn.Module) -> bool:
+    """Make a base model's forward one that can run lean; whether it has convolutions."""
+    convolves = any(isinstance(module, nn.Conv1d) for module in base.modules())
     if isinstance(library.load(), str):
-        return
+        return convolves
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(original, _Attention):
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _Attention(original)
     for module in base.modules():
         if (kind := _rms_norm(module)) is not None:
             vars(module)["forward"] = LeanNorm(module, *kind)
+    return convolves
 
 
 def restore(base: nn.Module) -> None:
@@ -109,6 +119,39 @@ class _Attention:
             module, query, key, value, attention_mask, **options, **kwargs
         )
         return result
+
+
+class _Convolutions(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv1d and (found := depthwise(*args, **kwargs)) is not None:
+            return found
+        return func(*args, **kwargs)
+
+
+def depthwise(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """torch.conv1d of input [B, C, T] by weight [C, 1, K], bfloat16 or float16, summed in float32; None for others."""
+    padding = padding[0] if isinstance(padding, tuple) and len(padding) == 1 else padding
+    ones = {1, (1,)}
+    if not (weight.is_cpu and weight.dtype in _NARROW and input.dtype == weight.dtype and input.ndim == 3):
+        return None
+    if weight.shape[:2] != (groups, 1) or input.shape[1] != groups or not isinstance(padding, int):
+        return None
+    if stride not in ones or dilation not in ones or torch.is_grad_enabled():
+        return None
+    windows = nn.functional.pad(input, (padding, padding)).float().unfold(-1, weight.shape[-1], 1)
+    y = (windows * weight.float()).sum(-1)
+    return (y if bias is None else y + bias.float()[:, None]).to(input.dtype)
 
 
 class Growing(DynamicLayer):

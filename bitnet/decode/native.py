@@ -21,8 +21,10 @@ class Cached:
         self.length = 0
 
     def cut(self, tokens: int) -> None:
-        """Forget all but the first `tokens`. Raises ValueError where there are not so many, or where a recurrence, which
-        keeps but one state, has gone on."""
+        """Forget all but the first `tokens`.
+
+        Raises ValueError where there are not so many, or where a recurrence, which keeps but one state, has gone on.
+        """
         if tokens > self.length:
             raise ValueError(f"a sequence of {self.length} tokens cannot be cut to {tokens}")
         if self.store.states is not None and tokens not in (0, self.length):

@@ -377,11 +377,15 @@ class Plan:
     def _recurrence(self, block: Any, rule: Any, norm: Any) -> None:
         """The gated delta rule of a block."""
         name = self._family.recurrence
-        into = [(f"{name}.{part}", getattr(rule, part)) for part in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")]
+        into = [
+            (f"{name}.{part}", getattr(rule, part)) for part in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        ]
         block.in_count = self._products(into, norm, block.into)
         self._products([(f"{name}.out_proj", rule.out_proj)], None, [block.out])
         if rule.head_v_dim % native.COLUMNS:
-            raise Unplanned(f"{name} has values of {rule.head_v_dim} features, which must be a multiple of {native.COLUMNS}")
+            raise Unplanned(
+                f"{name} has values of {rule.head_v_dim} features, which must be a multiple of {native.COLUMNS}"
+            )
         self._watch(rule.conv1d, "weight")
         self._watch(rule, "A_log", "dt_bias")
         if rule.conv1d.bias is not None or rule.norm.activation != "silu" or rule.activation != "silu":

@@ -18,7 +18,7 @@ class Sequences(Protocol):
         """How many tokens a slot holds."""
 
     def truncate(self, slot: int, tokens: int) -> None:
-        """Forget all but the first `tokens`, which are 0 or all unless it cuts; with 0 the slot's memory is given back, too."""
+        """Forget all but the first `tokens`, 0 or all unless it cuts; with 0 the slot's memory is given back, too."""
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Make one slot the first `tokens` of another, all of them unless it cuts."""

@@ -136,7 +136,7 @@ class _Sequence(ctypes.Structure):
 
 
 class Kept(NamedTuple):
-    """The shape of what a sequence keeps: of `blocks` blocks with attention keys and values, of others a recurrence's."""
+    """Shapes of what a sequence keeps: keys and values of `blocks` blocks with attention, a recurrence's of others."""
 
     blocks: int
     kv_heads: int
@@ -150,8 +150,8 @@ class KeyValues:
     """The cache of one sequence, as csrc/bitnet_cpu.h describes it; what is beyond its length is not initialized.
 
     keys: [blocks, kv_heads, capacity / 16, head_dim, 16]; values: [blocks, kv_heads, capacity, head_dim]; float32,
-    float16
-    or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]; states, windows: float32
+    float16 or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]; states and
+    windows, float32: of a recurrence
     """
 
     keys: Tensor

@@ -314,18 +314,27 @@ void check_choose(int64_t n, int64_t count, bool descend, bool binary) {
 }
 
 // Two decoder blocks: every instruction set has the bits of the plainest, for prompts as for single tokens. Unless `other`,
-// the second has experts, too, or them alone.
+// the second has experts, too, or them alone; with one type of cache the first has a recurrence in place of attention, with
+// another queries have gates.
 void check_step(int cache_type, int gate, int64_t group_size, bool other, bool by_head) {
   constexpr int64_t kHidden = 40, kHeads = 6, kDim = 16, kInner = 72, kTokens = 37, kCapacity = 48, kBlocks = 2;
-  constexpr int64_t kExperts = 6, kExpertInner = 24;
+  constexpr int64_t kExperts = 6, kExpertInner = 24, kValueHeads = 2, kValues = 32, kKernel = 4;
+  constexpr int64_t kMixed = kValueHeads * kValues, kChannels = 2 * kDim + kMixed;
   const int64_t kv_heads = by_head ? kHeads : 2;
-  const int64_t shapes[7][2] = {{(by_head ? 3 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden}, {kv_heads * kDim, kHidden},
+  const bool recurs = cache_type == kFloat16 && !by_head, query_gate = cache_type == kInt8 && !by_head;
+  const int64_t shapes[7][2] = {{(by_head ? 3 : query_gate ? 2 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden}, {kv_heads * kDim, kHidden},
                                 {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden}, {kHidden, kInner}};
   std::vector<Weight> weights;
   for (int b = 0; b < kBlocks; ++b)
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
+  const int64_t linear[5][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
+                                {kHidden, kMixed}};
+  for (const auto& shape : linear) weights.emplace_back(kTernary, shape[0], shape[1], 0);
+  const auto convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
+  auto speed = floats(kValueHeads);
+  for (auto& v : speed) v *= v;
   const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
   const auto router = floats((kExperts + 1) * kHidden), correction = floats(kExperts);
   std::vector<uint16_t> narrow;  // bfloat16
@@ -365,7 +374,17 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.down = {{none, none}, nullptr, 0, 1, {l + 6}};
         block.query = block.key = b ? n : none;
         block.after_attention = block.after_mlp = b ? none : n;
-        block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head, block.parallel = other;
+        block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head && !query_gate, block.parallel = other;
+      }
+      const PreparedWeight* l = layers.data() + 7 * kBlocks + 2 * kExperts;
+      const Norm n{norm.data(), nullptr, 1e-5f, 0}, none{};
+      const Recurrence recurrence{convolution.data(), speed.data(), shift.data(), n, kKernel, kChannels, 1, kValueHeads, kDim, kValues};
+      if (recurs) {
+        blocks[0].recurrence = &recurrence;
+        blocks[0].in_count = 1, blocks[0].in[0] = {{n, none}, nullptr, 0, 4, {l, l + 1, l + 2, l + 3}};
+        blocks[0].out = {{none, none}, nullptr, 0, 1, {l + 4}};
+      } else {
+        blocks[1].place = 1;
       }
       std::vector<const PreparedWeight*> experts;
       for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[7 * kBlocks + e]);
@@ -376,13 +395,14 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
       if (!other) blocks[1].mixture = &mixture;
       if (!other && cache_type == kInt8) blocks[1].inner = blocks[1].gate_count = blocks[1].down.count = 0;
       Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, 8, kCapacity, {{cosine.data(), sine.data()}},
-                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, by_head, gate, !other,
+                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, by_head, query_gate, gate, !other,
                 cache_type, isa};
       const int64_t cells = kBlocks * kv_heads * kCapacity;
       std::vector<float> keys(cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells);
-      std::vector<float> spare = keys;
-      const Sequence sequences[] = {{keys.data(), values.data(), key_scales.data(), value_scales.data(), kCapacity},
-                                    {spare.data(), spare.data(), key_scales.data(), value_scales.data(), kCapacity}};
+      std::vector<float> spare = keys, states(kDim * kMixed), windows((kKernel - 1) * kChannels);
+      const Sequence sequences[] = {
+          {keys.data(), values.data(), key_scales.data(), value_scales.data(), states.data(), windows.data(), kCapacity},
+          {spare.data(), spare.data(), key_scales.data(), value_scales.data(), nullptr, nullptr, kCapacity}};
       std::vector<float> x = embedded;
       std::vector<int64_t> sequence(kTokens, 0), position(kTokens);
       for (int64_t t = 0; t < kTokens; ++t) position[t] = t;
