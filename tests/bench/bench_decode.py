@@ -7,8 +7,9 @@ A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabu
 speed does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
 through its own quantizer; ours has 8 bits. Rounds take turns, medians are compared; what a raw read of our weights
 takes stands beside, and what the packed layers take in transformers' own forward, as it is.
---architecture gives these sizes to another model type, without llama.cpp; --stock adds transformers' own
-`bitnet` layers, which take minutes. Needs 6 GB of memory and 3 GB of disk.
+--architecture gives these sizes to another model type, and to qwen3_moe and qwen3_5_text the block of Qwen3-30B-A3B and
+one like Qwen3.5-4B's; llama.cpp takes part where it has the architecture. --stock adds transformers' own `bitnet`
+layers, which take minutes. 30 layers of a Llama need 6 GB of memory and 3 GB of disk.
 --core-taken measures something else: 1 and 2 threads in turns, while another process is at work on one of two cores.
 So does --ready: how long a new process takes to its first token, and the memory at its peak, as the file is and with
 a head of 8 bits.
@@ -35,42 +36,55 @@ from transformers.utils import logging
 import bitnet
 from bitnet.decode.attach import attach_decoding
 from bitnet.decode.native import NativeSequences
+from bitnet.experts import PackedStack
 from bitnet.kernels.cpu import library
-from bitnet.linear import BitLinear
+from bitnet.linear import BitLayer
 from bitnet.packed import PackedBitLinear
 from bitnet.packing import to_packed
 from bitnet.serving.model import sequences_of
 
 VOCABULARY, WIDTH, ROUNDS = 128_256, 2560, 9
 CONTEXTS = (128, 1024)
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "qwen3_5_text": {"intermediate_size": 9216, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256},
+}
+IN_LLAMA_CPP = ("llama", *SIZES)
 
 
 def build(folder: Path, layers: int, architecture: str) -> None:
     """Write the model, as published ones are: packed layers, and a bf16 embedding that is the head, too."""
     torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 6912, "num_attention_heads": 20, "num_key_value_heads": 5}
     config = AutoConfig.for_model(
         architecture,
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=6912,
         num_hidden_layers=layers,
-        num_attention_heads=20,
-        num_key_value_heads=5,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=0,
+        **sizes | SIZES.get(architecture, {}),
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         bitnet.replace_linear(model)
-        for module in [m for m in model.modules() if isinstance(m, BitLinear)]:
+        for module in [m for m in model.modules() if isinstance(m, BitLayer)]:
             to_packed(module)
     model.to(torch.bfloat16)
     for module in model.modules():
-        if isinstance(module, PackedBitLinear):
+        if isinstance(module, PackedBitLinear | PackedStack):
             codes = torch.randint(0, 81, module.weight.shape, dtype=torch.uint8)
             module.weight = sum((codes // 3**j % 3) << 2 * j for j in range(4))
-            module.weight_scale = torch.full((1,), (module.in_features / 1.5) ** -0.5)
+            module.weight_scale = torch.full(module.weight_scale.shape, (module.in_features / 1.5) ** -0.5)
         elif isinstance(module, torch.nn.Embedding):
             module.weight = torch.nn.Parameter(torch.randn(module.weight.shape, dtype=torch.bfloat16) * 0.02)
         elif "Norm" in type(module).__name__:
@@ -79,6 +93,9 @@ def build(folder: Path, layers: int, architecture: str) -> None:
             if (tensor := getattr(module, name, None)) is not None and tensor.is_meta:
                 zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
                 setattr(module, name, torch.nn.Parameter(zeros) if isinstance(tensor, torch.nn.Parameter) else zeros)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta or "router" in type(module).__name__.lower():  # routers, and a recurrence's speeds
+                setattr(module, name, torch.nn.Parameter(torch.randn(parameter.shape, dtype=parameter.dtype) * 0.02))
     model.tie_weights()
     bitnet.save(model, folder)
 
@@ -109,6 +126,9 @@ class Ours:
         self.model, (self.sequences, _) = model, sequences_of(model, 9)
         self.name = "native" if isinstance(self.sequences, NativeSequences) else "lean"
         layers = [m for m in model.modules() if isinstance(m, PackedBitLinear)]
+        chosen = getattr(model.config, "num_experts_per_tok", 0)
+        for stack in [m for m in model.modules() if isinstance(m, PackedStack)]:  # as many as a token takes
+            layers += stack.layers()[:: len(stack.layers()) // chosen][:chosen]
         self.weights = [layer.prepack()[0] for layer in layers]
 
     def reset(self) -> None:
@@ -333,7 +353,7 @@ def main() -> None:
                 shape = {"k": WIDTH, "dtype": "float32", "backend": "native", "threads": threads}
                 rows.append(results.row(op | shape, torch.tensor(seconds, dtype=torch.float64), None, common))
             return results.append(rows, args.csv)
-        if args.architecture != "llama":
+        if args.architecture not in IN_LLAMA_CPP:
             gguf = None
         elif not (folder / "model.gguf").exists():
             try:
