@@ -1,6 +1,7 @@
 """A tiny packed model of every family that the native step computes, and one call to run it token by token."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tiny import randomize
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitNetConfig,
     BitNetForCausalLM,
     Gemma3ForCausalLM,
@@ -139,7 +141,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 def packed(family: str = "llama", head: str | None = None, **options: object) -> PreTrainedModel:
     """The same weights every time."""
     torch.manual_seed(0)
-    model = randomize(FAMILIES[family]()).eval()
+    build = SEEING[family.removesuffix(" seeing")] if family.endswith(" seeing") else FAMILIES[family]
+    model = randomize(build()).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.data += 0.1 * torch.randn_like(buffer)
@@ -152,3 +155,57 @@ def packed(family: str = "llama", head: str | None = None, **options: object) ->
 def stepwise(sequences: NativeSequences, ids: Tensor, slot: int = 0) -> Tensor:
     """Logits [T, V] after each of ids [T], one step a token."""
     return torch.cat([sequences.extend([(slot, token[None])]) for token in ids])
+
+
+def _seeing(kind: str, text: Callable[[], PreTrainedModel], vision: dict[str, object], **options: object) -> Any:
+    def build() -> PreTrainedModel:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sober = {"final_logit_softcapping": None}  # which models around a language model leave out
+        config = {"text_config": text().config.to_dict() | sober, "vision_config": sizes | vision}
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **config | options))
+
+    return build
+
+
+# models that also see: how to build one, and the inputs of an image of which `image_tokens` tokens 199 are made
+_PIXELS = {"image_size": 28, "patch_size": 14}
+SEEING: dict[str, Callable[[], PreTrainedModel]] = {
+    "llava": _seeing("llava", FAMILIES["llama"], {"model_type": "clip_vision_model", **_PIXELS}, image_token_index=199),
+    "gemma3": _seeing(
+        "gemma3",
+        FAMILIES["gemma3"],
+        {"model_type": "siglip_vision_model", **_PIXELS},
+        mm_tokens_per_image=4,
+        image_token_index=199,
+    ),
+    "mistral3": _seeing(
+        "mistral3",
+        FAMILIES["mistral"],
+        {"model_type": "pixtral", "head_dim": 16, **_PIXELS},
+        spatial_merge_size=1,
+        image_token_index=199,
+    ),
+    "qwen3_5": _seeing(
+        "qwen3_5",
+        FAMILIES["qwen3_5"],
+        {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 1},
+        image_token_id=199,
+    ),
+}
+
+
+def image_inputs(family: str) -> dict[str, Tensor]:
+    """A prompt with an image in it."""
+    ids = torch.tensor([[1, 5, 9, *[199] * 4, 17, 23, 42]])
+    dice = torch.Generator().manual_seed(0)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "qwen3_5":
+        inputs["pixel_values"] = torch.randn(4, 3 * 2 * 14 * 14, generator=dice)
+        inputs |= {"image_grid_thw": torch.tensor([[1, 2, 2]]), "mm_token_type_ids": (ids == 199).int()}
+    else:
+        inputs["pixel_values"] = torch.randn(1, 3, 28, 28, generator=dice)
+    if family == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[28, 28]])
+    if family == "gemma3":
+        inputs["token_type_ids"] = (ids == 199).int()
+    return inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decode_models import FAMILIES, packed, stepwise
+from decode_models import FAMILIES, SEEING, image_inputs, packed, stepwise
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, TextIteratorStreamer
 
@@ -313,6 +313,14 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def assert_same_texts(model: PreTrainedModel, plain: Tensor, found: Tensor, masks: Tensor) -> None:
+    for a, b, mask in zip(plain, found, masks, strict=True):
+        if not torch.equal(a, b):
+            at = int((a != b).nonzero()[0])
+            scores = reference(model, a[int(mask.argmax()) : at])[-1]
+            assert (scores[a[at]] - scores[b[at]]).abs() < 0.02 * scores.abs().max()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_gives_the_same_tokens(calls: Calls, family: str) -> None:
     """With left padding. Where a text differs, it does so at a tie: the two tokens' scores are as close as
@@ -322,11 +330,25 @@ def test_generate_gives_the_same_tokens(calls: Calls, family: str) -> None:
     native_decoding(model, "float32")
     found = model.generate(**batch(), max_new_tokens=60, do_sample=False)
     assert (calls.native, calls.other) == (60, 0)
-    for a, b, mask in zip(plain, found, batch()["attention_mask"], strict=True):
-        if not torch.equal(a, b):
-            at = int((a != b).nonzero()[0])
-            scores = reference(model, a[int(mask.argmax()) : at])[-1]
-            assert (scores[a[at]] - scores[b[at]]).abs() < 0.02 * scores.abs().max()
+    assert_same_texts(model, plain, found, batch()["attention_mask"])
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_models_that_also_see_compute_text_natively(calls: Calls, family: str) -> None:
+    """Alone, and in batches; what follows an image is transformers' own."""
+    model = packed(f"{family} seeing")
+    plain = [model.generate(**each, max_new_tokens=30, do_sample=False) for each in (batch(), image_inputs(family))]
+    found = stepwise(NativeSequences(model, 1, "float32"), IDS)
+    assert_same_but_for_roundings(found, reference(model))
+    native_decoding(model, "float32")
+    texts = model.generate(**batch(), max_new_tokens=30, do_sample=False)
+    assert (calls.native, calls.other) == (30, 0)
+    assert_same_texts(model, plain[0], texts, batch()["attention_mask"])
+    seen = model.generate(**image_inputs(family), max_new_tokens=30, do_sample=False)
+    assert (calls.native, calls.other) == (30, 30)
+    assert torch.equal(seen, plain[1])
+    native_decoding(model, None)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])

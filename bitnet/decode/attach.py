@@ -5,11 +5,13 @@ generation, the output head. The base model's forward is stood in for, on that o
 runs the blocks of a call that it can compute and hands every other call to transformers: of a family, module or weight
 that plan.py does not know, without a cache passed in, with gradients, with attentions or hidden states asked for, under
 torch.compile, or on other devices. A cache that was begun natively is then turned into transformers' own. Where it is
-given a cache, transformers' own forward runs lean (lean.py).
+given a cache, transformers' own forward runs lean (lean.py). Of a model that also sees, this is its language model,
+which is told whether there is text alone.
 """
 
 import contextlib
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 from ..kernels import observed
 from .lean import prepare, restore, running
 from .native import Cached, embed, run
-from .plan import Plan, Unplanned, known
+from .plan import Plan, Unplanned, known, text_part
 
 # transformers 5.24 renamed what forwards and outputs call their cache
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -37,10 +39,11 @@ def native_decoding(model: Any, cache_type: str | None = "float16") -> None:
     base = model.base_model
     if cache_type is not None and (why := why_not(model, cache_type)):
         raise ValueError(f"native_decoding: {why}")
-    vars(base).pop("forward", None)
+    for module in (base, text_part(base)):
+        vars(module).pop("forward", None)
     restore(base)
     if cache_type is not None:
-        vars(base)["forward"] = NativeForward(base, cache_type)
+        _attach(base, cache_type)
 
 
 def attach_decoding(model: nn.Module) -> None:
@@ -48,13 +51,20 @@ def attach_decoding(model: nn.Module) -> None:
     fits shows when it runs."""
     base = getattr(model, "base_model", model)
     if base is not model and hasattr(model, "generate") and all(p.device.type == "cpu" for p in model.parameters()):
-        vars(base)["forward"] = NativeForward(base, "float16")
+        _attach(base, "float16")
+
+
+def _attach(base: Any, cache_type: str) -> None:
+    text = text_part(base)
+    vars(text)["forward"] = native = NativeForward(text, cache_type)
+    if text is not base:
+        vars(base)["forward"] = Seeing(base, native)
 
 
 def why_not(model: Any, cache_type: str = "float16") -> str | None:
     """None if a model runs on the native step, else the reason."""
     try:
-        Plan(model.base_model, cache_type)
+        Plan(text_part(model.base_model), cache_type)
     except Unplanned as why:
         return str(why)
     return None
@@ -67,9 +77,13 @@ class NativeForward:
         self._base, self._cache_type = base, cache_type
         self._plan: Plan | None = None
         self._prepared = self._convolves = False  # to run lean
+        self.told = _Told()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_plan": None, "_prepared": False}
+        return {**vars(self), "_plan": None, "_prepared": False, "told": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, told=_Told())
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -86,6 +100,8 @@ class NativeForward:
         rows = _rows(cache)
         hidden = None
         named = dict(zip(("input_ids",), args, strict=False)) | kwargs  # of all families the first that is not named
+        if self.told.text is not None:
+            named = self.told.text
         if len(args) < 2 and known(self._base) and self._can_run(named):
             with contextlib.suppress(Unplanned):
                 hidden = self._run(cache, rows, named)
@@ -168,6 +184,44 @@ class NativeForward:
         rows.seen = torch.cat([rows.seen, new], dim=1)
         rows.take(cache)
         return x.view(*ids.shape, -1)
+
+
+class _Told(threading.local):
+    text: dict[str, Any] | None = None  # what the model around was called with, if it is text alone
+
+
+class Seeing:
+    """The forward of a base model around a language model: transformers' own, but that one is told of text alone."""
+
+    def __init__(self, base: Any, native: NativeForward) -> None:
+        self._base, self._native = base, native
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Any:
+        return type(self._base).forward.__get__(self._base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        told = self._native.told
+        named = dict(zip(("input_ids",), args, strict=False)) | kwargs
+        if len(args) < 2 and not any(_is_given(name, value) for name, value in named.items() if name not in _KNOWN):
+            told.text = {name: value for name, value in named.items() if name in _KNOWN}
+        try:
+            return self._original(*args, **kwargs)
+        finally:
+            told.text = None
+
+
+def _is_given(name: str, value: Any) -> bool:
+    """Whether an argument says more than that there is text."""
+    if name == CACHE or name.startswith("vision_feature_"):  # how images would be seen
+        return False
+    if not isinstance(value, Tensor):
+        return bool(value)
+    return not name.endswith("token_type_ids") or bool(value.any())
 
 
 def _is_observed() -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
-from .plan import Plan
+from .plan import Plan, text_part
 
 ROOM = 256  # positions a cache has room for at first; it doubles
 
@@ -82,7 +82,8 @@ class NativeSequences:
     def __init__(self, model: Any, slots: int = 8, cache_type: str = "float16", context: int | None = None) -> None:
         """Raises Unplanned, with the reason, for a model that the step does not compute."""
         self._model, self._cache_type = model, cache_type
-        self._plan = Plan(model.base_model, cache_type)
+        self._base = text_part(model.base_model)
+        self._plan = Plan(self._base, cache_type)
         self._caches = [Cached(self._plan) for _ in range(slots)]
         self.cuts = self._plan.kept.states is None
         self.slots, self.vocabulary = slots, model.config.get_text_config().vocab_size
@@ -107,12 +108,12 @@ class NativeSequences:
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Append each (slot, ids int64 [T]) to its slot; logits after the last of each, float32 [len(work), V]."""
         if not self._plan.current():
-            self._plan = Plan(self._model.base_model, self._cache_type)
+            self._plan = Plan(self._base, self._cache_type)
         for slot, ids in work:
             if self.length(slot) + len(ids) > self.context:
                 raise ValueError(f"{self.length(slot) + len(ids)} tokens, but a sequence holds {self.context}")
         ids = torch.cat([ids for _, ids in work])
-        embedded = embed(self._model.base_model, ids)
+        embedded = embed(self._base, ids)
         hidden = run(self._plan, embedded, [(self._caches[slot], len(ids)) for slot, ids in work])
         last = torch.tensor([len(ids) for _, ids in work]).cumsum(0) - 1
         return head(self._model, hidden[last])

@@ -157,6 +157,17 @@ def known(base: Any) -> bool:
     )
 
 
+# Models that also see, whose language models compute what is text alone as if there were nothing else.
+SEEING = {"gemma3", "mistral3", "llava", "qwen3_5", "qwen3_5_moe"}
+
+
+def text_part(base: Any) -> Any:
+    """What of a base model computes text: its language model if it is one of SEEING and that is known, or itself."""
+    part = getattr(base, "language_model", None)
+    seeing = getattr(getattr(base, "config", None), "model_type", "") in SEEING
+    return part if seeing and type(base).__module__.startswith("transformers.") and known(part) else base
+
+
 def eps_of(norm: nn.Module) -> Any:
     """The eps of a norm, under either of its names; None if it has none."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
@@ -165,7 +176,7 @@ def eps_of(norm: nn.Module) -> Any:
 class Plan:
     """A model's plan, tied to the tensors and modules it was made from.
 
-    base:       the model without its head
+    base:       a model without its head, which computes text (see text_part)
     cache_type: "float32", "float16" or "int8"
     isa:        the name of an instruction set, by default the best
     Raises Unplanned, with the reason, and ValueError for another cache_type.
@@ -470,6 +481,8 @@ class Plan:
             raise ValueError(f"{positions} tokens, but this model was made for {self.positions}")
         positions = min(self.positions, max(2 * positions, 1024))
         like, at, tables = torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None], []
+        if hasattr(self._rotary, "mrope_section"):  # in time, height and width, which are one for text
+            at = at.expand(3, 1, -1)
         for index, kind in enumerate(self._ropes):
             with torch.no_grad():
                 cosine, sine = (
