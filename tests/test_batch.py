@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet.decode.batch import CHUNK, Busy, Request, Scheduler
+from bitnet.decode.batch import CHUNK, TAIL, Busy, Request, Scheduler
 from bitnet.decode.sampling import Sampler, Sampling, Token
 
 VOCABULARY = 50
@@ -19,21 +19,27 @@ class Counting:
 
     vocabulary, context = VOCABULARY, 1000
 
-    def __init__(self, slots: int, cuts: bool = True) -> None:
-        self.slots, self.held, self.cuts = slots, [[] for _ in range(slots)], cuts
+    def __init__(self, slots: int, cuts: bool = True, marks: bool = False) -> None:
+        self.slots, self.held, self.cuts, self.marks = slots, [[] for _ in range(slots)], cuts, marks
+        self.marked: list[list[int]] = [[] for _ in range(slots)]
         self.steps: list[list[int]] = []  # tokens of each sequence in each step
         self.gate = threading.Semaphore(10**6)
 
     def length(self, slot: int) -> int:
         return len(self.held[slot])
 
+    def mark(self, slot: int) -> None:
+        assert self.marks
+        self.marked[slot] = list(self.held[slot])
+
     def truncate(self, slot: int, tokens: int) -> None:
-        assert tokens <= len(self.held[slot]) if self.cuts else tokens in (0, len(self.held[slot]))
-        del self.held[slot][tokens:]
+        self.copy(slot, slot, tokens)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        assert self.cuts or tokens == len(self.held[source])
-        self.held[target] = self.held[source][:tokens]
+        held, marked = self.held[source], self.marked[source]
+        assert tokens <= len(held) if self.cuts else tokens in (0, len(marked), len(held))
+        self.held[target] = held[:tokens] if self.cuts or tokens == len(held) else marked[:tokens]
+        self.marked[target] = list(marked) if len(marked) <= tokens else []
 
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         self.gate.acquire()
@@ -216,6 +222,59 @@ def test_draining_finishes_what_there_is_and_takes_no_more() -> None:
     threading.Timer(0.3, lambda: slow.gate.release(10**6)).start()
     scheduler.drain(0.1)
     assert endless.wait().ends[0] in ("cancelled", "length")
+
+
+def test_a_conversation_goes_on_from_what_was_marked() -> None:
+    """Though its template leaves out of an earlier answer what the model thought."""
+    model = Counting(2, cuts=False, marks=True)
+    scheduler = Scheduler(model)
+    first = [*range(40), 3, 4, 5]
+    talks = [
+        (first, 0),
+        ([*first[:-2], 9, 9, 9, *range(20)], len(first) - TAIL),  # goes on from the mark, and marks anew
+        ([*first[:-2], 9, 9, 9, *range(30)], len(first) - 2 + 3 + 20 - TAIL),
+        (first, 0),  # before the mark: of no use
+        (first, len(first) - TAIL),
+        ([8] * 5, 0),
+    ]
+    for prompt, cached in talks:
+        asked = Asked(prompt, 6)
+        scheduler.submit(asked.request)
+        assert asked.wait().tokens == expected(prompt, 6)
+        assert asked.request.cached == cached
+    before = model.steps.copy()
+    both = [Asked([*first, *[i] * 30], 6) for i in (1, 2)]
+    scheduler.submit(*(each.request for each in both))
+    for each in both:
+        assert each.wait().tokens == expected(each.request.prompt, 6)
+    assert len(model.steps) > len(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_marked_states_are_gone_back_to(family: str) -> None:
+    from decode_models import packed, stepwise
+
+    from bitnet.decode.native import NativeSequences
+    from bitnet.kernels.cpu import library
+
+    if isinstance(library.load(), str):
+        pytest.skip("there is no native library")
+    sequences = NativeSequences(packed(family, head="int8"), 3)
+    ids = torch.randint(3, 200, (40,), generator=torch.Generator().manual_seed(0))
+    whole = stepwise(sequences, ids)
+    sequences.truncate(0, 0)
+    sequences.extend([(0, ids[:20])])
+    sequences.mark(0)
+    sequences.extend([(0, ids[5:30])])
+    sequences.copy(0, 1, 20)
+    sequences.truncate(0, 20)
+    for slot in (0, 1, 0):  # the last time from the same mark
+        assert torch.equal(sequences.extend([(slot, ids[20:])])[0], whole[-1])
+        sequences.truncate(slot, 20)
+    sequences.copy(0, 2, 20)
+    sequences.extend([(0, ids[:3])])
+    sequences.truncate(0, 0)
+    assert torch.equal(sequences.extend([(2, ids[20:])])[0], whole[-1])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5"])

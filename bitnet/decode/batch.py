@@ -2,7 +2,8 @@
 
 A step gives each running sequence its next token, and what room is left goes to prompts, in chunks, so that a long one
 does not hold up the others. A slot remembers its tokens: a request whose prompt begins alike takes over what was
-computed.
+computed. Where a sequence cannot be cut, as of a recurrent model, it is remembered shortly before a prompt's end: the
+next prompt of a conversation begins alike up to there, though the last answer may read otherwise in it.
 """
 
 import threading
@@ -17,6 +18,7 @@ from .sampling import Sampler, Token
 from .sequences import Sequences
 
 CHUNK = 256  # tokens of prompts in a step
+TAIL = 16  # tokens of a prompt after those that are remembered: a chat template ends with some for the answer alone
 
 
 class Busy(Exception):
@@ -45,6 +47,7 @@ class Request:
 class _Slot:
     def __init__(self) -> None:
         self.tokens: list[int] = []  # what the sequence holds
+        self.marked = 0  # so many of them can be gone back to
         self.request: Request | None = None
         self.pending: list[int] = []  # tokens to append: of the prompt, or the last one generated
         self.used = 0.0
@@ -144,23 +147,28 @@ class Scheduler:
             at = self._slots.index(slot)
             if most > own:
                 self._sequences.copy(self._slots.index(source), at, most)
-                own = most
+                own, slot.marked = most, source.marked
             else:
                 self._sequences.truncate(at, own)
+            if slot.marked > own:
+                slot.marked = 0
             slot.tokens, slot.pending, slot.request = request.prompt[:own], request.prompt[own:], request
             request.cached = own
 
     def _usable(self, slot: _Slot, prompt: list[int]) -> int:
         """How many tokens of a prompt a slot has computed, and can be asked for."""
         common = _common(slot.tokens, prompt)
-        return common if self._sequences.cuts or common == len(slot.tokens) else 0
+        if self._sequences.cuts or common == len(slot.tokens):
+            return common
+        return slot.marked if slot.marked <= common else 0
 
     def _step(self) -> None:
         work: list[tuple[_Slot, int]] = [(s, 1) for s in self._slots if s.request and len(s.pending) == 1]
         room = CHUNK
         prompts = [(s.request.arrived, i) for i, s in enumerate(self._slots) if s.request and len(s.pending) > 1]
         for slot in (self._slots[i] for _, i in sorted(prompts)):
-            if count := min(room, len(slot.pending)):
+            left = TAIL if self._sequences.marks and len(slot.pending) > TAIL else 0
+            if count := min(room, len(slot.pending) - left):
                 work.append((slot, count))
                 room -= count
         if not work:
@@ -176,6 +184,9 @@ class Scheduler:
         for (slot, count), row in zip(work, logits, strict=True):
             slot.tokens += slot.pending[:count]
             del slot.pending[:count]
+            if self._sequences.marks and len(slot.pending) == TAIL:
+                self._sequences.mark(self._slots.index(slot))
+                slot.marked = len(slot.tokens)
             if not slot.pending:
                 self._sample(slot, row)
 
@@ -198,7 +209,7 @@ class Scheduler:
     def _end(self, slot: _Slot, how: "str | Exception", keep: bool = True) -> None:
         request, slot.request, slot.pending, slot.used = slot.request, None, [], time.monotonic()
         if not keep:
-            slot.tokens = []
+            slot.tokens, slot.marked = [], 0
             self._sequences.truncate(self._slots.index(slot), 0)
         assert request is not None
         request.on_end(how)

@@ -18,7 +18,7 @@ class EagerSequences:
     Each slot has its own cache, which is not cut: a recurrent state and a full window could not be.
     """
 
-    cuts = False
+    cuts = marks = False
 
     def __init__(self, model: Any, slots: int = 8, context: int | None = None) -> None:
         self._model, self.slots, self.vocabulary = model, slots, model.config.get_text_config().vocab_size
@@ -30,6 +30,10 @@ class EagerSequences:
     def length(self, slot: int) -> int:
         """See Sequences."""
         return self._lengths[slot]
+
+    def mark(self, slot: int) -> None:
+        """See Sequences."""
+        raise NotImplementedError
 
     def truncate(self, slot: int, tokens: int) -> None:
         """See Sequences."""

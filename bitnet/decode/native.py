@@ -19,19 +19,31 @@ class Cached:
     def __init__(self, plan: Plan) -> None:
         self.store = native.KeyValues.empty(plan.kept, ROOM, plan.cache_type)
         self.length = 0
+        self.marked: tuple[int, Tensor, Tensor] | None = None  # a length, and a recurrence's states then
+
+    def mark(self) -> None:
+        """Remember what a recurrence is now: that much can be cut to."""
+        if self.store.states is not None and self.store.windows is not None:
+            self.marked = self.length, self.store.states.clone(), self.store.windows.clone()
 
     def cut(self, tokens: int) -> None:
         """Forget all but the first `tokens`.
 
-        Raises ValueError where there are not so many, or where a recurrence, which keeps but one state, has gone on.
+        Raises ValueError where there are not so many, or where a recurrence has gone on that was not marked there.
         """
         if tokens > self.length:
             raise ValueError(f"a sequence of {self.length} tokens cannot be cut to {tokens}")
-        if self.store.states is not None and tokens not in (0, self.length):
-            raise ValueError(f"of a recurrent model's {self.length} tokens, the first {tokens} cannot be had alone")
-        if tokens == 0 and self.store.states is not None and self.store.windows is not None:
-            self.store.states.zero_()
-            self.store.windows.zero_()
+        if self.store.states is not None and self.store.windows is not None and tokens < self.length:
+            if self.marked is not None and tokens == self.marked[0]:
+                self.store.states.copy_(self.marked[1])
+                self.store.windows.copy_(self.marked[2])
+            elif tokens == 0:
+                self.store.states.zero_()
+                self.store.windows.zero_()
+            else:
+                raise ValueError(f"of a recurrent model's {self.length} tokens, the first {tokens} cannot be had alone")
+        if self.marked is not None and tokens < self.marked[0]:
+            self.marked = None
         self.length = tokens
 
     def reserve(self, tokens: int) -> None:
@@ -45,7 +57,7 @@ class Cached:
     def copy(self, length: int | None = None) -> "Cached":
         """An independent copy of the first `length` tokens, by default of all; see cut."""
         copy = Cached.__new__(Cached)
-        copy.length = self.length
+        copy.length, copy.marked = self.length, self.marked
         copy.store = self.store.resized(self.store.capacity, self.length if length is None else length)
         copy.cut(self.length if length is None else length)
         return copy
@@ -85,13 +97,18 @@ class NativeSequences:
         self._base = text_part(model.base_model)
         self._plan = Plan(self._base, cache_type)
         self._caches = [Cached(self._plan) for _ in range(slots)]
-        self.cuts = self._plan.kept.states is None
+        self.marks = self._plan.kept.states is not None
+        self.cuts = not self.marks
         self.slots, self.vocabulary = slots, model.config.get_text_config().vocab_size
         self.context = min(context or self._plan.positions, self._plan.positions)
 
     def length(self, slot: int) -> int:
         """How many tokens a slot holds."""
         return self._caches[slot].length
+
+    def mark(self, slot: int) -> None:
+        """See Sequences."""
+        self._caches[slot].mark()
 
     def truncate(self, slot: int, tokens: int) -> None:
         """See Sequences."""

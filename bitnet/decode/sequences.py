@@ -13,15 +13,22 @@ class Sequences(Protocol):
     context: int  # tokens that one sequence may hold
     slots: int
     cuts: bool  # whether a slot's first tokens can be had without those after them: not of a recurrent state
+    marks: bool  # whether it needs to remember, and can
 
     def length(self, slot: int) -> int:
         """How many tokens a slot holds."""
 
+    def mark(self, slot: int) -> None:
+        """Remember a slot as it is, in place of what it remembered before. Called where `marks`."""
+
     def truncate(self, slot: int, tokens: int) -> None:
-        """Forget all but the first `tokens`, 0 or all unless it cuts; with 0 the slot's memory is given back, too."""
+        """Forget all but the first `tokens`: unless it cuts those that were marked, all or 0.
+
+        With 0 the slot's memory is given back, too.
+        """
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Make one slot the first `tokens` of another, all of them unless it cuts."""
+        """Make one slot the first `tokens` of another: unless it cuts those that were marked, or all."""
 
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Append each (slot, ids int64 [T]) to its slot; logits after the last of each, float32 [len(work), V].
