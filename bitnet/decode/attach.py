@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from ..kernels import observed
+from .families import known, text_part
 from .lean import prepare, restore, running
 from .native import Cached, embed, run
-from .plan import Plan, Unplanned, known, text_part
+from .plan import Plan, Unplanned
 
 # transformers 5.24 renamed what forwards and outputs call their cache
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"

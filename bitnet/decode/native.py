@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
-from .plan import Plan, text_part
+from .families import text_part
+from .plan import Plan
 
 ROOM = 256  # positions a cache has room for at first; it doubles
 

@@ -8,13 +8,12 @@ The step (kernels/csrc/step.h) knows one block:
 with what stands in brackets where a model has it, norms of two kinds, and both lines of the same x in some models. In
 place of the second line's MLP, or beside it, there may be experts, of which a router chooses a few for each token, and
 in place of attention the gated delta rule.
-FAMILIES says of which model types that is true of all that their transformers class computes; what a block has is read
-off its modules.
+FAMILIES (families.py) says of which model types that is true of all that their transformers class computes; what a
+block has is read off its modules.
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,114 +23,7 @@ from ..kernels.cpu import library
 from ..kernels.cpu import step as native
 from ..kernels.cpu.linear import ROWS, prepared
 from ..packed import PackedBitLinear
-
-
-class Family(NamedTuple):
-    """What the modules of a model type do not say themselves."""
-
-    base: str  # class in transformers
-    norms: tuple[str | None, str | None, str | None, str | None] = (  # before and after attention, and the MLP
-        "input_layernorm",
-        None,
-        "post_attention_layernorm",
-        None,
-    )
-    plus_one: bool = False  # norms multiply by 1 + weight
-    centered: bool = False  # norms take the mean off, though they are not torch's LayerNorm
-    parallel: bool = False  # attention and the MLP see the same x, and its one norm where there is no second
-    interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
-    mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
-    holder: str = "mlp"  # of these, or of experts
-    score: str = "softmax"  # of a router's outputs; see kernels/csrc/bitnet_cpu.h
-    attention: str = "self_attn"
-    recurrence: str = "linear_attn"  # in its place
-    fused: str = "qkv_proj"  # q, k and v in one layer, where there is such a one
-    by_head: bool = False  # in which those of a head are one after the other
-    out: str = "o_proj"
-    final: str = "norm"
-    window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
-    rotates: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
-
-
-def _of_config(attention: Any) -> int | None:
-    return getattr(attention.config, "sliding_window", None)
-
-
-def _of_exaone(attention: Any) -> int | None:
-    return attention.sliding_window if attention.is_sliding else None
-
-
-def _exaone_rotates(attention: Any) -> bool:
-    return attention.sliding_window is None or attention.is_sliding
-
-
-_AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-_SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
-
-FAMILIES = {
-    "llama": Family("LlamaModel"),
-    "mistral": Family("MistralModel", window=_of_config),
-    "qwen2": Family("Qwen2Model"),
-    "qwen3": Family("Qwen3Model"),
-    "gemma": Family("GemmaModel", plus_one=True),
-    "gemma2": Family("Gemma2Model", _SANDWICH, plus_one=True),
-    "vaultgemma": Family(
-        "VaultGemmaModel", ("input_layernorm", None, "pre_feedforward_layernorm", None), plus_one=True
-    ),
-    "gemma3_text": Family("Gemma3TextModel", _SANDWICH, plus_one=True),
-    "bitnet": Family("BitNetModel"),
-    "smollm3": Family("SmolLM3Model"),
-    "olmo2": Family("Olmo2Model", _AFTER),
-    "olmo3": Family("Olmo3Model", _AFTER),
-    "phi": Family("PhiModel", parallel=True, mlp=(None, "fc1", "fc2"), out="dense", final="final_layernorm"),
-    "phi3": Family("Phi3Model", window=_of_config),
-    "gpt_neox": Family(
-        "GPTNeoXModel",
-        mlp=(None, "dense_h_to_4h", "dense_4h_to_h"),
-        attention="attention",
-        fused="query_key_value",
-        by_head=True,
-        out="dense",
-        final="final_layer_norm",
-    ),
-    "granite": Family("GraniteModel"),
-    "cohere": Family("CohereModel", centered=True, parallel=True, interleaved=True),
-    "cohere2": Family(
-        "Cohere2Model",
-        centered=True,
-        parallel=True,
-        interleaved=True,
-        rotates=lambda attention: attention.sliding_window is not None,
-    ),
-    "exaone4": Family("Exaone4Model", _AFTER, window=_of_exaone, rotates=_exaone_rotates),
-    "glm": Family("GlmModel", interleaved=True),
-    "glm4": Family("Glm4Model", _GLM4, interleaved=True),
-    "helium": Family("HeliumModel", interleaved=True),
-    "ernie4_5": Family("Ernie4_5Model", interleaved=True),
-    "seed_oss": Family("SeedOssModel"),
-    "ministral": Family("MinistralModel"),
-    "cwm": Family("CwmModel"),
-    "jais2": Family("Jais2Model", mlp=(None, "up_proj", "down_proj")),
-    "nemotron": Family("NemotronModel", plus_one=True, mlp=(None, "up_proj", "down_proj")),
-    "arcee": Family("ArceeModel", mlp=(None, "up_proj", "down_proj")),
-    "starcoder2": Family("Starcoder2Model", mlp=(None, "c_fc", "c_proj"), window=_of_config),
-    "stablelm": Family("StableLmModel"),
-    "mixtral": Family("MixtralModel", window=_of_config),
-    "qwen2_moe": Family("Qwen2MoeModel"),
-    "qwen3_moe": Family("Qwen3MoeModel"),
-    "olmoe": Family("OlmoeModel"),
-    "flex_olmo": Family("FlexOlmoModel", _AFTER),
-    "granitemoe": Family("GraniteMoeModel", holder="block_sparse_moe", score="softmax of chosen"),
-    "ernie4_5_moe": Family("Ernie4_5_MoeModel", interleaved=True),
-    "minimax_m2": Family("MiniMaxM2Model", score="sigmoid"),
-    "glm4_moe": Family("Glm4MoeModel", score="sigmoid"),
-    "dots1": Family("Dots1Model", score="sigmoid"),
-    "solar_open": Family("SolarOpenModel", score="sigmoid"),
-    "qwen3_5_text": Family("Qwen3_5TextModel", plus_one=True),
-    "qwen3_5_moe_text": Family("Qwen3_5MoeTextModel", plus_one=True),
-    "exaone_moe": Family("ExaoneMoeModel", window=_of_exaone, rotates=_exaone_rotates, score="sigmoid"),
-}
+from .families import FAMILIES, known
 
 _GATES = {
     "silu": "silu",
@@ -147,25 +39,6 @@ _ROPES = ("default", "linear", "llama3", "yarn")  # whose tables do not depend o
 
 class Unplanned(Exception):
     """Why a model, or something in it, is not what the native step computes."""
-
-
-def known(base: Any) -> bool:
-    """Is it the base model of a family, of transformers' own class?"""
-    family = FAMILIES.get(getattr(getattr(base, "config", None), "model_type", ""))
-    return (
-        family is not None and type(base).__name__ == family.base and type(base).__module__.startswith("transformers.")
-    )
-
-
-# Models that also see, whose language models compute what is text alone as if there were nothing else.
-SEEING = {"gemma3", "mistral3", "llava", "qwen3_5", "qwen3_5_moe"}
-
-
-def text_part(base: Any) -> Any:
-    """What of a base model computes text: its language model if it is one of SEEING and that is known, or itself."""
-    part = getattr(base, "language_model", None)
-    seeing = getattr(getattr(base, "config", None), "model_type", "") in SEEING
-    return part if seeing and type(base).__module__.startswith("transformers.") and known(part) else base
 
 
 def eps_of(norm: nn.Module) -> Any:
