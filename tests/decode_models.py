@@ -57,6 +57,7 @@ _SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 _LINEAR = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16}
 _LINEAR |= {"linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"] * 2}
 _LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+_SHORT = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "pad_token_id": 0}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 2}
 _ROUTED |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
@@ -133,6 +134,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "dots1": _model("dots1", **_ROUTED, head_dim=16, **_SLIDING),
     "qwen3_5": _model("qwen3_5_text", **_LINEAR),
     "qwen3_5_moe": _model("qwen3_5_moe_text", **_LINEAR, **_EXPERTS, shared_expert_intermediate_size=80),
+    "hunyuan_v1_dense": _model("hunyuan_v1_dense", head_dim=16, attention_bias=True, pad_token_id=0),
+    "hunyuan_v1_moe": _model("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2, pad_token_id=0),
+    "lfm2": _model("lfm2", **_SHORT, block_auto_adjust_ff_dim=False),
+    "lfm2_moe": _model("lfm2_moe", **_SHORT, **_EXPERTS, num_dense_layers=1, routed_scaling_factor=1.5),
     "solar_open": _model("solar_open", **_ROUTED, head_dim=16),
     "exaone_moe": _model("exaone_moe", **_ROUTED, head_dim=16, **_SLIDING),
 }
@@ -144,7 +149,7 @@ def packed(family: str = "llama", head: str | None = None, **options: object) ->
     build = SEEING[family.removesuffix(" seeing")] if family.endswith(" seeing") else FAMILIES[family]
     model = randomize(build()).eval()
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.data += 0.1 * torch.randn_like(buffer)
     bitnet.replace_linear(model, **options)
     bitnet.pack(model, head=head)

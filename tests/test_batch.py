@@ -250,7 +250,7 @@ def test_a_conversation_goes_on_from_what_was_marked() -> None:
     assert len(model.steps) > len(before)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_5", "lfm2"])
 def test_marked_states_are_gone_back_to(family: str) -> None:
     from decode_models import packed, stepwise
 

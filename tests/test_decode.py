@@ -383,7 +383,7 @@ def test_the_loop_of_a_user_runs_natively(calls: Calls) -> None:
 
 def test_a_cache_is_handed_to_transformers_and_goes_on(calls: Calls) -> None:
     """Attentions are asked for in the middle: transformers' own forward takes over with the same keys and values."""
-    for family in ("llama", "gemma3", "qwen3_5"):
+    for family in ("llama", "gemma3", "qwen3_5", "lfm2"):
         model = packed(family)
         model.set_attn_implementation("eager")
         native_decoding(model, "float32")

@@ -164,7 +164,6 @@ MODELS = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
     "apertus": {},
     "olmo": {},
-    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
     "deepseek_v3": {
         "q_lora_rank": 32,
@@ -322,7 +321,7 @@ def test_convolutions_of_single_tokens_are_not_torch_s(monkeypatch: pytest.Monke
 
 
 def test_tokens_of_a_short_prompt_see_none_behind_them(calls: list[int]) -> None:
-    model = packed("hunyuan_v1_moe")
+    model = packed("granitemoeshared")
     attach_decoding(model)
     with torch.no_grad():
         found, alone = (model(IDS[None, :n], **{CACHE: DynamicCache(config=model.config)}).logits[0, 0] for n in (5, 1))

@@ -450,7 +450,13 @@ def proof_of(planes: int) -> str | None:
 
 
 @runs
-@pytest.mark.parametrize("planes", [TWO_BITS, BASE3], ids=["2_bits", "base3"])
+@pytest.mark.parametrize(
+    "planes",
+    [
+        pytest.param(TWO_BITS, marks=[pytest.mark.slow] if INTERPRETED else [], id="2_bits"),  # a minute
+        pytest.param(BASE3, id="base3"),
+    ],
+)
 def test_right_kernels_are_proved(planes: int) -> None:
     assert proof_of(planes) is None
     assert proof.fault(backends._triton_quantizers, torch.device(DEVICE)) is None

@@ -144,7 +144,7 @@ class NativeForward:
             self._plan = Plan(self._base, self._cache_type)
         plan = self._plan
         if rows is None:
-            if plan.kept.states is not None and not cache.layers:
+            if plan.kept.windows is not None and not cache.layers:
                 return None  # transformers could not go on with it
             rows = _Rows([Cached(plan) for _ in ids], cache.layers, plan.blocks)
         if len(rows.cached) != len(ids) or rows.cached[0].store.keys.dtype != plan.cache_type:
@@ -252,14 +252,15 @@ class _Rows:
             rows.append(both)
         cache.layers = self._layers
         recurrent = [i for i, layer in enumerate(self._layers) if isinstance(layer, LinearAttentionLayer)]
+        recurrents = [cached.store.recurrent for cached in self.cached]
         for place, i in enumerate(i for i in range(self.blocks) if i not in recurrent):
             keys, values = (torch.stack([row[which][place] for row in rows]).to(dtype) for which in (0, 1))
             cache.update(keys, values, i)
         for place, i in enumerate(recurrent):
-            states, windows = zip(*((c.store.states, c.store.windows) for c in self.cached), strict=True)
-            window = torch.stack([window[place].T for window in windows]).to(dtype)
-            cache.update_conv_state(window, i, conv_kernel_size=window.shape[-1] + 1)
-            cache.update_recurrent_state(torch.stack([state[place] for state in states]), i)
+            *states, window = (torch.stack([t[place] for t in kept]) for kept in zip(*recurrents, strict=True))
+            cache.update_conv_state(window.mT.to(dtype), i, conv_kernel_size=window.shape[1] + 1)
+            for state in states:
+                cache.update_recurrent_state(state, i)
 
     def crop(self, columns: int) -> None:
         self.seen = self.seen[:, :columns]
@@ -285,7 +286,7 @@ class _NativeLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        return self.rows.cached[0].store.states is None
+        return not self.rows.cached[0].store.recurrent
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise RuntimeError("this cache belongs to the native step; pass it to the model that made it")

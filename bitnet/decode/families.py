@@ -1,4 +1,4 @@
-"""Which models of transformers the native step (kernels/csrc/step.h) computes, and what plan.py needs to know of each."""
+"""Which models of transformers the native step (kernels/csrc/step.h) computes, and what plan.py must know of each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ class Family(NamedTuple):
     interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
     mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
     holder: str = "mlp"  # of these, or of experts
+    gate: str | None = None  # where the config does not name the activation
+    turned: bool = False  # positions come before the norms of queries and keys
+    added: float = 0  # to the sum that experts' weights are divided by
     score: str = "softmax"  # of a router's outputs; see kernels/csrc/bitnet_cpu.h
     attention: str = "self_attn"
     recurrence: str = "linear_attn"  # in its place
@@ -27,6 +30,7 @@ class Family(NamedTuple):
     by_head: bool = False  # in which those of a head are one after the other
     out: str = "o_proj"
     final: str = "norm"
+    rotary: str = "rotary_emb"
     window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
     rotates: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
 
@@ -46,6 +50,16 @@ def _exaone_rotates(attention: Any) -> bool:
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+
+_LFM2: dict[str, Any] = {
+    "norms": ("operator_norm", None, "ffn_norm", None),
+    "mlp": ("w1", "w3", "w2"),
+    "holder": "feed_forward",
+    "gate": "silu",
+    "recurrence": "conv",
+    "out": "out_proj",
+    "final": "embedding_norm",
+}
 
 FAMILIES = {
     "llama": Family("LlamaModel"),
@@ -108,6 +122,10 @@ FAMILIES = {
     "solar_open": Family("SolarOpenModel", score="sigmoid"),
     "qwen3_5_text": Family("Qwen3_5TextModel", plus_one=True),
     "qwen3_5_moe_text": Family("Qwen3_5MoeTextModel", plus_one=True),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1Model", turned=True),
+    "hunyuan_v1_moe": Family("HunYuanMoEV1Model", turned=True),
+    "lfm2": Family("Lfm2Model", **_LFM2),
+    "lfm2_moe": Family("Lfm2MoeModel", **_LFM2, score="sigmoid", added=1e-6, rotary="pos_emb"),
     "exaone_moe": Family("ExaoneMoeModel", window=_of_exaone, rotates=_exaone_rotates, score="sigmoid"),
 }
 

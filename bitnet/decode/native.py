@@ -20,12 +20,11 @@ class Cached:
     def __init__(self, plan: Plan) -> None:
         self.store = native.KeyValues.empty(plan.kept, ROOM, plan.cache_type)
         self.length = 0
-        self.marked: tuple[int, Tensor, Tensor] | None = None  # a length, and a recurrence's states then
+        self.marked: tuple[int, list[Tensor]] | None = None  # a length, and a recurrence's tensors then
 
     def mark(self) -> None:
         """Remember what a recurrence is now: that much can be cut to."""
-        if self.store.states is not None and self.store.windows is not None:
-            self.marked = self.length, self.store.states.clone(), self.store.windows.clone()
+        self.marked = self.length, [tensor.clone() for tensor in self.store.recurrent]
 
     def cut(self, tokens: int) -> None:
         """Forget all but the first `tokens`.
@@ -34,13 +33,13 @@ class Cached:
         """
         if tokens > self.length:
             raise ValueError(f"a sequence of {self.length} tokens cannot be cut to {tokens}")
-        if self.store.states is not None and self.store.windows is not None and tokens < self.length:
+        if (recurrent := self.store.recurrent) and tokens < self.length:
             if self.marked is not None and tokens == self.marked[0]:
-                self.store.states.copy_(self.marked[1])
-                self.store.windows.copy_(self.marked[2])
+                for tensor, then in zip(recurrent, self.marked[1], strict=True):
+                    tensor.copy_(then)
             elif tokens == 0:
-                self.store.states.zero_()
-                self.store.windows.zero_()
+                for tensor in recurrent:
+                    tensor.zero_()
             else:
                 raise ValueError(f"of a recurrent model's {self.length} tokens, the first {tokens} cannot be had alone")
         if self.marked is not None and tokens < self.marked[0]:
@@ -98,7 +97,7 @@ class NativeSequences:
         self._base = text_part(model.base_model)
         self._plan = Plan(self._base, cache_type)
         self._caches = [Cached(self._plan) for _ in range(slots)]
-        self.marks = self._plan.kept.states is not None
+        self.marks = self._plan.kept.windows is not None
         self.cuts = not self.marks
         self.slots, self.vocabulary = slots, model.config.get_text_config().vocab_size
         self.context = min(context or self._plan.positions, self._plan.positions)

@@ -33,8 +33,10 @@ _GATES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_CORRECTION = "e_score_correction_bias"
-_ROPES = ("default", "linear", "llama3", "yarn")  # whose tables do not depend on how long a text is
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
+_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")  # whose tables do not depend on how long a text is
 
 
 class Unplanned(Exception):
@@ -89,14 +91,13 @@ class Plan:
             raise Unplanned(f"heads of {self.head_dim} features, which must be a multiple of {native.RUN}")
         if getattr(config, "use_bidirectional_attention", False):
             raise Unplanned("its attention looks ahead")
-        if getattr(attention, "qk_layernorm", False) or (
-            hasattr(attention, "q_norm") and attention.q_norm.weight.ndim > 1
-        ):
+        norms = _norms(attention)
+        if getattr(attention, "qk_layernorm", False) or (norms is not None and norms[0].weight.ndim > 1):
             raise Unplanned("each head of its queries and keys has a norm of its own")
         if getattr(config, "clip_qkv", None) is not None:
             raise Unplanned("its queries, keys and values are clipped")
-        activation = getattr(config, "hidden_act", None) or config.hidden_activation
-        if (gate := _GATES.get(activation)) is None:
+        activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", self._family.gate)
+        if (gate := _GATES.get(activation or "")) is None:
             raise Unplanned(f"{activation!r} in its MLPs")
         ropes = self._kinds(base, attending)
         self.kept = native.Kept(len(attending), self.kv_heads, self.head_dim)
@@ -118,10 +119,8 @@ class Plan:
         plan.residual = getattr(config, "residual_multiplier", 1)
         plan.interleaved, plan.gated = self._family.interleaved, self._family.mlp[0] is not None
         plan.by_head, plan.query_gate = self._family.by_head, self._query_gate
-        if self.kept.states is not None and self.kept.windows is not None:
-            self.kept = self.kept._replace(
-                states=(places[1], *self.kept.states), windows=(places[1], *self.kept.windows)
-            )
+        shapes = (None if shape is None else (places[1], *shape) for shape in (self.kept.states, self.kept.windows))
+        self.kept = native.Kept(*self.kept[:3], *shapes)
         plan.final = self._norm(getattr(base, self._family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self._kept.append(blocks)
@@ -226,7 +225,7 @@ class Plan:
         holder, experts = family.holder, getattr(mlp, "experts", None)
         if experts is not None:
             block.mixture = ctypes.pointer(self._mixture(mlp, experts, norms[2]))
-            shared = [name for name in ("shared_expert", "shared_experts") if getattr(mlp, name, None) is not None]
+            shared = [name for name in _SHARED if getattr(mlp, name, None) is not None]
             holder, mlp = (f"{holder}.{shared[0]}", getattr(mlp, shared[0])) if shared else (holder, None)
         if mlp is not None:
             gate, up, down = family.mlp
@@ -252,15 +251,17 @@ class Plan:
         sub = getattr(attention, "attn_sub_norm", None)
         self._products([(f"{family.attention}.{family.out}", getattr(attention, family.out))], sub, [block.out])
         self._query_gate = hasattr(attention, "q_proj") and attention.q_proj.out_features == 2 * width
-        if hasattr(attention, "q_norm"):
-            block.query, block.key = self._norm(attention.q_norm), self._norm(attention.k_norm)
-            block.whole = attention.q_norm.weight.numel() == width > self.head_dim
+        if (norms := _norms(attention)) is not None:
+            block.query, block.key = map(self._norm, norms)
+            block.whole, block.turned = norms[0].weight.numel() == width > self.head_dim, family.turned
         block.window = family.window(attention) or 0
         block.rope = ropes[_kind(attention)] if family.rotates(attention) else -1
 
     def _recurrence(self, block: Any, rule: Any, norm: Any) -> None:
         """The gated delta rule of a block."""
         name = self._family.recurrence
+        if hasattr(rule, "conv"):
+            return self._short_convolution(block, name, rule, norm)
         into = [
             (f"{name}.{part}", getattr(rule, part)) for part in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
         ]
@@ -287,6 +288,19 @@ class Plan:
         self._kept += [floats, recurrence]
         block.recurrence = ctypes.pointer(recurrence)
 
+    def _short_convolution(self, block: Any, name: str, rule: Any, norm: Any) -> None:
+        block.in_count = self._products([(f"{name}.in_proj", rule.in_proj)], norm, block.into)
+        self._products([(f"{name}.out_proj", rule.out_proj)], None, [block.out])
+        if rule.conv.bias is not None:
+            raise Unplanned(f"{name} has a bias in its convolution")
+        self._watch(rule.conv, "weight")
+        channels, _, kernel = rule.conv.weight.shape
+        values = rule.conv.weight[:, 0].T.detach().float().contiguous()
+        recurrence = native.Recurrence(values.data_ptr(), kernel=kernel, channels=channels)
+        self.kept = self.kept._replace(windows=(kernel - 1, channels))
+        self._kept += [values, recurrence]
+        block.recurrence = ctypes.pointer(recurrence)
+
     def _mixture(self, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
         """Experts and what chooses among them; the router's options have one name in all families that have them."""
         name = f"{self._family.holder}.experts"
@@ -295,29 +309,31 @@ class Plan:
         if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
             raise Unplanned(f"{name} have no gate, or a norm of their own")
         router = getattr(mlp, "gate", None) or mlp.router
+        holders: tuple[Any, ...] = (router, getattr(router, "moe_statics", None), mlp)
         mixture = native.Mixture(experts=experts.stacks[0].experts, chosen=router.top_k, groups=1, groups_chosen=1)
         if norm is not None:
             mixture.norm = self._norm(norm)
         stacks = [experts.stack(m) for m in experts.stacks]
         mixture.inner = stacks[1].in_features
         mixture.first, mixture.second = (self._stack(f"{name}.{m.packed}", experts.stack(m)) for m in experts.stacks)
-        weight, gate = router.weight, getattr(mlp, "shared_expert_gate", None)
-        self._watch(router, "weight")
+        linear, gate = getattr(router, "wg", router), getattr(mlp, "shared_expert_gate", None)
+        weight = linear.weight
+        self._watch(linear, "weight")
         if gate is not None:
             self._watch(gate, "weight")
             weight, mixture.shared_gate = torch.cat([weight, gate.weight.to(weight.dtype)]), True
         weight = weight.detach().contiguous()
-        holder = next((m for m in (router, getattr(router, "moe_statics", None), mlp) if hasattr(m, _CORRECTION)), None)
-        if holder is not None:
-            self._watch(holder, _CORRECTION)
-            correction = getattr(holder, _CORRECTION).detach().float().flatten().contiguous()
+        found = [(m, of) for m in holders for of in _CORRECTIONS if hasattr(m, of)]
+        for holder, of in found[:1]:
+            self._watch(holder, of)
+            correction = getattr(holder, of).detach().float().flatten().contiguous()
             mixture.correction = correction.data_ptr()
             self._kept.append(correction)
         mixture.router, mixture.router_type = weight.data_ptr(), native.TYPES[weight.dtype]
         mixture.score, mixture.normalized = native.SCORES[self._family.score], getattr(router, "norm_topk_prob", True)
         if self._family.score == "softmax of chosen":
             mixture.normalized = False
-        mixture.least = getattr(router, "norm_min", 1e-20)
+        mixture.added, mixture.least = self._family.added, getattr(router, "norm_min", 1e-20)
         mixture.factor = getattr(router, "routed_scaling_factor", 1)
         if getattr(router, "num_group", None) is not None:
             mixture.groups, mixture.groups_chosen = router.num_group, router.topk_group
@@ -337,7 +353,7 @@ class Plan:
 
     def _kinds(self, base: Any, layers: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, once it is known that they are tables."""
-        rotary = base.rotary_emb
+        rotary = getattr(base, self._family.rotary)
         self._rotary, ropes = rotary, rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
         if (odd := set(ropes.values()).difference(_ROPES)) or len(ropes) > 2:
             raise Unplanned(f"rotary positions of type {', '.join(sorted(odd)) or list(ropes)}")
@@ -374,6 +390,12 @@ class Plan:
             self.native.ropes[index][0], self.native.ropes[index][1] = (table.data_ptr() for table in tables[-2:])
         self.native.half, self.native.positions = half, positions
         self._kept.append(tables)  # and the ones before, which another thread may be reading
+
+
+def _norms(attention: Any) -> tuple[Any, Any] | None:
+    """Those of queries and keys."""
+    found = [(getattr(attention, q), getattr(attention, k)) for q, k in _NORMS if hasattr(attention, q)]
+    return found[0] if found else None
 
 
 def _parts(holder: str, module: Any, names: list[str], fused: str, sizes: tuple[int, ...]) -> list[Any]:

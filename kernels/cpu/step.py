@@ -66,6 +66,7 @@ class Mixture(ctypes.Structure):
         ("inner", _int64),
         ("first", _pointer),
         ("second", _pointer),
+        ("added", ctypes.c_float),
         ("least", ctypes.c_float),
         ("factor", ctypes.c_float),
         ("score", _int32),
@@ -95,6 +96,7 @@ class Block(ctypes.Structure):
         ("rope", _int32),
         ("whole", _int32),
         ("parallel", _int32),
+        ("turned", _int32),
     )
 
 
@@ -136,7 +138,10 @@ class _Sequence(ctypes.Structure):
 
 
 class Kept(NamedTuple):
-    """Shapes of what a sequence keeps: keys and values of `blocks` blocks with attention, a recurrence's of others."""
+    """Shapes of what a sequence keeps: keys and values of `blocks` blocks with attention, a recurrence's of others.
+
+    A short convolution has windows alone.
+    """
 
     blocks: int
     kv_heads: int
@@ -165,8 +170,7 @@ class KeyValues:
     def empty(kept: Kept, capacity: int, dtype: torch.dtype) -> "KeyValues":
         """Room for that many positions, a multiple of 16."""
         cache = KeyValues._room(*kept[:3], capacity, dtype)
-        if kept.states is not None and kept.windows is not None:
-            cache.states, cache.windows = torch.zeros(kept.states), torch.zeros(kept.windows)
+        cache.states, cache.windows = (None if s is None else torch.zeros(s) for s in (kept.states, kept.windows))
         return cache
 
     @staticmethod
@@ -180,6 +184,11 @@ class KeyValues:
     @property
     def capacity(self) -> int:
         return self.values.shape[2]
+
+    @property
+    def recurrent(self) -> list[Tensor]:
+        """What is there once, and not for each position."""
+        return [tensor for tensor in (self.states, self.windows) if tensor is not None]
 
     def resized(self, capacity: int, length: int) -> "KeyValues":
         """A copy of the first `length` positions with room for another number of them; states stay those of all."""

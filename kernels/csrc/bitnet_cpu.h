@@ -65,10 +65,11 @@ struct Product {
   const PreparedWeight* layers[4];
 };
 
-// Linear attention by the gated delta rule, in place of attention. Its block's `in` are four layers: queries, keys and values,
-// which are convolved; the gate z of the outputs; what a new value weighs; how fast the state fades.
+// What is in place of attention. Linear attention by the gated delta rule: its block's `in` are four layers: queries, keys
+// and values, which are convolved; the gate z of the outputs; what a new value weighs; how fast the state fades. Or, where
+// value_heads is 0, a short convolution: `in` is one layer of three parts b, c and x, and y = c * convolution(b * x).
 struct Recurrence {
-  const float* convolution;  // [kernel, channels]
+  const float* convolution;  // [kernel, channels]; of heads followed by silu
   const float* speed;        // [value_heads]: the state of a token becomes exp(-speed * log(1 + exp(x + shift))) of it
   const float* shift;
   Norm norm;                 // of each head's outputs, before they are multiplied by silu(z)
@@ -90,7 +91,7 @@ struct Mixture {
   int64_t inner;              // features between the halves and second
   const PreparedWeight* const* first;   // [experts]
   const PreparedWeight* const* second;  // [experts]
-  float least;                // weights are divided by their sum, or by this if it is greater, if `normalized`
+  float added, least;         // weights are divided by their sum + added, or by least if it is greater, if `normalized`
   float factor;               // and multiplied by this
   int32_t score;
   int32_t normalized;
@@ -115,6 +116,7 @@ struct Block {
   int32_t in_count, gate_count;
   int32_t rope;     // which of the plan's tables; -1: no rotary positions
   int32_t whole, parallel;
+  int32_t turned;   // positions come before the norms of queries and keys
 };
 
 enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3, kSigmoid = 4 };  // the last is that of queries

@@ -1,5 +1,5 @@
-// Linear attention by the gated delta rule (arXiv 2412.06464, equation 10), as Qwen3.5 has it. float32 all along; features lie
-// side by side, so that every instruction set sums in the same order.
+// Linear attention by the gated delta rule (arXiv 2412.06464, equation 10), as Qwen3.5 has it, and short convolutions, as
+// LFM2 has them. float32 all along; features lie side by side, so that every instruction set sums in the same order.
 #pragma once
 #include "attention.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kColumns = 2 * kRun;  // whose sums stay in registers
 
-// A causal convolution of each channel by itself, then silu, in place: rows x, `stride` apart, of so many tokens, whose
+// A causal convolution of each channel by itself, and silu before heads, in place: rows x, `stride` apart, of so many tokens, whose
 // channels [first, last) come after those in `window` [kernel - 1, channels], which then holds the last ones.
 [[maybe_unused]] void convolve(const Recurrence& r, float* window, float* x, int64_t stride, int64_t tokens, int64_t first,
                                int64_t last) {
@@ -21,7 +21,9 @@ constexpr int kColumns = 2 * kRun;  // whose sums stay in registers
       for (int64_t i = 0; i < here; ++i) sum[i] += r.convolution[before * channels + c + i] * x[c + i];
       for (int64_t j = 0; j + 1 < before; ++j) memcpy(window + j * channels + c, window + (j + 1) * channels + c, 4 * here);
       if (before) memcpy(window + (before - 1) * channels + c, x + c, 4 * here);
-      for (int64_t i = 0; i < here; ++i) x[c + i] = sum[i] / (1 + exponential(-sum[i]));
+      if (r.value_heads)
+        for (int64_t i = 0; i < here; ++i) x[c + i] = sum[i] / (1 + exponential(-sum[i]));
+      else memcpy(x + c, sum, 4 * here);
     }
 }
 

@@ -329,8 +329,8 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
-  const int64_t linear[5][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
-                                {kHidden, kMixed}};
+  const int64_t linear[6][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
+                                {kHidden, kMixed}, {3 * kMixed, kHidden}};
   for (const auto& shape : linear) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   const auto convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
   auto speed = floats(kValueHeads);
@@ -374,12 +374,18 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.down = {{none, none}, nullptr, 0, 1, {l + 6}};
         block.query = block.key = b ? n : none;
         block.after_attention = block.after_mlp = b ? none : n;
-        block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head && !query_gate, block.parallel = other;
+        block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head && !query_gate, block.parallel = other, block.turned = gate == kGelu;
       }
       const PreparedWeight* l = layers.data() + 7 * kBlocks + 2 * kExperts;
       const Norm n{norm.data(), nullptr, 1e-5f, 0}, none{};
       const Recurrence recurrence{convolution.data(), speed.data(), shift.data(), n, kKernel, kChannels, 1, kValueHeads, kDim, kValues};
-      if (recurs) {
+      Recurrence convolves = recurrence;
+      convolves.value_heads = 0, convolves.channels = kMixed;
+      if (recurs && gate == kGeluTanh) {
+        blocks[0].recurrence = &convolves;
+        blocks[0].in_count = 1, blocks[0].in[0] = {{n, none}, nullptr, 0, 1, {l + 5}};
+        blocks[0].out = {{none, none}, nullptr, 0, 1, {l + 4}};
+      } else if (recurs) {
         blocks[0].recurrence = &recurrence;
         blocks[0].in_count = 1, blocks[0].in[0] = {{n, none}, nullptr, 0, 4, {l, l + 1, l + 2, l + 3}};
         blocks[0].out = {{none, none}, nullptr, 0, 1, {l + 4}};
@@ -389,7 +395,7 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
       std::vector<const PreparedWeight*> experts;
       for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[7 * kBlocks + e]);
       Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), correction.data(), kExperts, 2, 3, 2, kExpertInner,
-                      experts.data(), experts.data() + kExperts, 1e-20f, 1.5f, gate % 3, gate != kSquaredRelu, kFloat32, 1};
+                      experts.data(), experts.data() + kExperts, 0.01f, 1e-20f, 1.5f, gate % 3, gate != kSquaredRelu, kFloat32, 1};
       if (cache_type == kFloat16) mixture.router = narrow.data(), mixture.router_type = kBFloat16;
       if (cache_type == kInt8) mixture.correction = nullptr, mixture.groups = mixture.groups_chosen = 1, mixture.shared_gate = 0;
       if (!other) blocks[1].mixture = &mixture;

@@ -55,7 +55,7 @@ struct Step {
       const Block& block = plan.blocks[b];
       widest = widest < block.inner ? block.inner : widest;
       if (const Recurrence* r = block.recurrence) {
-        const int64_t width = r->channels + r->value_heads * (r->value_dim + 2);
+        const int64_t width = r->value_heads ? r->channels + r->value_heads * (r->value_dim + 2) : 4 * r->channels;
         in_width = in_width < width ? width : in_width;
       }
       if (!block.mixture) continue;
@@ -205,10 +205,13 @@ struct Step {
 
   // Norms and positions of heads, in place.
   void turn(const Block& block, const Norm& norm, float* head, int64_t t) const {
-    if (norm.weight && !block.whole) f.normalize(head, norm, plan.head_dim, head);
-    if (block.rope < 0) return;
-    const int64_t at = position[t] * plan.half;
-    f.rotate(plan.ropes[block.rope][0] + at, plan.ropes[block.rope][1] + at, plan.half, plan.interleaved, head);
+    const bool normed = norm.weight && !block.whole;
+    if (normed && !block.turned) f.normalize(head, norm, plan.head_dim, head);
+    if (block.rope >= 0) {
+      const int64_t at = position[t] * plan.half;
+      f.rotate(plan.ropes[block.rope][0] + at, plan.ropes[block.rope][1] + at, plan.half, plan.interleaved, head);
+    }
+    if (normed && block.turned) f.normalize(head, norm, plan.head_dim, head);
   }
 
   void attention(const Block& block, int thread, int count) const {
@@ -265,6 +268,24 @@ struct Step {
     int64_t end = t + 1;
     while (end < m && sequence[end] == sequence[t]) ++end;
     return end;
+  }
+
+  // From the parts b, c and x of rows to what `out` takes.
+  void short_convolution(const Block& block, float* parts, float* to, int thread, int count) const {
+    const Recurrence& r = *block.recurrence;
+    const int64_t stride = 3 * r.channels, pieces = ceil_div(r.channels, kColumns),
+                  first = share(pieces, thread, count) * kColumns,
+                  last = smaller(share(pieces, thread + 1, count) * kColumns, r.channels);
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float *rows = parts + t * stride, *window = sequences[sequence[t]].windows + block.place * (r.kernel - 1) * r.channels;
+      for (int64_t i = 0; i < end - t; ++i)
+        for (int64_t c = first; c < last; ++c) rows[i * stride + c] *= rows[i * stride + 2 * r.channels + c];
+      f.convolve(r, window, rows, stride, end - t, first, last);
+      for (int64_t i = 0; i < end - t; ++i)
+        for (int64_t c = first; c < last; ++c)
+          to[(t + i) * r.channels + c] = rows[i * stride + r.channels + c] * rows[i * stride + c];
+    }
   }
 
   // From what `in` gives, one after the other, to what `out` takes, which is where the gates were.
@@ -429,7 +450,7 @@ struct Step {
     float* in[] = {q.first, k.first, v.first, nullptr};
     const float* mixed = attended;
     if (const Recurrence* r = block.recurrence) {
-      in[1] = in[0] + m * r->channels;
+      in[1] = in[0] + m * (r->value_heads ? r->channels : 3 * r->channels);
       in[2] = in[1] + m * r->value_heads * r->value_dim;
       in[3] = in[2] + m * r->value_heads;
       mixed = in[1];
@@ -439,7 +460,8 @@ struct Step {
       multiply(block.in[i], x, in + at, thread, count);
     }
     barrier(count);
-    if (block.recurrence) recurrence(block, in, thread, count);
+    if (block.recurrence && !block.recurrence->value_heads) short_convolution(block, in[0], in[1], thread, count);
+    else if (block.recurrence) recurrence(block, in, thread, count);
     else attention(block, thread, count);
     barrier(count);
     multiply(block.out, mixed, &(in[0] = z), thread, count);
