@@ -576,6 +576,7 @@ def selfcheck(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("older")  # which share a build
 @needs("cmake", "c++", "qemu-x86_64-static")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for x86-64")
 @pytest.mark.parametrize(
