@@ -71,11 +71,27 @@ def why_not(model: Any, cache_type: str = "float16") -> str | None:
     return None
 
 
-class NativeForward:
+class _Forward:
+    """What stands in for a base model's forward."""
+
+    def __init__(self, base: Any) -> None:
+        self._base = base
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Any:
+        return type(self._base).forward.__get__(self._base)
+
+
+class NativeForward(_Forward):
     """A base model's forward: see the module."""
 
     def __init__(self, base: Any, cache_type: str) -> None:
-        self._base, self._cache_type = base, cache_type
+        super().__init__(base)
+        self._cache_type = cache_type
         self._plan: Plan | None = None
         self._prepared = self._convolves = False  # to run lean
         self.told = _Told()
@@ -85,14 +101,6 @@ class NativeForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, told=_Told())
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self) -> Any:
-        return type(self._base).forward.__get__(self._base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get(CACHE)
@@ -191,19 +199,12 @@ class _Told(threading.local):
     text: dict[str, Any] | None = None  # what the model around was called with, if it is text alone
 
 
-class Seeing:
+class Seeing(_Forward):
     """The forward of a base model around a language model: transformers' own, but that one is told of text alone."""
 
     def __init__(self, base: Any, native: NativeForward) -> None:
-        self._base, self._native = base, native
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self) -> Any:
-        return type(self._base).forward.__get__(self._base)
+        super().__init__(base)
+        self._native = native
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         told = self._native.told
