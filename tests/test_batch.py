@@ -277,6 +277,35 @@ def test_marked_states_are_gone_back_to(family: str) -> None:
     assert torch.equal(sequences.extend([(2, ids[20:])])[0], whole[-1])
 
 
+def test_a_step_that_failed_leaves_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    from decode_models import packed
+
+    from bitnet.decode.native import NativeSequences
+    from bitnet.kernels.cpu import library, step
+
+    if isinstance(library.load(), str):
+        pytest.skip("there is no native library")
+    sequences = NativeSequences(packed("qwen3_5", head="int8"), 1)
+    ids = torch.randint(3, 200, (40,), generator=torch.Generator().manual_seed(0))
+    whole = sequences.extend([(0, ids)])
+    sequences.truncate(0, 0)
+    original, calls = step.step, []
+
+    def failing(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "MOST_TOKENS", 16)
+        patch.setattr(step, "step", failing)
+        with pytest.raises(MemoryError):
+            sequences.extend([(0, ids)])
+    sequences.truncate(0, 0)
+    assert torch.equal(sequences.extend([(0, ids)]), whole)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_5"])
 def test_eager_sequences_are_those_of_the_model(family: str) -> None:
     from decode_models import packed

@@ -142,7 +142,7 @@ def depthwise(
 ) -> Tensor | None:
     """torch.conv1d of input [B, C, T] by weight [C, 1, K], bfloat16 or float16, summed in float32; None for others."""
     padding = padding[0] if isinstance(padding, tuple) and len(padding) == 1 else padding
-    ones = {1, (1,)}
+    ones = (1, (1,), [1])
     if not (weight.is_cpu and weight.dtype in _NARROW and input.dtype == weight.dtype and input.ndim == 3):
         return None
     if weight.shape[:2] != (groups, 1) or input.shape[1] != groups or not isinstance(padding, int):

@@ -33,14 +33,14 @@ class Cached:
         """
         if tokens > self.length:
             raise ValueError(f"a sequence of {self.length} tokens cannot be cut to {tokens}")
-        if (recurrent := self.store.recurrent) and tokens < self.length:
+        if recurrent := self.store.recurrent:
             if self.marked is not None and tokens == self.marked[0]:
                 for tensor, then in zip(recurrent, self.marked[1], strict=True):
                     tensor.copy_(then)
-            elif tokens == 0:
+            elif tokens == 0:  # also of no tokens: what failed may have left something
                 for tensor in recurrent:
                     tensor.zero_()
-            else:
+            elif tokens < self.length:
                 raise ValueError(f"of a recurrent model's {self.length} tokens, the first {tokens} cannot be had alone")
         if self.marked is not None and tokens < self.marked[0]:
             self.marked = None
