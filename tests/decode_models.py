@@ -165,8 +165,7 @@ def stepwise(sequences: NativeSequences, ids: Tensor, slot: int = 0) -> Tensor:
 def _seeing(kind: str, text: Callable[[], PreTrainedModel], vision: dict[str, object], **options: object) -> Any:
     def build() -> PreTrainedModel:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-        sober = {"final_logit_softcapping": None}  # which models around a language model leave out
-        config = {"text_config": text().config.to_dict() | sober, "vision_config": sizes | vision}
+        config = {"text_config": text().config.to_dict(), "vision_config": sizes | vision}
         return AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **config | options))
 
     return build
