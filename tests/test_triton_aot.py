@@ -30,7 +30,7 @@ if triton.__version__.startswith(("3.6.", "3.7.")):
     MATRIX["sm_100"] = "IMMA"  # those versions have no int8 products in tensor memory
 K, N = 4096, 14336
 
-SLOW = ("sm_100", "sm_120")  # for the time of it: minutes on a slow CPU
+SLOW = ("sm_80", "sm_100", "sm_120")  # for the time of it: minutes on a slow CPU
 each_arch = pytest.mark.parametrize(
     "arch", [pytest.param(arch, marks=pytest.mark.slow) if arch in SLOW else arch for arch in ARCHS]
 )
