@@ -173,11 +173,10 @@ class NativeForward(_Forward):
         starts = torch.tensor([[cached.length] for cached in rows.cached])
         expected = (new.cumsum(1) - 1 + starts)[new]
         positions = kwargs.get("position_ids")
-        planes = (
-            [] if positions is None else positions if positions.ndim == 3 else [positions]
-        )  # of time, height and width
-        if not all(torch.equal(plane.expand_as(new)[new], expected) for plane in planes):
-            return None
+        if positions is not None:
+            planes = positions if positions.ndim == 3 else [positions]  # of time, height and width, or the one there is
+            if not all(torch.equal(plane.expand_as(new)[new], expected) for plane in planes):
+                return None
         if (
             sum(counts) == 0
             or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions

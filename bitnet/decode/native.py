@@ -148,7 +148,7 @@ def head(model: Any, hidden: Tensor) -> Tensor:
     lm_head = model.get_output_embeddings()
     packed = isinstance(lm_head, PackedBitLinear)
     logits: Tensor = lm_head(hidden if packed else hidden.to(lm_head.weight.dtype)).float()
-    config = model.config  # of a model that also sees its language model's own head would have these, and is not there
+    config = model.config  # not its text part's: what is around that, in models that also see, has none of these
     if (factor := getattr(config, "logit_scale", 1)) != 1:  # Cohere's; a vocabulary is long: nothing is done in vain
         logits = logits * factor
     if (divisor := getattr(config, "logits_scaling", 1)) != 1:  # Granite's

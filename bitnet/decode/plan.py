@@ -313,8 +313,7 @@ class Plan:
         mixture = native.Mixture(experts=experts.stacks[0].experts, chosen=router.top_k, groups=1, groups_chosen=1)
         if norm is not None:
             mixture.norm = self._norm(norm)
-        stacks = [experts.stack(m) for m in experts.stacks]
-        mixture.inner = stacks[1].in_features
+        mixture.inner = experts.stacks[1].in_features
         mixture.first, mixture.second = (self._stack(f"{name}.{m.packed}", experts.stack(m)) for m in experts.stacks)
         linear, gate = getattr(router, "wg", router), getattr(mlp, "shared_expert_gate", None)
         weight = linear.weight

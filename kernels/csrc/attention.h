@@ -21,6 +21,9 @@ INLINE float exponential(float x) {
   return p * bits<float>((bits<uint32_t>(shifted) + 127) << 23);
 }
 
+INLINE float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
+INLINE float silu(float x) { return x / (1 + exponential(-x)); }
+
 // The sum over k features of (x - mean)^Power.
 template <int Power>
 INLINE double power_sum(const float* x, float mean, int64_t k) {
@@ -108,7 +111,7 @@ INLINE float normal(float x) {
 // gate = f(gate) * up, or without up f(gate)
 [[maybe_unused]] void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
   switch (kind) {
-    case kSilu: return apply([](float x) INLINE_LAMBDA { return x / (1 + exponential(-x)); }, gate, up, k);
+    case kSilu: return apply([](float x) INLINE_LAMBDA { return silu(x); }, gate, up, k);
     case kSquaredRelu:
       return apply([](float x) INLINE_LAMBDA {
         const float v = x > 0 ? x : 0;
@@ -120,7 +123,7 @@ INLINE float normal(float x) {
         return x / (1 + exponential(-2 * z));
       }, gate, up, k);
     case kGelu: return apply([](float x) INLINE_LAMBDA { return x * normal(x); }, gate, up, k);
-    case kSigmoid: return apply([](float x) INLINE_LAMBDA { return 1 / (1 + exponential(-x)); }, gate, up, k);
+    case kSigmoid: return apply([](float x) INLINE_LAMBDA { return sigmoid(x); }, gate, up, k);
   }
 }
 

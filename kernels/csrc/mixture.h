@@ -38,7 +38,7 @@ void choose_experts(const Mixture& mix, float* scores, int32_t* chosen, float* w
   auto* taken = reinterpret_cast<uint8_t*>(sums + mix.groups);
   if (mix.score == kSoftmax) softmax(scores, mix.experts);
   if (mix.score == kSigmoids)
-    for (int64_t e = 0; e < mix.experts; ++e) scores[e] = 1 / (1 + exponential(-scores[e]));
+    for (int64_t e = 0; e < mix.experts; ++e) scores[e] = sigmoid(scores[e]);
   for (int64_t e = 0; e < mix.experts; ++e) key[e] = mix.correction ? scores[e] + mix.correction[e] : scores[e];
   if (mix.groups_chosen < mix.groups) close_groups(mix, key, sums, taken);
   else memset(taken, 0, mix.experts);

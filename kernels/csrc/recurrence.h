@@ -22,7 +22,7 @@ constexpr int kColumns = 2 * kRun;  // whose sums stay in registers
       for (int64_t j = 0; j + 1 < before; ++j) memcpy(window + j * channels + c, window + (j + 1) * channels + c, 4 * here);
       if (before) memcpy(window + (before - 1) * channels + c, x + c, 4 * here);
       if (r.value_heads)
-        for (int64_t i = 0; i < here; ++i) x[c + i] = sum[i] / (1 + exponential(-sum[i]));
+        for (int64_t i = 0; i < here; ++i) x[c + i] = silu(sum[i]);
       else memcpy(x + c, sum, 4 * here);
     }
 }

@@ -32,6 +32,15 @@ struct Routes {
   int32_t *chosen, *order, *place, *first;
   void* choice;             // of choice_bytes() a token
   float *between, *out;     // of pairs in this order: [pairs, 2 inner], [pairs, hidden]
+  int64_t bytes;            // that all of these take
+};
+
+// Which of n columns, `width` at a time, are a thread's.
+struct Own {
+  int64_t first, last;
+  Own(int64_t n, int64_t width, int thread, int count)
+      : first(share(ceil_div(n, width), thread, count) * width),
+        last(smaller(share(ceil_div(n, width), thread + 1, count) * width, n)) {}
 };
 
 struct Step {
@@ -59,7 +68,7 @@ struct Step {
         in_width = in_width < width ? width : in_width;
       }
       if (!block.mixture) continue;
-      const int64_t bytes = place_routes(*block.mixture, nullptr).second;
+      const int64_t bytes = place_routes(*block.mixture, nullptr).bytes;
       routes_bytes = routes_bytes < bytes ? bytes : routes_bytes;
     }
   }
@@ -273,17 +282,16 @@ struct Step {
   // From the parts b, c and x of rows to what `out` takes.
   void short_convolution(const Block& block, float* parts, float* to, int thread, int count) const {
     const Recurrence& r = *block.recurrence;
-    const int64_t stride = 3 * r.channels, pieces = ceil_div(r.channels, kColumns),
-                  first = share(pieces, thread, count) * kColumns,
-                  last = smaller(share(pieces, thread + 1, count) * kColumns, r.channels);
+    const int64_t stride = 3 * r.channels;
+    const Own own(r.channels, kColumns, thread, count);
     for (int64_t t = 0, end; t < m; t = end) {
       end = same_sequence(t);
       float *rows = parts + t * stride, *window = sequences[sequence[t]].windows + block.place * (r.kernel - 1) * r.channels;
       for (int64_t i = 0; i < end - t; ++i)
-        for (int64_t c = first; c < last; ++c) rows[i * stride + c] *= rows[i * stride + 2 * r.channels + c];
-      f.convolve(r, window, rows, stride, end - t, first, last);
+        for (int64_t c = own.first; c < own.last; ++c) rows[i * stride + c] *= rows[i * stride + 2 * r.channels + c];
+      f.convolve(r, window, rows, stride, end - t, own.first, own.last);
       for (int64_t i = 0; i < end - t; ++i)
-        for (int64_t c = first; c < last; ++c)
+        for (int64_t c = own.first; c < own.last; ++c)
           to[(t + i) * r.channels + c] = rows[i * stride + r.channels + c] * rows[i * stride + c];
     }
   }
@@ -293,12 +301,11 @@ struct Step {
     const Recurrence& r = *block.recurrence;
     float *mixed = in[0], *z = in[1], *beta = in[2], *fading = in[3];
     const int64_t keys = r.key_heads * r.key_dim, width = r.value_heads * r.value_dim, state = r.key_dim * r.value_dim;
-    const int64_t pieces = ceil_div(r.channels, kColumns), first = share(pieces, thread, count) * kColumns,
-                  last = smaller(share(pieces, thread + 1, count) * kColumns, r.channels);
+    const Own own(r.channels, kColumns, thread, count);
     for (int64_t t = 0, end; t < m; t = end) {
       end = same_sequence(t);
       float* window = sequences[sequence[t]].windows + block.place * (r.kernel - 1) * r.channels;
-      f.convolve(r, window, mixed + t * r.channels, r.channels, end - t, first, last);
+      f.convolve(r, window, mixed + t * r.channels, r.channels, end - t, own.first, own.last);
     }
     barrier(count);
     const int64_t heads = 2 * r.key_heads;
@@ -318,7 +325,7 @@ struct Step {
           float *v = mixed + i * r.channels + 2 * keys + head * r.value_dim, *gate = z + i * width + head * r.value_dim;
           const int64_t at = i * r.value_heads + head;
           const float decay = exponential(-r.speed[head] * softplus(fading[at] + r.shift[head]));
-          f.recur(states + head * state, q, q + keys, v, decay, 1 / (1 + exponential(-beta[at])), r.key_dim, r.value_dim);
+          f.recur(states + head * state, q, q + keys, v, decay, sigmoid(beta[at]), r.key_dim, r.value_dim);
           f.normalize(v, r.norm, r.value_dim, v);
           f.apply_gate(kSilu, gate, v, r.value_dim);
         }
@@ -336,29 +343,21 @@ struct Step {
         for (int64_t i = 0; i < plan.hidden; ++i) x[t * plan.hidden + i] += row[i] * plan.residual;
       }
     } else {
-      const int64_t blocks = ceil_div(plan.hidden, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
-                    last = smaller(share(blocks, thread + 1, count) * kBlockRows, plan.hidden);
+      const Own own(plan.hidden, kBlockRows, thread, count);
       for (int64_t t = 0; t < m; ++t)
-        for (int64_t i = t * plan.hidden + first; i < t * plan.hidden + last; ++i) x[i] += from[i] * plan.residual;
+        for (int64_t i = t * plan.hidden + own.first; i < t * plan.hidden + own.last; ++i) x[i] += from[i] * plan.residual;
     }
     barrier(count);
   }
 
-  struct Placed {
-    Routes first;
-    int64_t second;  // bytes
-  };
-
-  Placed place_routes(const Mixture& mix, void* memory) const {
-    auto* next = static_cast<char*>(memory);
-    int64_t bytes = 0;
-    const auto take = [&](int64_t size) {
-      char* at = next ? next + bytes : nullptr;
-      bytes += ceil_div(size, 64) * 64;
-      return static_cast<void*>(at);
-    };
+  Routes place_routes(const Mixture& mix, void* memory) const {
     const int64_t pairs = m * mix.chosen;
-    Routes r;
+    Routes r = {};
+    const auto take = [&](int64_t size) {
+      void* at = memory ? static_cast<char*>(memory) + r.bytes : nullptr;
+      r.bytes += ceil_div(size, 64) * 64;
+      return at;
+    };
     r.scores = static_cast<float*>(take(4 * m * (mix.experts + 1)));
     r.weights = static_cast<float*>(take(4 * pairs));
     r.chosen = static_cast<int32_t*>(take(4 * pairs));
@@ -368,7 +367,7 @@ struct Step {
     r.choice = take(m * choice_bytes(mix));
     r.between = static_cast<float*>(take(4 * pairs * 2 * mix.inner));
     r.out = static_cast<float*>(take(4 * pairs * plan.hidden));
-    return {r, bytes};
+    return r;
   }
 
   // Pairs by expert, in the order of tokens.
@@ -384,7 +383,7 @@ struct Step {
   // y = the mixture of x, plus y if there is an MLP, whose outputs a thread has written its share of, as it does here.
   void mixture(const Block& block, int thread, int count) const {
     const Mixture& mix = *block.mixture;
-    const Routes r = place_routes(mix, routing).first;
+    const Routes r = place_routes(mix, routing);
     const int64_t scores = mix.experts + mix.shared_gate, pairs = m * mix.chosen;
     for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t)
       if (mix.norm.weight) f.normalize(x + t * plan.hidden, mix.norm, plan.hidden, z + t * plan.hidden);
@@ -423,26 +422,20 @@ struct Step {
       const auto row = [&](int64_t i, float*) { return r.between + (at + i) * 2 * mix.inner; };
       multiply(*mix.second[e], rows, row, true, codes, r.out + at * plan.hidden, thread, count);
     }
+    const Own own(plan.hidden, kBlockRows, thread, count);
     for (int64_t t = 0; t < m; ++t) {
       const int32_t* place = r.place + t * mix.chosen;
       const float* weights = r.weights + t * mix.chosen;
-      const float shared = mix.shared_gate ? 1 / (1 + exponential(-r.scores[t * scores + mix.experts])) : 1;
-      own_columns([&](int64_t first, int64_t columns) {
+      const float shared = mix.shared_gate ? sigmoid(r.scores[t * scores + mix.experts]) : 1;
+      for (int64_t first = own.first; first < own.last; first += kBlockRows) {
+        const int64_t columns = smaller(kBlockRows, own.last - first);
         float sum[kBlockRows] = {};
         for (int64_t j = 0; j < mix.chosen; ++j)
           for (int64_t i = 0; i < columns; ++i) sum[i] += r.out[place[j] * plan.hidden + first + i] * weights[j];
         float* to = y + t * plan.hidden + first;
         for (int64_t i = 0; i < columns; ++i) to[i] = block.inner ? sum[i] + to[i] * shared : sum[i];
-      }, thread, count);
+      }
     }
-  }
-
-  // to(first, count) for the blocks of a thread's columns of what a block adds to x.
-  template <class To>
-  void own_columns(const To& to, int thread, int count) const {
-    const int64_t blocks = ceil_div(plan.hidden, kBlockRows);
-    for (int64_t b = share(blocks, thread, count); b < share(blocks, thread + 1, count); ++b)
-      to(b * kBlockRows, smaller(kBlockRows, plan.hidden - b * kBlockRows));
   }
 
   void run(int64_t b, int thread, int count) const {
@@ -473,10 +466,11 @@ struct Step {
       multiply(block.gate[i], x, gates + at, thread, count);
     }
     if (const int64_t inner = block.inner) {
-      const int64_t blocks = ceil_div(inner, kBlockRows), first = share(blocks, thread, count) * kBlockRows,
-                    last = smaller(share(blocks, thread + 1, count) * kBlockRows, inner);
-      for (int64_t t = 0; t < m; ++t)
-        f.apply_gate(plan.gate, gate + t * inner + first, plan.gated ? up + t * inner + first : nullptr, last - first);
+      const Own own(inner, kBlockRows, thread, count);
+      for (int64_t t = 0; t < m; ++t) {
+        const int64_t at = t * inner + own.first;
+        f.apply_gate(plan.gate, gate + at, plan.gated ? up + at : nullptr, own.last - own.first);
+      }
       barrier(count);
       multiply(block.down, gate, &(in[0] = y), thread, count);
     }
