@@ -3,10 +3,10 @@
 What transformers does around the blocks stays its own: sampling, beams, streaming, stop strings, left padding, assisted
 generation, the output head. The base model's forward is stood in for, on that one model object, by NativeForward, which
 runs the blocks of a call that it can compute and hands every other call to transformers: of a family, module or weight
-that plan.py does not know, without a cache passed in, with gradients, with attentions or hidden states asked for, under
-torch.compile, or on other devices. A cache that was begun natively is then turned into transformers' own. Where it is
-given a cache, transformers' own forward runs lean (lean.py). Of a model that also sees, this is its language model,
-which is told whether there is text alone.
+that plan.py does not know, without a cache passed in, with gradients, with attentions or hidden states asked for, or
+under torch.compile. A cache that was begun natively is then turned into transformers' own. Where it is given a cache,
+transformers' own forward runs lean (lean.py). On a GPU, single tokens replay a CUDA graph of it (captured.py). Of a
+model that also sees, this is its language model, which is told whether there is text alone.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from ..kernels import observed
+from .captured import Captured
 from .families import known, text_part
 from .lean import prepare, restore, running
 from .native import Cached, embed, run
@@ -30,14 +31,19 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "inputs_embeds", "return_dict"}
 
 
-def native_decoding(model: Any, cache_type: str | None = "float16") -> None:
-    """Decode a packed causal language model natively, as bitnet.load and from_pretrained do on a CPU; see the module.
+def native_decoding(model: Any, cache_type: str | None = "auto") -> None:
+    """Decode a packed causal language model natively, as bitnet.load and from_pretrained do; see the module.
 
-    cache_type: of keys and values: "float16"; "float32", which does not round them; "int8", with a scale a position and
-        head; None leaves all to transformers again
-    Raises ValueError with the reason for a model that the native step does not compute.
+    cache_type: of keys and values: "auto" is "float16" on a CPU; "float32", which does not round them; "int8", with a
+        scale a position and head; None leaves all to transformers again. On a GPU they have the model's dtype
+    Raises ValueError with the reason for a model that the native step does not compute, or a CUDA graph.
     """
     base = model.base_model
+    on_gpu = model.device.type == "cuda"
+    if on_gpu and cache_type not in ("auto", None):
+        raise ValueError(f"native_decoding: cache_type={cache_type!r} is for CPUs; on a GPU leave it out")
+    if cache_type == "auto":
+        cache_type = "float16"
     if cache_type is not None and (why := why_not(model, cache_type)):
         raise ValueError(f"native_decoding: {why}")
     for module in (base, text_part(base)):
@@ -51,7 +57,8 @@ def attach_decoding(model: nn.Module) -> None:
     """The same for a model just loaded, and lean decoding for one of a family that the step does not know; whether it
     fits shows when it runs."""
     base = getattr(model, "base_model", model)
-    if base is not model and hasattr(model, "generate") and all(p.device.type == "cpu" for p in model.parameters()):
+    devices = {p.device.type for p in model.parameters()}
+    if base is not model and hasattr(model, "generate") and len(devices) == 1 and devices <= {"cpu", "cuda"}:
         _attach(base, "float16")
 
 
@@ -63,9 +70,12 @@ def _attach(base: Any, cache_type: str) -> None:
 
 
 def why_not(model: Any, cache_type: str = "float16") -> str | None:
-    """None if a model runs on the native step, else the reason."""
+    """None if a model runs on the native step (as far as can be told before it runs, on a GPU), else the reason."""
+    base = text_part(model.base_model)
+    if model.device.type == "cuda":
+        return Captured(base, CACHE).why()
     try:
-        Plan(text_part(model.base_model), cache_type)
+        Plan(base, cache_type)
     except Unplanned as why:
         return str(why)
     return None
@@ -93,11 +103,12 @@ class NativeForward(_Forward):
         super().__init__(base)
         self._cache_type = cache_type
         self._plan: Plan | None = None
+        self._captured: Captured | None = None
         self._prepared = self._convolves = False  # to run lean
         self.told = _Told()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_plan": None, "_prepared": False, "told": None}
+        return {**vars(self), "_plan": None, "_captured": None, "_prepared": False, "told": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, told=_Told())
@@ -106,12 +117,18 @@ class NativeForward(_Forward):
         cache = kwargs.get(CACHE)
         if type(cache) is not DynamicCache:
             return self._original(*args, **kwargs)
-        rows = _rows(cache)
-        hidden = None
         named = dict(zip(("input_ids",), args, strict=False)) | kwargs  # of all families the first that is not named
         if self.told.text is not None:
             named = self.told.text
-        if len(args) < 2 and known(self._base) and self._can_run(named):
+        plain = len(args) < 2 and self._is_plain(named)
+        if plain and self._captures:
+            if self._captured is None:
+                self._captured = Captured(self._base, CACHE)
+            output = self._captured.step(cache, named, lambda: self._original(*args, **kwargs))
+            return self._original(*args, **kwargs) if output is None else output
+        rows = _rows(cache)
+        hidden = None
+        if plain and known(self._base) and isinstance(ids := named.get("input_ids"), Tensor) and ids.is_cpu:
             with contextlib.suppress(Unplanned):
                 hidden = self._run(cache, rows, named)
         if hidden is None:
@@ -119,7 +136,7 @@ class NativeForward(_Forward):
                 rows.give_back(cache, self._base.dtype)
             ids = args[0] if args else kwargs.get("input_ids")
             given = kwargs.get("inputs_embeds") if ids is None else ids
-            if _is_observed() or observed.is_observed() or type(given) is not Tensor:
+            if _is_observed() or observed.is_observed() or type(given) is not Tensor or not given.is_cpu:
                 return self._original(*args, **kwargs)
             if not self._prepared:
                 self._convolves, self._prepared = prepare(self._base), True
@@ -129,11 +146,13 @@ class NativeForward(_Forward):
         output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPast
         return output(last_hidden_state=hidden, **{CACHE: cache})
 
-    def _can_run(self, kwargs: dict[str, Any]) -> bool:
-        ids = kwargs.get("input_ids")
-        if ids is None or ids.ndim != 2 or not ids.is_cpu or kwargs.get("inputs_embeds") is not None:
-            return False
-        if self._base.training or _is_observed():
+    @property
+    def _captures(self) -> bool:
+        return bool(self._base.device.type == "cuda")
+
+    def _is_plain(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call asks for nothing but the last hidden states of tokens, and nobody looks on."""
+        if self._base.training or _is_observed() or observed.is_observed():
             return False
         config = self._base.config
         if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
@@ -145,6 +164,8 @@ class NativeForward(_Forward):
     def _run(self, cache: Cache, rows: "_Rows | None", kwargs: dict[str, Any]) -> Tensor | None:
         """The last hidden states [B, T, hidden], or None for a call that is not the step's."""
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if ids.ndim != 2 or kwargs.get("inputs_embeds") is not None:
+            return None
         if rows is None and (cache.get_seq_length() > 0 or any(getattr(x, "record_past", False) for x in cache.layers)):
             return None  # begun by transformers, or to be cut where it cannot be
         if self._plan is None or not self._plan.current():
@@ -226,7 +247,8 @@ def _is_given(name: str, value: Any) -> bool:
 
 
 def _is_observed() -> bool:
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast
 
 
 class _Rows:

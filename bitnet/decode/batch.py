@@ -17,7 +17,6 @@ import torch
 from .sampling import Sampler, Token
 from .sequences import Sequences
 
-CHUNK = 256  # tokens of prompts in a step
 TAIL = 16  # tokens of a prompt after those that are remembered: a chat template ends with some for the answer alone
 
 
@@ -164,7 +163,7 @@ class Scheduler:
 
     def _step(self) -> None:
         work: list[tuple[_Slot, int]] = [(s, 1) for s in self._slots if s.request and len(s.pending) == 1]
-        room = CHUNK
+        room = self._sequences.chunk
         prompts = [(s.request.arrived, i) for i, s in enumerate(self._slots) if s.request and len(s.pending) > 1]
         for slot in (self._slots[i] for _, i in sorted(prompts)):
             left = TAIL if self._sequences.marks and len(slot.pending) > TAIL else 0

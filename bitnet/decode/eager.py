@@ -19,6 +19,7 @@ class EagerSequences:
     """
 
     cuts = marks = False
+    chunk = 256
 
     def __init__(self, model: Any, slots: int = 8, context: int | None = None) -> None:
         self._model, self.slots, self.vocabulary = model, slots, model.config.get_text_config().vocab_size

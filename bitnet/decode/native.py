@@ -91,6 +91,8 @@ def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Ten
 class NativeSequences:
     """bitnet.decode.sequences.Sequences on the native step, for a causal language model that has a plan."""
 
+    chunk = 256
+
     def __init__(self, model: Any, slots: int = 8, cache_type: str = "float16", context: int | None = None) -> None:
         """Raises Unplanned, with the reason, for a model that the step does not compute."""
         self._model, self._cache_type = model, cache_type

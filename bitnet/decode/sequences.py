@@ -14,6 +14,7 @@ class Sequences(Protocol):
     slots: int
     cuts: bool  # whether a slot's first tokens can be had without those after them: not of a recurrent state
     marks: bool  # whether it needs to remember, and can
+    chunk: int  # tokens of prompts that are best computed at once
 
     def length(self, slot: int) -> int:
         """How many tokens a slot holds."""

@@ -7,10 +7,13 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..decode.attach import CACHE
 from ..decode.batch import Request, Scheduler
+from ..decode.captured import RoomSequences
 from ..decode.eager import EagerSequences
 from ..decode.native import NativeSequences
 from ..decode.plan import Unplanned
+from ..decode.rooms import Unfit
 from ..decode.sampling import Grammar, Sampler, Sampling, Token
 from ..decode.sequences import Sequences
 from .text import TextStream
@@ -35,7 +38,13 @@ class Piece:
 
 
 def sequences_of(model: Any, slots: int, context: int | None = None) -> tuple[Sequences, str]:
-    """What decodes a model, the native step if it can, and its name, with the reason if it cannot."""
+    """What decodes a model, the native step or a CUDA graph if it can, and its name, with the reason if it cannot."""
+    if model.device.type == "cuda":
+        try:
+            rooms = RoomSequences(model, CACHE, slots, context)
+        except Unfit as why:
+            return EagerSequences(model, slots, context), f"transformers ({why})"
+        return rooms, "CUDA graph" if rooms.is_captured else "transformers, in one step for all"
     try:
         return NativeSequences(model, slots, context=context), "native"
     except Unplanned as why:

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 import bitnet
 from bitnet import PackedBitLinear
 from bitnet.kernels import backends
-from bitnet.kernels.layout import pack_ternary
+from bitnet.kernels.layout import pack_codes
 from bitnet.tuning import graph_seconds
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192)]  # (N, K)
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096]
+HEAD, HEAD_TOKENS = (128_256, 2560), [1, 16, 64]
 Run = Callable[[Tensor], object]
 
 
@@ -43,7 +44,7 @@ def random_codes(n: int, k: int) -> Tensor:
 def ours(bits: float, **options: Any) -> Callable[[int, int, int], Iterator[Run]]:
     def make(n: int, k: int, m: int) -> Iterator[Run]:
         layer = PackedBitLinear(k, n, bias=False, weight_bits=bits, device="cuda", **options)
-        layer.weight.copy_(pack_ternary(random_codes(n, k)))
+        layer.weight.copy_(pack_codes(random_codes(n, k), layer.spec.weights))
         layer.weight_scale.fill_(0.5)
         weight, _ = layer.prepack()
         while True:
@@ -106,6 +107,11 @@ CANDIDATES: Candidates = {
     ),
     "torch bf16": (torch_bf16, "bf16", 16),
     "torch int8": (torch_int8, "int8", 8),
+}
+HEADS: Candidates = {
+    "triton, int8": (ours(2, weights="int8", per_row=True), "int8", 8),
+    "triton, int4": (ours(2, weights="int4", group_size=32), "int4", 4.5),
+    "torch bf16": CANDIDATES["torch bf16"],
 }
 PEERS: Candidates = {"gemlite": (gemlite, "2 bit", 2), "humming-kernels": (humming, "2 bit", 2)}
 
@@ -198,31 +204,32 @@ def main() -> None:
     print(
         f"{common['hardware']}; {common['versions']}; copy {bandwidth / 1e12:.2f} TB/s, bf16 {flops / 1e12:.0f} TFLOP/s"
     )
-    print("µs a call of backend triton; its floor; and how many times as long as it the others take")
+    print("µs a call of what stands first; its floor; and how many times as long as it the others take")
     rows = []
     refused: dict[str, str] = {}
-    for n, k in shapes:
-        for m in tokens:
-            times: dict[str, Tensor] = {}
-            for name, (make, kind, bits) in candidates.items():
-                if name in refused:
-                    continue
-                try:
-                    with torch.no_grad():
-                        times[name] = seconds(make, m, n, k, bits, 5 if args.quick else 15)
-                except Exception as error:
-                    if name == "triton":
-                        raise
-                    refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    print(f"{name} is skipped from here on: {refused[name]}")
-                    continue
-                what = {"op": "ternary_linear", "m": m, "n": n, "k": k, "dtype": kind, "backend": name, "threads": ""}
-                rows.append(results.row(what, times[name], n * k * bits / 8, common))
-            mine = times["triton"].median()
-            words = [f"N {n:>5} K {k:>4} M {m:>4}: {1e6 * mine:7.1f} µs"]
-            words += [f"floor {1e6 * floor(m, n, k, 2, bandwidth, flops):.1f}"]
-            words += [f"{name} {t.median() / mine:.2f}" for name, t in times.items() if name != "triton"]
-            print(", ".join(words), flush=True)
+    work = [(shape, m, candidates) for shape in shapes for m in tokens] + [(HEAD, m, HEADS) for m in HEAD_TOKENS]
+    for (n, k), m, tried in work:
+        first = next(iter(tried))
+        times: dict[str, Tensor] = {}
+        for name, (make, kind, bits) in tried.items():
+            if name in refused:
+                continue
+            try:
+                with torch.no_grad():
+                    times[name] = seconds(make, m, n, k, bits, 5 if args.quick else 15)
+            except Exception as error:
+                if name == first:
+                    raise
+                refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                print(f"{name} is skipped from here on: {refused[name]}")
+                continue
+            what = {"op": "ternary_linear", "m": m, "n": n, "k": k, "dtype": kind, "backend": name, "threads": ""}
+            rows.append(results.row(what, times[name], n * k * bits / 8, common))
+        mine = times[first].median()
+        words = [f"N {n:>6} K {k:>4} M {m:>4}: {first} {1e6 * mine:7.1f} µs"]
+        words += [f"floor {1e6 * floor(m, n, k, tried[first][2], bandwidth, flops):.1f}"]
+        words += [f"{name} {t.median() / mine:.2f}" for name, t in times.items() if name != first]
+        print(", ".join(words), flush=True)
     kinds = ["nn.Linear", "bitnet"] + (["torchao"] if args.peers else [])
     for compiled in [False] if args.quick else [False, True]:
         steps: dict[str, Tensor] = {}

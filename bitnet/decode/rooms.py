@@ -1,0 +1,292 @@
+"""Keys and values that stay where they are, so that a step of single tokens can be a CUDA graph.
+
+From Python the thousand kernels of a token take ten times as long to launch as to run. Rooms hold a batch of sequences
+at fixed addresses, with what a step reads beside them (tokens, positions, columns, what is padding), and run
+transformers' own forward on those. A GPU captures it once for each number of rows and replays it for every token.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+ROOM = 256  # columns at first; they double
+FILL = 100.0  # in columns not written yet: what a mask forgets shows
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+class Unfit(Exception):
+    """Why a model's steps do not run in rooms."""
+
+
+class Windows:
+    """How far each layer of a model sees: `each`, None for all, and the masks its forward wants.
+
+    Raises Unfit for caches and attention of other kinds.
+    """
+
+    def __init__(self, config: Any) -> None:
+        text = config.get_text_config(decoder=True)
+        if others := set(getattr(text, "layer_types", None) or ()) - _KINDS:
+            raise Unfit(f"it has layers of type {', '.join(sorted(others))}")
+        if (kind := text._attn_implementation) not in ("sdpa", "eager"):
+            raise Unfit(f"its attention is {kind!r}")
+        self._adds = kind == "eager"
+        self.each: list[int | None] = []
+        for layer in DynamicCache(config=config).layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise Unfit(f"its cache has a {type(layer).__name__}")
+            self.each.append(getattr(layer, "sliding_window", None))
+        self._kinds: dict[int | None, str] = dict([(None, "full_attention"), *self._sliding()])
+
+    def _sliding(self) -> list[tuple[int | None, str]]:
+        found = {window for window in self.each if window is not None}
+        if len(found) > 1:
+            raise Unfit("its layers have windows of different lengths")
+        return [(window, "sliding_attention") for window in found]
+
+    def masks(self, columns: Tensor, padding: Tensor, dtype: torch.dtype) -> Any:
+        """What single tokens at columns [R, 1] see, where padding is bool [R, C]."""
+        at = torch.arange(padding.shape[1], device=padding.device)
+        masks = {}
+        for window, kind in self._kinds.items():
+            if window not in self.each:
+                continue
+            mask = (at <= columns) & ~padding
+            if window is not None:
+                mask &= at > columns - window
+            mask = mask[:, None, None]
+            masks[kind] = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype) if self._adds else mask
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+class Rooms:
+    """Keys and values of some sequences, a row each, in columns; a column holds a token or padding.
+
+    forward:  forward(cache, **inputs) -> last hidden states, transformers' own of a base model
+    windows:  of that model
+    like:     layers of a cache that has tokens, whose sizes and dtypes these have
+    rows:     how many sequences
+    captures: whether steps are CUDA graphs; elsewhere they simply run
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], windows: Windows, like: list[Any], rows: int) -> None:
+        self._forward, self._windows, self.rows, self.capacity = forward, windows, rows, 0
+        self.device, self.dtype = like[0].keys.device, like[0].keys.dtype
+        self.captures = self.device.type == "cuda"
+        self._cache = DynamicCache()
+        self._cache.layers = [_Within(self, i) for i in range(len(like))]
+        self.lengths = [0] * rows  # what prompts go on from
+        self._row: int | None = None  # the one that a prompt is of
+        self._single: tuple[Tensor, Tensor] | None = None  # rows and columns of single tokens
+        with torch.inference_mode(False):
+            self.held = [
+                [t.new_empty(rows, t.shape[1], 0, t.shape[3]) for t in (layer.keys, layer.values)] for layer in like
+            ]
+            self.columns = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+            self._rows = torch.arange(rows, device=self.device)[:, None]
+            self.padding = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)
+        self._inputs: dict[str, Tensor] = {}
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}
+        self._version = 0
+        self.reserve(1)
+
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns, and one more."""
+        if columns < self.capacity:
+            return
+        self.forget()
+        past, self.capacity = self.capacity, max(ROOM, 1 << columns.bit_length())
+        with torch.inference_mode(False):
+            for both in self.held:
+                for i, before in enumerate(both):
+                    both[i] = before.new_full((*before.shape[:2], self.capacity, before.shape[3]), FILL)
+                    both[i][:, :, :past] = before
+            padding = torch.zeros(self.rows, self.capacity, dtype=torch.bool, device=self.device)
+            padding[:, :past] = self.padding
+            self.padding = padding
+
+    def forget(self) -> None:
+        """Capture anew from now on."""
+        self._graphs.clear()
+
+    def stand(self, version: int) -> None:
+        """Say which version of the model runs now: of another, nothing captured holds."""
+        if version != self._version:
+            self.forget()
+            self._version = version
+
+    def take(self, layers: list[Any], length: int, row: int | None = None) -> None:
+        """Copy what a cache of so many columns holds, of all rows or one; its windows hold the last of them."""
+        self.reserve(length)
+        first, last = (0, self.rows) if row is None else (row, row + 1)
+        for both, layer in zip(self.held, layers, strict=True):
+            for mine, new in zip(both, (layer.keys, layer.values), strict=True):
+                mine[first:last, :, length - new.shape[2] : length] = new
+
+    def write(self, layer: int, new: tuple[Tensor, Tensor], row: int | None, past: int) -> tuple[Tensor, Tensor]:
+        """Put keys and values [R, H, T, D] of all rows or one behind so many columns, and return all up to them."""
+        to = past + new[0].shape[2]
+        self.reserve(to)
+        first, last = (0, self.rows) if row is None else (row, row + 1)
+        keys, values = self.held[layer]
+        keys[first:last, :, past:to], values[first:last, :, past:to] = new
+        return keys[first:last, :, :to], values[first:last, :, :to]
+
+    def give(self, **inputs: Tensor) -> None:
+        """The inputs of the next step, where it reads them; of others than before it is captured anew."""
+        if {name: t.shape for name, t in inputs.items()} != {name: t.shape for name, t in self._inputs.items()}:
+            self.forget()
+            with torch.inference_mode(False):
+                self._inputs = {name: torch.empty_like(t) for name, t in inputs.items()}
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor)
+
+    def step(self, rows: int | None = None) -> Tensor:
+        """The last hidden states [R, 1, hidden] of one token in each of the first rows; valid until the next step.
+
+        Raises Unfit where it cannot be captured.
+        """
+        rows = self.rows if rows is None else rows
+        if not self.captures:
+            return self._run(rows)
+        if rows not in self._graphs:
+            self._graphs[rows] = self._capture(rows)
+        graph, hidden = self._graphs[rows]
+        graph.replay()
+        return hidden
+
+    def prompt(self, row: int, **inputs: Tensor) -> Tensor:
+        """The last hidden states [1, T, hidden] of tokens that go on a row."""
+        self._row = row
+        try:
+            return self._forward(self._cache, **inputs)
+        finally:
+            self._row = None
+
+    def _run(self, rows: int) -> Tensor:
+        columns = self.columns[:rows]
+        self._single = self._rows[:rows], columns
+        try:
+            mask = self._windows.masks(columns, self.padding[:rows], self.dtype)
+            inputs = {
+                name: t[..., :rows, :] if name == "position_ids" else t[:rows] for name, t in self._inputs.items()
+            }
+            return self._forward(self._cache, attention_mask=mask, **inputs)
+        finally:
+            self._single = None
+
+    def _capture(self, rows: int) -> tuple[Any, Tensor]:
+        with torch.cuda.device(self.device):
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self._run(rows)  # kernels are compiled and proven
+                with _synchronizing_raises():
+                    self._run(rows)
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                hidden = self._run(rows)
+        return graph, hidden
+
+
+@contextlib.contextmanager
+def _synchronizing_raises() -> Iterator[None]:
+    """A capture that fails leaves torch's allocator unable to give memory back, so it is found out before."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise Unfit("its forward waits for the GPU") from None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+class _Within(DynamicLayer):
+    """A layer of rooms as a forward sees it that they run: it writes where they say."""
+
+    def __init__(self, rooms: Rooms, index: int) -> None:
+        self._rooms, self._index, self.is_initialized = rooms, index, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rooms = self._rooms
+        if rooms._single is None:
+            return rooms.write(self._index, (key_states, value_states), rooms._row, self.get_seq_length())
+        rows, columns = rooms._single
+        keys, values = rooms.held[self._index]
+        keys[rows, :, columns] = key_states.transpose(1, 2)
+        values[rows, :, columns] = value_states.transpose(1, 2)
+        return keys[: len(rows)], values[: len(rows)]
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self._rooms._row is None else self._rooms.lengths[self._rooms._row]
+
+
+class RoomLayer(DynamicLayer):
+    """A layer of a user's cache whose keys and values are in rooms.
+
+    What transformers does with it that rooms do not do makes it a DynamicLayer of tensors of its own.
+    """
+
+    def __init__(self, rooms: Rooms, index: int, length: int) -> None:
+        self.rooms, self.index, self.length = rooms, index, length
+        self.is_initialized, self.device, self.dtype = True, rooms.device, rooms.dtype
+
+    @property
+    def keys(self) -> Tensor:
+        return self.rooms.held[self.index][0][:, :, : self.length]
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        self._leave(value, self.values.clone())
+
+    @property
+    def values(self) -> Tensor:
+        return self.rooms.held[self.index][1][:, :, : self.length]
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        self._leave(self.keys.clone(), value)
+
+    def _leave(self, keys: Any, values: Any) -> None:
+        self.__class__ = DynamicLayer
+        self.__dict__ = vars(_plain(keys, values))
+
+    def __reduce__(self) -> Any:
+        return _plain, (self.keys.clone(), self.values.clone())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            self._leave(self.keys.clone(), self.values.clone())
+            return self.update(key_states, value_states, *args, **kwargs)
+        past, self.length = self.length, self.length + key_states.shape[2]
+        return self.rooms.write(self.index, (key_states, value_states), None, past)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:  # before transformers 5.24 a positive number is what is left
+        left = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
+        self.length = max(0, left)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for held in (self.keys, self.values):
+            held.copy_(held.index_select(0, beam_idx.to(held.device)))
+
+
+def _plain(keys: Any, values: Any) -> DynamicLayer:
+    layer = DynamicLayer()
+    if isinstance(keys, Tensor):
+        layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
