@@ -41,11 +41,14 @@ class Backend(NamedTuple):
     check: Callable[[Tensor, Tensor, Tensor | None, int, int], None]
     # check(own form, scale, bias, N, K) raises ValueError for tensors that are not those of such a layer
     weights: tuple[str, ...] = _KINDS  # kinds it multiplies with kernels of its own
-    grouped: bool = False  # whether it has kernels for scales of groups
+    groups: tuple[bool, ...] = (False,)  # scales that it has kernels for: of groups, or not
     strict: bool = False  # whether prepack refuses stored bytes that encode no ternary value
     widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
-    others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of its other kernels
+    others: Callable[[torch.device], proof.Results] = lambda device: iter(
+        ()
+    )  # results of its other kernels: training's
+    compiles: bool = False  # whether a kernel's first call takes so long that only those asked for are proved
 
 
 # Converters that graphs may hold, registered with torch; ops.py has all else.
@@ -155,7 +158,7 @@ def _cpu(name: str, weights: tuple[str, ...]) -> Backend:
         bind=lambda weight, scale, bias, n, k, bits: cpu_linear.bind(weight, scale, bias, n, k, bits, form()),
         check=lambda weight, scale, bias, n, k: cpu_linear.check_prepacked(weight, scale, bias, n, k, form()),
         weights=weights,
-        grouped=True,
+        groups=(False, True),
         strict=True,
         widths=(8, 16),
         hardware=lambda device: cpu_library.isas(form())[0],
@@ -172,10 +175,11 @@ def _triton(planes: int) -> Backend:
         bind=partial(gpu_backend.bind, planes=planes),
         check=partial(gpu_backend.check, planes=planes),
         weights=(*_KINDS, "int4") if planes == gpu_layout.TWO_BITS else ("ternary",),
-        grouped=planes == gpu_layout.TWO_BITS,
+        groups=(False, True) if planes == gpu_layout.TWO_BITS else (False,),
         widths=(8, 16, None),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
+        compiles=True,
     )
 
 
@@ -224,7 +228,7 @@ def backends(
     device = torch.device(device)
     rows = []
     for name, backend in BACKENDS.items():
-        obstacle = backend.missing(device, activation_bits, groups) or _fault(name, device)
+        obstacle = backend.missing(device, activation_bits, groups) or _fault(name, device, activation_bits, groups)
         rows.append(BackendStatus(name, obstacle is None, obstacle or backend.description()))
     return rows
 
@@ -242,21 +246,23 @@ def choose_backend(
     activation_bits: int | None = 8,
     weight_bits: float = 2,
     groups: bool = False,
+    trains: bool = False,
 ) -> str:
     """The backend to use on `device` for such activations: the named one, or for "auto" the first that is ready.
 
     groups: whether groups of features have scales of their own
+    trains: whether it is for what a training step is made of, not for packed layers
     weight_bits: 1.6 turns a backend into its "-base3" form if that can run, 1 into its "-binary" form, and either warns
         if it cannot
 
     Raises ValueError for an unknown name and RuntimeError, with the remedy, for one that cannot run here.
     """
-    name = _choose(backend, device, activation_bits, groups)
+    name = _choose(backend, device, activation_bits, groups, trains)
     suffix = _SUFFIXES.get(weight_bits, "")
     if suffix and not name.endswith(suffix):
         form = BACKENDS.get(name + suffix)
         why = form.missing(device, activation_bits, groups) if form else "that backend has no such form"
-        why = why or _fault(name + suffix, device)
+        why = why or _fault(name + suffix, device, activation_bits, groups)
         if why is None:
             return name + suffix
         warnings.warn(
@@ -267,23 +273,26 @@ def choose_backend(
 
 
 @lru_cache
-def _choose(backend: str, device: torch.device, activation_bits: int | None, groups: bool = False) -> str:
+def _choose(backend: str, device: torch.device, activation_bits: int | None, groups: bool, trains: bool) -> str:
     check_backend(backend)
+    asked = activation_bits, groups, trains
     if backend == "auto":
         for name, one in BACKENDS.items():
             if name.endswith(tuple(_SUFFIXES.values())) or one.missing(device, activation_bits, groups):
                 continue
-            if (fault := _fault(name, device)) is None:
+            if (fault := _fault(name, device, *asked)) is None:
                 return name
             _say_once(f"backend {name!r} is not used: {fault.partition(';')[0]}. Please report it.")
         raise AssertionError("the definition runs everywhere")
-    obstacle = BACKENDS[backend].missing(device, activation_bits, groups) or _fault(backend, device)
+    obstacle = BACKENDS[backend].missing(device, activation_bits, groups) or _fault(backend, device, *asked)
     if obstacle:
         raise RuntimeError(f"backend {backend!r} cannot run on {device.type}: {obstacle}")
     return backend
 
 
-def _fault(name: str, device: torch.device) -> str | None:
+def _fault(
+    name: str, device: torch.device, activation_bits: int | None, groups: bool, trains: bool = False
+) -> str | None:
     """What is wrong with a backend's results on this hardware; None if nothing is. Looked at once in a process."""
     if name == "reference" or device.type == "meta":
         return None
@@ -293,18 +302,28 @@ def _fault(name: str, device: torch.device) -> str | None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the first call of a low-bit layer cannot be captured; run the model once before")
     hardware = BACKENDS[name].hardware(device)
-    if (name, hardware) not in _FAULTS:
-        _FAULTS[name, hardware] = _prove(name, hardware, device)
-    return _FAULTS[name, hardware]
+    asked: _Asked = None
+    if BACKENDS[name].compiles:
+        asked = "training" if trains else (8 if activation_bits == 4 else activation_bits, groups)
+    if (name, hardware, asked) not in _FAULTS:
+        _FAULTS[name, hardware, asked] = _prove(name, hardware, device, asked)
+    return _FAULTS[name, hardware, asked]
 
 
-_FAULTS: dict[tuple[str, str], str | None] = {}  # by backend and hardware, of which there may be several alike
+_Asked = tuple[int | None, bool] | str | None  # layers of such activation_bits and groups, "training", or everything
+_FAULTS: dict[tuple[str, str, _Asked], str | None] = {}  # by hardware, as there may be several devices alike
 
 
-def _prove(name: str, hardware: str, device: torch.device) -> str | None:
-    backend = BACKENDS[name]
-    layers = proof.layers(backend.prepack, backend.bind, backend.weights, backend.grouped, backend.widths)
-    for results in (layers, backend.others):
+def _prove(name: str, hardware: str, device: torch.device, asked: _Asked) -> str | None:
+    backend, every = BACKENDS[name], []
+    if asked != "training":
+        widths, groups = backend.widths, backend.groups
+        if isinstance(asked, tuple):
+            widths, groups = (asked[0],), (asked[1],)
+        every.append(proof.layers(backend.prepack, backend.bind, backend.weights, groups, widths))
+    if not isinstance(asked, tuple):
+        every.append(backend.others)
+    for results in every:
         if fault := proof.fault(results, device):
             return f"its results are wrong on this hardware ({hardware}): {fault}; choose 'auto'"
     return None

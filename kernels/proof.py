@@ -1,9 +1,10 @@
 """What a backend has to show before it is trusted on a kind of hardware: the definition's very bits, in small cases.
 
 Compilers, drivers and hardware that nobody tried may do anything. So the first time that a backend is to run on a kind
-of hardware, each of its kernels runs once, with shapes that divide nothing, rows of only 1 and only -1, tokens of zeros
-and of one large value, and has to return what reference.py does on the CPU. Float activations, whose sums a kernel may
-take in any order, have few bits here, so that all orders give the same.
+of hardware, each of its kernels runs once (where compiling takes a while, each of those that are asked for), with
+shapes that divide nothing, rows of only 1 and only -1, tokens of zeros and of one large value, and has to return what
+reference.py does on the CPU. Float activations, whose sums a kernel may take in any order, have few bits here, so that
+all orders give the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,13 +64,13 @@ def layers(
     prepack: Callable[[Tensor, int, int], Tensor],
     bind: Callable[..., Callable[[Tensor], Tensor]],
     kinds: tuple[str, ...],
-    grouped: bool,
+    groups: tuple[bool, ...],
     widths: tuple[int | None, ...],
 ) -> Callable[[torch.device], Results]:
     """Results of a backend's layers, from its prepack and bind (backends.Backend), for kinds of weights.
 
-    grouped: with scales of groups, too
-    widths:  the activation_bits to look at, of which 4 are codes of 8, None floats
+    groups: the scales to look at: whether groups of features have some of their own
+    widths: the activation_bits to look at, of which 4 are codes of 8, None floats
     """
 
     def results(device: torch.device) -> Results:
@@ -79,10 +80,10 @@ def layers(
             for i, (m, dtype) in enumerate(TOKENS):
                 scale = row if m % 2 else row[:1].clone()
                 narrow = [bits for bits in widths if bits != 16 or kind not in WIDE]
-                cases = [(scale, bits) for bits in narrow]
-                if kind == "int4":
+                cases = [(scale, bits) for bits in narrow] if False in groups and kind != "int4" else []
+                if True in groups and kind == "int4":
                     cases = [(group_scales(BLOCK) - 1, bits) for bits in narrow]
-                elif grouped and kind != "int8":
+                elif True in groups and kind != "int8":
                     cases += [(group_scales(GROUP_SIZES[(i + j) % 4]), bits) for j, bits in enumerate(widths)]
                 for scale, bits in cases:
                     x = tokens(m, dtype) if bits else tokens(m, dtype).round().clamp(-1, 1) / 2

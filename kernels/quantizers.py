@@ -98,7 +98,7 @@ def on_triton(t: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _triton_is_chosen() -> bool:
-    return choose_backend("auto", torch.device("cuda")) == "triton"
+    return choose_backend("auto", torch.device("cuda"), trains=True) == "triton"
 
 
 def is_native(weight: Tensor, kind: str, per_row: bool) -> bool:

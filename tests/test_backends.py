@@ -145,6 +145,38 @@ def test_the_proof_runs_once_and_is_not_seen_by_what_surrounds_it(monkeypatch: p
         assert backends.choose_backend("auto", CPU) == "cpu"
 
 
+@needs_native
+def test_where_kernels_have_to_be_compiled_those_asked_for_are_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    proved: list[Any] = []
+    layers, native = proof.layers, backends.BACKENDS["cpu"]
+
+    def noted(*args: Any) -> Any:
+        proved.append(args[3:])
+        return layers(*args)
+
+    def training(device: torch.device) -> proof.Results:
+        proved.append("training")
+        yield from native.others(device)
+
+    monkeypatch.setattr(proof, "layers", noted)
+    for compiles, expected in (
+        (True, [((False,), (8,)), ((True,), (16,)), "training"]),
+        (False, [((False, True), (8, 16)), "training"]),
+    ):
+        forget()
+        proved.clear()
+        monkeypatch.setitem(backends.BACKENDS, "cpu", native._replace(others=training, compiles=compiles))
+        for asked in ({}, {"activation_bits": 4}, {"activation_bits": 16, "groups": True}, {"trains": True}):
+            for name in ("auto", "cpu"):
+                assert backends.choose_backend(name, CPU, **asked) == "cpu"
+        assert proved == expected
+    monkeypatch.setitem(backends.BACKENDS, "cpu", native._replace(bind=off_by_one(2)(native.bind), compiles=True))
+    forget()
+    with pytest.warns(UserWarning, match="backend 'cpu' is not used"):
+        assert backends.choose_backend("auto", CPU, groups=True) == "torch"
+    assert backends.choose_backend("auto", CPU, trains=True) == "cpu"
+
+
 # Products
 
 

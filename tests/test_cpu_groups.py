@@ -251,7 +251,7 @@ def test_the_proof_sees_a_wrong_scale_of_groups_and_a_wrong_limb(name: str, monk
     backend = backends.BACKENDS[name]
 
     def fault() -> str | None:
-        results = proof.layers(backend.prepack, backend.bind, backend.weights, backend.grouped, backend.widths)
+        results = proof.layers(backend.prepack, backend.bind, backend.weights, backend.groups, backend.widths)
         return proof.fault(results, torch.device("cpu"))
 
     assert fault() is None

@@ -443,7 +443,7 @@ def proof_of(planes: int) -> str | None:
     bind = partial(gpu_backend.bind, planes=planes)
     return proof.fault(
         proof.layers(
-            lambda packed, n, k: gpu_layout.prepack(packed, n, planes), bind, like.weights, like.grouped, like.widths
+            lambda packed, n, k: gpu_layout.prepack(packed, n, planes), bind, like.weights, like.groups, like.widths
         ),
         torch.device(DEVICE),
     )
@@ -493,7 +493,7 @@ def test_a_wrong_quantizer_is_found_out(name: str, monkeypatch: pytest.MonkeyPat
 
 def test_auto_takes_triton_on_cuda_and_never_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._choose.cache_clear()
-    monkeypatch.setattr(backends, "_fault", lambda name, device: None)
+    monkeypatch.setattr(backends, "_fault", lambda *asked: None)
     cuda = torch.device("cuda")
     assert "triton" not in backends.choose_backend("auto", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="cannot run on cpu: it runs on CUDA and ROCm GPUs; on cpu choose 'auto'"):

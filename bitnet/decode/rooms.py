@@ -6,6 +6,7 @@ transformers' own forward on those. A GPU captures it once for each number of ro
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -198,8 +199,10 @@ class Rooms:
 def _synchronizing_raises() -> Iterator[None]:
     """A capture that fails leaves torch's allocator unable to give memory back, so it is found out before."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     except RuntimeError as error:
         if "synchronizing" not in str(error):
