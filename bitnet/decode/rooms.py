@@ -142,7 +142,7 @@ class Rooms:
         if {name: t.shape for name, t in inputs.items()} != {name: t.shape for name, t in self._inputs.items()}:
             self.forget()
             with torch.inference_mode(False):
-                self._inputs = {name: torch.empty_like(t) for name, t in inputs.items()}
+                self._inputs = {name: torch.empty_like(t, device=self.device) for name, t in inputs.items()}
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor)
 
