@@ -3,6 +3,7 @@
 Everywhere the rooms are tested, steps simply run; on a GPU (python -m pytest -m gpu) steps are graphs.
 """
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import bitnet
+from bitnet.decode import rooms as rooms_module
 from bitnet.decode.attach import CACHE, NativeForward, attach_decoding, why_not
 from bitnet.decode.captured import TRIES, RoomSequences
 from bitnet.decode.eager import EagerSequences
@@ -105,15 +107,14 @@ def test_single_tokens_are_those_of_transformers(kind: str, device: str, steps: 
     attach_decoding(model)
     found, cache = one_by_one(model)
     assert_same_but_for_roundings(found, expected)
-    if kind in STATES:
-        assert not steps
-        assert str(why_not_here(model)).startswith("it has layers of type ")
-    elif device == "cuda" and why_not_here(model) is not None:
+    if device == "cuda" and why_not_here(model) is not None:
         assert why_not_here(model) == "its forward waits for the GPU"
         assert any(isinstance(module, bitnet.PackedExperts) for module in model.modules())
     else:
         assert steps == [2] * 30
-        assert all(isinstance(layer, RoomLayer) for layer in cache.layers)
+        rooms = next(layer.rooms for layer in cache.layers if isinstance(layer, RoomLayer))
+        assert rooms.are_of(cache.layers, IDS.shape[1])
+        assert bool(rooms.recurrent) == (kind in STATES)
 
 
 def why_not_here(model: PreTrainedModel) -> str | None:
@@ -122,8 +123,11 @@ def why_not_here(model: PreTrainedModel) -> str | None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("how", ["greedy", "beams", "assisted", "samples"])
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [(kind, how) for kind in ("llama", "gemma3") for how in ("greedy", "beams", "assisted", "samples")]
+    + [("qwen3_5", "greedy"), ("qwen3_5", "beams")],
+)
 def test_generate_does_all_it_did(kind: str, how: str, device: str, steps: list[int]) -> None:
     model = packed(kind, device)
     inputs: dict[str, Any] = {"input_ids": IDS.to(device), "attention_mask": torch.ones_like(IDS).to(device)}
@@ -392,7 +396,7 @@ def test_the_server_says_what_runs() -> None:
     for kind, name in (
         ("llama", "CUDA graph"),
         ("mixtral", "transformers, in one step for all"),
-        ("qwen3_5", "transformers (it has layers of type linear_attention)"),
+        ("qwen3_5", "transformers (it has recurrent states, which are not kept in place for many)"),
     ):
         assert sequences_of(packed(kind, "cuda"), 3)[1] == name
 
@@ -408,5 +412,25 @@ def test_native_decoding_is_asked_for_on_a_gpu() -> None:
     bitnet.native_decoding(model, None)
     assert "forward" not in vars(model.model)
     assert why_not(model) is None
-    with pytest.raises(ValueError, match="layers of type conv"):
-        bitnet.native_decoding(packed("lfm2", "cuda"))
+    model.model.norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="it has hooks"):
+        bitnet.native_decoding(model)
+
+
+@torch.no_grad()
+def test_a_rehearsal_leaves_states_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is rehearsed and captured before it runs; keys are written to the same place each time, states change."""
+    monkeypatch.setattr(rooms_module, "_synchronizing_raises", contextlib.nullcontext)
+    model = packed("qwen3_5")
+    attach_decoding(model)
+    _, cache = one_by_one(model)
+    rooms = next(layer.rooms for layer in cache.layers if isinstance(layer, RoomLayer))
+    before = [state.clone() for _, _, state in rooms._states]
+    assert len(before) == 2 * 2
+    again = rooms.step().clone()
+    assert not any(torch.equal(was, state) for was, (_, _, state) in zip(before, rooms._states, strict=True))
+    for was, (_, _, state) in zip(before, rooms._states, strict=True):
+        state.copy_(was)
+    rooms._rehearse(2)
+    assert all(torch.equal(was, state) for was, (_, _, state) in zip(before, rooms._states, strict=True))
+    assert torch.equal(rooms.step(), again)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..kept import Packed
 from .families import text_part
@@ -88,9 +88,11 @@ class Captured:
         inputs:   of the base model's forward, by name
         original: that call by transformers
         """
+        if self.why() or not cache.layers:
+            return None
         past = cache.get_seq_length()
         tokens = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None}
-        if len(tokens) != 1 or past == 0 or (given := next(iter(tokens.values()))).shape[1] != 1 or self.why():
+        if len(tokens) != 1 or past == 0 or (given := next(iter(tokens.values()))).shape[1] != 1:
             return None
         if (places := self._positions(inputs, past, len(given))) is None:
             return None
@@ -126,17 +128,22 @@ class Captured:
 
     def _rooms(self, cache: DynamicCache, past: int, rows: int) -> Rooms | None:
         """Rooms that hold what a cache does: its own if it has some."""
-        layers = cache.layers
-        first = layers[0]
-        if isinstance(first, RoomLayer) and first.rooms.rows == rows:
-            rooms = first.rooms
-            if all(isinstance(x, RoomLayer) and x.rooms is rooms and x.length == past for x in layers):
-                return rooms
-        for layer in layers:
+        layers, recurs = cache.layers, self.windows.recurs
+        if len(layers) != len(recurs) or any(getattr(layer, "record_past", False) for layer in layers):
+            return None
+        attending = [layer for layer, state in zip(layers, recurs, strict=True) if not state]
+        rooms = attending[0].rooms if isinstance(attending[0], RoomLayer) else None
+        if rooms is not None and rooms.rows == rows and rooms.are_of(layers, past):
+            rooms.settle()
+            return rooms
+        for layer in attending:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RoomLayer) or not layer.is_initialized:
                 return None
-            if layer.get_seq_length() != past or len(layer.keys) != rows or getattr(layer, "record_past", False):
+            if layer.get_seq_length() != past or len(layer.keys) != rows:
                 return None
+        states = [layer for layer, state in zip(layers, recurs, strict=True) if state]
+        if not all(type(layer) is LinearAttentionLayer and all(layer.has_previous_state.values()) for layer in states):
+            return None
         with self._lock:
             free = [rooms for rooms, user in self._pool if user() is None]
             self._pool = [(rooms, user) for rooms, user in self._pool if user() is not None]
@@ -147,14 +154,16 @@ class Captured:
 
     def _move(self, cache: DynamicCache, rooms: Rooms, length: int) -> None:
         """Have a cache be in rooms, with so many columns."""
-        first = cache.layers[0]
-        if isinstance(first, RoomLayer) and first.rooms is rooms:
-            for layer in cache.layers:
+        attending = [layer for layer, state in zip(cache.layers, self.windows.recurs, strict=True) if not state]
+        if not (isinstance(attending[0], RoomLayer) and attending[0].rooms is rooms):
+            layers = [rooms.recurrent.get(i) or RoomLayer(rooms, i, length) for i in range(len(cache.layers))]
+            cache.layers = layers
+            with self._lock:
+                user = next(layer for layer in layers if isinstance(layer, RoomLayer))
+                self._pool.append((rooms, weakref.ref(user)))
+        for layer in cache.layers:
+            if isinstance(layer, RoomLayer):
                 layer.length = length
-            return
-        cache.layers = [RoomLayer(rooms, i, length) for i in range(len(cache.layers))]
-        with self._lock:
-            self._pool.append((rooms, weakref.ref(cache.layers[0])))
 
     def _positions(self, inputs: dict[str, Any], past: int, rows: int) -> dict[str, Tensor] | None:
         given = inputs.get("position_ids")
@@ -193,6 +202,8 @@ class RoomSequences:
         self._captured = Captured(base, cache_name)
         if why := self._captured.why():
             raise Unfit(why)
+        if any(self._captured.windows.recurs):
+            raise Unfit("it has recurrent states, which are not kept in place for many")
         self._device = model.device
         try:
             why = self._differs(base.config)

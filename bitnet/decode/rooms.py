@@ -6,17 +6,18 @@ transformers' own forward on those. A GPU captures it once for each number of ro
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 ROOM = 256  # columns at first; they double
 FILL = 100.0  # in columns not written yet: what a mask forgets shows
-_KINDS = {"full_attention", "sliding_attention"}
+_ATTENDING, _RECURRENT = {"full_attention", "sliding_attention"}, {"linear_attention", "conv"}
 
 
 class Unfit(Exception):
@@ -26,40 +27,38 @@ class Unfit(Exception):
 class Windows:
     """How far each layer of a model sees: `each`, None for all, and the masks its forward wants.
 
+    recurs: whether layers have a state in place of keys and values
     Raises Unfit for caches and attention of other kinds.
     """
 
     def __init__(self, config: Any) -> None:
         text = config.get_text_config(decoder=True)
-        if others := set(getattr(text, "layer_types", None) or ()) - _KINDS:
+        kinds = set(getattr(text, "layer_types", None) or ())
+        if others := kinds - _ATTENDING - _RECURRENT:
             raise Unfit(f"it has layers of type {', '.join(sorted(others))}")
         if (kind := text._attn_implementation) not in ("sdpa", "eager"):
             raise Unfit(f"its attention is {kind!r}")
-        self._adds = kind == "eager"
-        self.each: list[int | None] = []
-        for layer in DynamicCache(config=config).layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        self._adds, self._stateful = kind == "eager", sorted(kinds & _RECURRENT)
+        layers = DynamicCache(config=config).layers
+        self.recurs = [type(layer) is LinearAttentionLayer for layer in layers]
+        for layer in layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
                 raise Unfit(f"its cache has a {type(layer).__name__}")
-            self.each.append(getattr(layer, "sliding_window", None))
-        self._kinds: dict[int | None, str] = dict([(None, "full_attention"), *self._sliding()])
-
-    def _sliding(self) -> list[tuple[int | None, str]]:
-        found = {window for window in self.each if window is not None}
-        if len(found) > 1:
-            raise Unfit("its layers have windows of different lengths")
-        return [(window, "sliding_attention") for window in found]
+        attending = [layer for layer, recurs in zip(layers, self.recurs, strict=True) if not recurs]
+        self._seen = {getattr(layer, "sliding_window", None) for layer in attending}
+        if not attending or len(self._seen - {None}) > 1:
+            raise Unfit("its layers have windows of different lengths" if attending else "it has no attention")
 
     def masks(self, columns: Tensor, padding: Tensor, dtype: torch.dtype) -> Any:
         """What single tokens at columns [R, 1] see, where padding is bool [R, C]."""
         at = torch.arange(padding.shape[1], device=padding.device)
-        masks = {}
-        for window, kind in self._kinds.items():
-            if window not in self.each:
-                continue
+        masks: dict[str, Tensor | None] = dict.fromkeys(self._stateful)  # a single token is no padding
+        for window in self._seen:
             mask = (at <= columns) & ~padding
             if window is not None:
                 mask &= at > columns - window
             mask = mask[:, None, None]
+            kind = "full_attention" if window is None else "sliding_attention"
             masks[kind] = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype) if self._adds else mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -76,16 +75,21 @@ class Rooms:
 
     def __init__(self, forward: Callable[..., Tensor], windows: Windows, like: list[Any], rows: int) -> None:
         self._forward, self._windows, self.rows, self.capacity = forward, windows, rows, 0
-        self.device, self.dtype = like[0].keys.device, like[0].keys.dtype
+        first = next(layer for layer, recurs in zip(like, windows.recurs, strict=True) if not recurs)
+        self.device, self.dtype = first.keys.device, first.keys.dtype
         self.captures = self.device.type == "cuda"
         self._cache = DynamicCache()
-        self._cache.layers = [_Within(self, i) for i in range(len(like))]
+        with torch.inference_mode(False):
+            self.recurrent = {i: copy.deepcopy(like[i]) for i, recurs in enumerate(windows.recurs) if recurs}
+        self._states = [(states, n, t) for each in self.recurrent.values() for states, n, t in _states(each)]
+        self._cache.layers = [self.recurrent.get(i) or _Within(self, i) for i in range(len(like))]
         self.lengths = [0] * rows  # what prompts go on from
         self._row: int | None = None  # the one that a prompt is of
         self._single: tuple[Tensor, Tensor] | None = None  # rows and columns of single tokens
         with torch.inference_mode(False):
             self.held = [
-                [t.new_empty(rows, t.shape[1], 0, t.shape[3]) for t in (layer.keys, layer.values)] for layer in like
+                [] if recurs else [t.new_empty(rows, t.shape[1], 0, t.shape[3]) for t in (layer.keys, layer.values)]
+                for layer, recurs in zip(like, windows.recurs, strict=True)
             ]
             self.columns = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
             self._rows = torch.arange(rows, device=self.device)[:, None]
@@ -124,9 +128,30 @@ class Rooms:
         """Copy what a cache of so many columns holds, of all rows or one; its windows hold the last of them."""
         self.reserve(length)
         first, last = (0, self.rows) if row is None else (row, row + 1)
-        for both, layer in zip(self.held, layers, strict=True):
-            for mine, new in zip(both, (layer.keys, layer.values), strict=True):
-                mine[first:last, :, length - new.shape[2] : length] = new
+        for i, (both, layer) in enumerate(zip(self.held, layers, strict=True)):
+            if i in self.recurrent:
+                for (_, _, mine), (_, _, new) in zip(_states(self.recurrent[i]), _states(layer), strict=True):
+                    mine.copy_(new)
+            else:
+                for mine, new in zip(both, (layer.keys, layer.values), strict=True):
+                    mine[first:last, :, length - new.shape[2] : length] = new
+
+    def are_of(self, layers: list[Any], length: int) -> bool:
+        """Whether these are the layers of a cache in these rooms, with so many columns."""
+        for i, layer in enumerate(layers):
+            if i in self.recurrent:
+                if layer is not self.recurrent[i]:
+                    return False
+            elif not (isinstance(layer, RoomLayer) and layer.rooms is self and layer.length == length):
+                return False
+        return True
+
+    def settle(self) -> None:
+        """Have states that were replaced, as for beams, where they were."""
+        for states, n, fixed in self._states:
+            if states[n] is not fixed:
+                fixed.copy_(states[n])
+                states[n] = fixed
 
     def write(self, layer: int, new: tuple[Tensor, Tensor], row: int | None, past: int) -> tuple[Tensor, Tensor]:
         """Put keys and values [R, H, T, D] of all rows or one behind so many columns, and return all up to them."""
@@ -185,14 +210,29 @@ class Rooms:
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                self._run(rows)  # kernels are compiled and proven
-                with _synchronizing_raises():
-                    self._run(rows)
+                self._rehearse(rows)
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 hidden = self._run(rows)
         return graph, hidden
+
+    def _rehearse(self, rows: int) -> None:
+        """Have kernels compiled and proven; Unfit if something waits. States are as before, keys are written again."""
+        before = [state.clone() for _, _, state in self._states]
+        try:
+            self._run(rows)
+            with _synchronizing_raises():
+                self._run(rows)
+        finally:
+            for (_, _, state), was in zip(self._states, before, strict=True):
+                state.copy_(was)
+
+
+def _states(layer: LinearAttentionLayer) -> list[tuple[dict[int, Any], int, Tensor]]:
+    """The tensors of a recurrent layer, and where it has each."""
+    both = (layer.conv_states, layer.recurrent_states)
+    return [(states, n, tensor) for states in both for n, tensor in states.items() if tensor is not None]
 
 
 @contextlib.contextmanager
