@@ -191,7 +191,7 @@ def _differs(step: Callable[[], Tensor], expected: Tensor) -> str | None:
 class RoomSequences:
     """bitnet.decode.sequences.Sequences in rooms, single tokens of all slots in one step."""
 
-    cuts, marks, chunk = True, False, 2048
+    chunk = 2048
 
     def __init__(self, model: Any, cache_name: str, slots: int = 8, context: int | None = None) -> None:
         """Raises Unfit, with the reason, for a model whose steps do not run so, as a few tokens show."""
@@ -202,8 +202,9 @@ class RoomSequences:
         self._captured = Captured(base, cache_name)
         if why := self._captured.why():
             raise Unfit(why)
-        if any(self._captured.windows.recurs):
-            raise Unfit("it has recurrent states, which are not kept in place for many")
+        self.marks = any(self._captured.windows.recurs)
+        self.cuts = not self.marks
+        self._marked: dict[int, tuple[int, list[Tensor]]] = {}  # by slot, how long it was, and its states
         self._device = model.device
         try:
             why = self._differs(base.config)
@@ -221,6 +222,8 @@ class RoomSequences:
         cache = DynamicCache(config=config)
         hidden = self._captured.hidden(cache, input_ids=ids[:, :5])
         self._rooms = Rooms(self._captured.hidden, self._captured.windows, cache.layers, self.slots)
+        if self.marks:
+            self._rooms.active = torch.zeros(self.slots, dtype=torch.bool, device=self._device)
         why = _differs(lambda: self._prompt(last, ids[0, :5]), hidden)
         hidden = self._captured.hidden(cache, input_ids=ids[:, 5:])
         try:
@@ -228,7 +231,7 @@ class RoomSequences:
         except Unfit:  # not as a graph, then; all rows in one step still are faster
             self._rooms.captures = False
             found = self._singles([(last, 6)])
-        self._rooms.lengths[last] = 0
+        self.truncate(last, 0)
         return why or _differs(lambda: found[:, None], hidden)
 
     @property
@@ -242,22 +245,44 @@ class RoomSequences:
 
     def mark(self, slot: int) -> None:
         """See Sequences."""
-        raise NotImplementedError
+        self._marked[slot] = self.length(slot), [state[slot].clone() for state in self._rooms.states]
 
     def truncate(self, slot: int, tokens: int) -> None:
         """See Sequences."""
-        if tokens > self.length(slot):
-            raise ValueError(f"a sequence of {self.length(slot)} tokens cannot be cut to {tokens}")
+        self._put(slot, self._states_at(slot, tokens))
+        if slot in self._marked and tokens < self._marked[slot][0]:
+            del self._marked[slot]
         self._rooms.lengths[slot] = tokens
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """See Sequences."""
-        if tokens > self.length(source):
-            raise ValueError(f"a sequence of {self.length(source)} tokens cannot be cut to {tokens}")
+        self._put(target, self._states_at(source, tokens))
         for both in self._rooms.held:
             for held in both:
                 held[target, :, :tokens] = held[source, :, :tokens]
+        self._marked.pop(target, None)
+        if source in self._marked and self._marked[source][0] <= tokens:
+            self._marked[target] = self._marked[source]
         self._rooms.lengths[target] = tokens
+
+    def _states_at(self, slot: int, tokens: int) -> list[Tensor]:
+        """The states of a slot's first tokens. Raises ValueError for those that are not to be had."""
+        if tokens > self.length(slot):
+            raise ValueError(f"a sequence of {self.length(slot)} tokens cannot be cut to {tokens}")
+        now = [state[slot] for state in self._rooms.states]
+        if tokens == 0:
+            return [torch.zeros_like(state) for state in now]
+        if slot in self._marked and tokens == self._marked[slot][0]:
+            return self._marked[slot][1]
+        if now and tokens < self.length(slot):
+            raise ValueError(
+                f"of a recurrent model's {self.length(slot)} tokens, the first {tokens} cannot be had alone"
+            )
+        return now
+
+    def _put(self, slot: int, states: list[Tensor]) -> None:
+        for state, new in zip(self._rooms.states, states, strict=True):
+            state[slot] = new
 
     @torch.inference_mode()
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -293,6 +318,8 @@ class RoomSequences:
         for slot, token in tokens:
             ids[slot] = token
         rooms.columns.copy_(torch.tensor(rooms.lengths)[:, None])
+        if rooms.active is not None:
+            rooms.active.copy_(torch.tensor([slot in at for slot in range(self.slots)]))
         options = {"position_ids": rooms.columns} if self._captured.has_positions else {}
         rooms.give(input_ids=ids, **options)
         hidden = rooms.step(min(self.slots, 1 << max(at).bit_length()))[at, 0]

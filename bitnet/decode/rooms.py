@@ -78,11 +78,7 @@ class Rooms:
         first = next(layer for layer, recurs in zip(like, windows.recurs, strict=True) if not recurs)
         self.device, self.dtype = first.keys.device, first.keys.dtype
         self.captures = self.device.type == "cuda"
-        self._cache = DynamicCache()
-        with torch.inference_mode(False):
-            self.recurrent = {i: copy.deepcopy(like[i]) for i, recurs in enumerate(windows.recurs) if recurs}
-        self._states = [(states, n, t) for each in self.recurrent.values() for states, n, t in _states(each)]
-        self._cache.layers = [self.recurrent.get(i) or _Within(self, i) for i in range(len(like))]
+        self.recurrent = {i: copy.copy(like[i]) for i, recurs in enumerate(windows.recurs) if recurs}
         self.lengths = [0] * rows  # what prompts go on from
         self._row: int | None = None  # the one that a prompt is of
         self._single: tuple[Tensor, Tensor] | None = None  # rows and columns of single tokens
@@ -91,9 +87,14 @@ class Rooms:
                 [] if recurs else [t.new_empty(rows, t.shape[1], 0, t.shape[3]) for t in (layer.keys, layer.values)]
                 for layer, recurs in zip(like, windows.recurs, strict=True)
             ]
+            for layer in self.recurrent.values():
+                _change(layer, lambda t: t.new_zeros(rows, *t.shape[1:]))
             self.columns = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
             self._rows = torch.arange(rows, device=self.device)[:, None]
             self.padding = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)
+        self.active: Tensor | None = None  # bool [R]: which rows' states a step changes; None is all
+        self._states = [found for layer in self.recurrent.values() for found in _states(layer)]
+        self.states = [state for _, _, state in self._states]  # of a row each
         self._inputs: dict[str, Tensor] = {}
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         self._version = 0
@@ -104,15 +105,15 @@ class Rooms:
         if columns < self.capacity:
             return
         self.forget()
-        past, self.capacity = self.capacity, max(ROOM, 1 << columns.bit_length())
+        past, capacity = self.capacity, max(ROOM, 1 << columns.bit_length())
         with torch.inference_mode(False):
-            for both in self.held:
-                for i, before in enumerate(both):
-                    both[i] = before.new_full((*before.shape[:2], self.capacity, before.shape[3]), FILL)
-                    both[i][:, :, :past] = before
-            padding = torch.zeros(self.rows, self.capacity, dtype=torch.bool, device=self.device)
-            padding[:, :past] = self.padding
-            self.padding = padding
+            held = [[t.new_full((*t.shape[:2], capacity, t.shape[3]), FILL) for t in both] for both in self.held]
+            padding = torch.zeros(self.rows, capacity, dtype=torch.bool, device=self.device)
+        padding[:, :past] = self.padding
+        for before, after in zip(self.held, held, strict=True):
+            for old, new in zip(before, after, strict=True):
+                new[:, :, :past] = old
+        self.held, self.padding, self.capacity = held, padding, capacity
 
     def forget(self) -> None:
         """Capture anew from now on."""
@@ -124,17 +125,16 @@ class Rooms:
             self.forget()
             self._version = version
 
-    def take(self, layers: list[Any], length: int, row: int | None = None) -> None:
-        """Copy what a cache of so many columns holds, of all rows or one; its windows hold the last of them."""
+    def take(self, layers: list[Any], length: int) -> None:
+        """Copy what a cache of so many columns holds; its windows hold the last of them."""
         self.reserve(length)
-        first, last = (0, self.rows) if row is None else (row, row + 1)
         for i, (both, layer) in enumerate(zip(self.held, layers, strict=True)):
             if i in self.recurrent:
                 for (_, _, mine), (_, _, new) in zip(_states(self.recurrent[i]), _states(layer), strict=True):
                     mine.copy_(new)
             else:
                 for mine, new in zip(both, (layer.keys, layer.values), strict=True):
-                    mine[first:last, :, length - new.shape[2] : length] = new
+                    mine[:, :, length - new.shape[2] : length] = new
 
     def are_of(self, layers: list[Any], length: int) -> bool:
         """Whether these are the layers of a cache in these rooms, with so many columns."""
@@ -189,21 +189,36 @@ class Rooms:
         """The last hidden states [1, T, hidden] of tokens that go on a row."""
         self._row = row
         try:
-            return self._forward(self._cache, **inputs)
+            return self._forward(self._cache(row, row + 1), **inputs)
         finally:
             self._row = None
 
     def _run(self, rows: int) -> Tensor:
         columns = self.columns[:rows]
         self._single = self._rows[:rows], columns
+        before = [] if self.active is None else [state[:rows].clone() for state in self.states]
         try:
             mask = self._windows.masks(columns, self.padding[:rows], self.dtype)
             inputs = {
                 name: t[..., :rows, :] if name == "position_ids" else t[:rows] for name, t in self._inputs.items()
             }
-            return self._forward(self._cache, attention_mask=mask, **inputs)
+            return self._forward(self._cache(0, rows), attention_mask=mask, **inputs)
         finally:
             self._single = None
+            for state, was in zip(self.states, before, strict=bool(before)):
+                changes = self.active[:rows].view(-1, *[1] * (state.ndim - 1))  # type: ignore[index]
+                state[:rows] = torch.where(changes, state[:rows], was)
+
+    def _cache(self, first: int, last: int) -> DynamicCache:
+        """What the forward of these rows writes to."""
+        cache = DynamicCache()
+        for i in range(len(self.held)):
+            layer: Any = _Within(self, i)
+            if i in self.recurrent:
+                layer = copy.copy(self.recurrent[i])
+                _change(layer, lambda t: t[first:last])
+            cache.layers.append(layer)
+        return cache
 
     def _capture(self, rows: int) -> tuple[Any, Tensor]:
         with torch.cuda.device(self.device):
@@ -219,14 +234,21 @@ class Rooms:
 
     def _rehearse(self, rows: int) -> None:
         """Have kernels compiled and proven; Unfit if something waits. States are as before, keys are written again."""
-        before = [state.clone() for _, _, state in self._states]
+        before = [state.clone() for state in self.states]
         try:
             self._run(rows)
             with _synchronizing_raises():
                 self._run(rows)
         finally:
-            for (_, _, state), was in zip(self._states, before, strict=True):
+            for state, was in zip(self.states, before, strict=True):
                 state.copy_(was)
+
+
+def _change(layer: LinearAttentionLayer, change: Callable[[Tensor], Tensor]) -> None:
+    """Give a recurrent layer other tensors, made of its own, in dictionaries of its own."""
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name)
+        setattr(layer, name, {n: None if tensor is None else change(tensor) for n, tensor in states.items()})
 
 
 def _states(layer: LinearAttentionLayer) -> list[tuple[dict[int, Any], int, Tensor]]:
