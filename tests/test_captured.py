@@ -288,7 +288,19 @@ def test_a_step_that_computes_something_else_is_not_taken(
         RoomSequences(model, CACHE, 2)
 
 
-@pytest.mark.parametrize("what", ["gradients", "hook", "adapter", "attentions", "static cache", "no mask", "4D mask"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "gradients",
+        "gradients afterwards",
+        "hook",
+        "adapter",
+        "attentions",
+        "static cache",
+        "no mask",
+        "4D mask",
+    ],
+)
 def test_other_calls_stay_transformers_own(what: str, steps: list[int]) -> None:
     model = packed("llama")
     attach_decoding(model)
@@ -316,6 +328,13 @@ def test_other_calls_stay_transformers_own(what: str, steps: list[int]) -> None:
             assert model(IDS[:, 5:6], output_attentions=True, **{CACHE: cache}).attentions is not None
     elif what == "static cache":
         model.generate(**inputs, cache_implementation="static", disable_compile=True)
+    elif what == "gradients afterwards":
+        for grad, new in ((False, IDS[:, :5]), (False, IDS[:, 5:6]), (True, IDS[:, 6:7]), (False, IDS[:, 7:8])):
+            model.get_input_embeddings().requires_grad_(grad)
+            with torch.set_grad_enabled(grad):
+                assert model(new, **{CACHE: cache}).logits.requires_grad == grad
+        assert isinstance(cache.layers[0], RoomLayer)
+        assert not cache.layers[0].keys.requires_grad
     else:
         with torch.no_grad():
             model(IDS[:, :5], **{CACHE: cache})
@@ -323,7 +342,7 @@ def test_other_calls_stay_transformers_own(what: str, steps: list[int]) -> None:
                 model(IDS[:, 5:6], attention_mask=torch.ones(2, 1, 1, 6, dtype=torch.bool), **{CACHE: cache})
             else:  # positions are then those of the columns
                 model(IDS[:, 5:6], **{CACHE: cache})
-    assert len(steps) == (what == "no mask")
+    assert len(steps) == {"no mask": 1, "gradients afterwards": 2}.get(what, 0)
 
 
 @torch.no_grad()
@@ -335,10 +354,18 @@ def test_another_model_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None
     rooms, ids = cache.layers[0].rooms, IDS[:, :1]
     layer = model.model.layers[1].mlp.down_proj
 
+    sequences = RoomSequences(model, CACHE, 2)
+    sequences.extend([(0, ids[0])])
+
     def goes_on() -> bool:
-        rooms._graphs[9] = ()  # type: ignore[assignment]
+        both = rooms, sequences._rooms
+        for each in both:
+            each._graphs[9] = ()
         model(ids, **{CACHE: cache})
-        return 9 in rooms._graphs
+        sequences.extend([(0, ids[0])])
+        kept = [9 in each._graphs for each in both]
+        assert kept[0] == kept[1]
+        return kept[0]
 
     assert goes_on()
     for change in (
@@ -395,8 +422,11 @@ def test_sequences_in_rooms_are_those_of_the_model(kind: str, device: str) -> No
             with pytest.raises(ValueError, match="of a recurrent model's 21 tokens, the first 19 cannot be had alone"):
                 wrong()
         rooms.truncate(0, 0)
-        with pytest.raises(ValueError, match="a sequence of 0 tokens cannot be cut to 20"):
-            rooms.truncate(0, 20)
+        rooms.copy(2, 1, 2)
+        for slot in (0, 1):  # which have forgotten what was marked
+            rooms.extend([(slot, ids[:24])])
+            with pytest.raises(ValueError, match="the first 20 cannot be had alone"):
+                rooms.truncate(slot, 20)
     with pytest.raises(ValueError, match="a sequence holds 512"):
         rooms.extend([(0, ids.repeat(20))])
     long = ids.repeat(4)[:400]  # beyond the room there is
