@@ -247,6 +247,32 @@ def test_rooms_grow(device: str, steps: list[int]) -> None:
         assert (one - other).norm() < 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "norms"), [("llama", 9), ("qwen3", 17), ("gemma3", 0), ("gpt2", 0)])
+@torch.no_grad()
+def test_norms_in_rooms_are_one_kernel(
+    kind: str, norms: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those that multiply by 1 + weight, which would be rounded, and LayerNorms, which are one anyway."""
+    model, calls = packed(kind, dtype=dtype), []
+    plain, _ = one_by_one(model)
+    exact, _ = one_by_one(nn.Module.float(copy.deepcopy(model)))
+    original = nn.functional.rms_norm
+    monkeypatch.setattr(nn.functional, "rms_norm", lambda *args: calls.append(1) or original(*args))
+    attach_decoding(model)
+    found, _ = one_by_one(model)
+    assert len(calls) == 30 * norms
+    if dtype == torch.float32:
+        assert_same_but_for_roundings(found, plain)
+    else:  # as far from float32's as transformers is
+        assert (found - exact).abs().mean() < 1.2 * (plain - exact).abs().mean()
+    calls.clear()
+    model(IDS)
+    assert not calls
+    bitnet.native_decoding(model, None)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def unmasked(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Windows.masks
     monkeypatch.setattr(Windows, "masks", lambda self, columns, *rest: original(self, columns + 1, *rest))

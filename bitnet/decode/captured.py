@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..kept import Packed
 from .families import text_part
+from .lean import norms, prepare_norms
 from .native import head
 from .rooms import RoomLayer, Rooms, Unfit, Windows
 from .sequences import positions
@@ -44,7 +45,7 @@ class Captured:
     def _begin(self) -> None:
         self.version += 1
         self._unfit: str | None = None
-        self._tries = 0
+        self._tries, self._prepared = 0, False
         self._output: Any = None  # the class of its forward's, once that has been seen to be right
         self._pool = []
         modules = list(self._base.modules())
@@ -81,6 +82,14 @@ class Captured:
         options = {self._cache_name: cache, "use_cache": True}
         hidden: Tensor = type(self._base).forward(self._base, **options, **inputs).last_hidden_state
         return hidden
+
+    def in_place(self, cache: Any, **inputs: Any) -> Tensor:
+        """The same in rooms, with fewer kernels."""
+        if not self._prepared:
+            prepare_norms(self._base)
+            self._prepared = True
+        with norms():
+            return self.hidden(cache, **inputs)
 
     def step(self, cache: DynamicCache, inputs: dict[str, Any], original: Callable[[], Any]) -> Any:
         """The output of a call with one token a row and a cache that has some, or None if it is not to be had here.
@@ -148,7 +157,7 @@ class Captured:
             free = [rooms for rooms, user in self._pool if user() is None]
             self._pool = [(rooms, user) for rooms, user in self._pool if user() is not None]
             found = next((rooms for rooms in free if rooms.rows == rows), None)
-            found = found or Rooms(self.hidden, self.windows, layers, rows)
+            found = found or Rooms(self.in_place, self.windows, layers, rows)
         found.take(layers, past)
         return found
 
@@ -221,7 +230,7 @@ class RoomSequences:
         ids, last = torch.arange(1, 7, device=self._device)[None], self.slots - 1
         cache = DynamicCache(config=config)
         hidden = self._captured.hidden(cache, input_ids=ids[:, :5])
-        self._rooms = Rooms(self._captured.hidden, self._captured.windows, cache.layers, self.slots)
+        self._rooms = Rooms(self._captured.in_place, self._captured.windows, cache.layers, self.slots)
         if self.marks:
             self._rooms.active = torch.zeros(self.slots, dtype=torch.bool, device=self._device)
         why = _differs(lambda: self._prompt(last, ids[0, :5]), hidden)

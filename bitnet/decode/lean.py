@@ -11,6 +11,8 @@ MOST_TOKENS new tokens puts three more things in their places, in any architectu
 - convolutions of each channel by itself, in bfloat16 and float16, are a product and a sum (depthwise): where oneDNN
   lacks the dtype, torch calls a matrix product for each channel.
 
+On a GPU, where a step is a graph (captured.py), `norms` has torch's one kernel for an RMSNorm run in place of eight.
+
 Nothing is rounded that was not: keys and values stay in the model's dtype, sums are of float32. They have another order
 than torch's, and a norm in bfloat16 is rounded once, where some models round it twice; a value may then round to the
 next code, as in the native step. Everywhere else the modules and the registry do what they did.
@@ -40,7 +42,7 @@ MOST_TOKENS = 8  # beyond these torch's matrix products are as fast
 
 
 class _Here(threading.local):
-    running = False
+    running = norms = False
 
 
 _here = _Here()
@@ -73,10 +75,25 @@ def prepare(base: nn.Module) -> bool:
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not isinstance(original, _Attention):
         ALL_ATTENTION_FUNCTIONS["sdpa"] = _Attention(original)
-    for module in base.modules():
-        if (kind := _rms_norm(module)) is not None:
-            vars(module)["forward"] = LeanNorm(module, *kind)
+    prepare_norms(base)
     return convolves
+
+
+def prepare_norms(base: nn.Module) -> None:
+    """Make a base model's RMSNorms ones that can run lean."""
+    for module in base.modules():
+        if "forward" not in vars(module) and (kind := _rms_norm(module)) is not None:
+            vars(module)["forward"] = LeanNorm(module, *kind)
+
+
+@contextlib.contextmanager
+def norms() -> Iterator[None]:
+    """Inside, on a GPU, RMSNorms that were prepared are one kernel each in this thread."""
+    before, _here.norms = _here.norms, True
+    try:
+        yield
+    finally:
+        _here.norms = before
 
 
 def restore(base: nn.Module) -> None:
@@ -215,12 +232,12 @@ def _rms_norm(module: nn.Module) -> tuple[float, bool] | None:
     weight, eps = module._parameters.get("weight"), eps_of(module)
     if "RMSNorm" not in type(module).__name__ or weight is None or weight.ndim != 1 or not isinstance(eps, float):
         return None
-    if len(module._parameters) > 1 or module._buffers or module._modules or not weight.is_cpu:
+    if len(module._parameters) > 1 or module._buffers or module._modules or weight.is_meta:
         return None
     dice = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.inference_mode(False):
         probe = copy.copy(module)
-        values = torch.randn(len(weight), generator=dice)
+        values = torch.randn(len(weight), generator=dice)  # on the CPU, wherever the module is
         probe._parameters = {"weight": nn.Parameter(values)}
         x = torch.randn(3, len(weight), generator=dice) * torch.tensor([[1.0], [eps**0.5], [100.0]])
         try:
@@ -235,7 +252,7 @@ def _rms_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 
 class LeanNorm:
-    """The forward of a module that is an RMSNorm: native while a model runs lean."""
+    """The forward of a module that is an RMSNorm: native while a model runs lean, torch's kernel within `norms`."""
 
     def __init__(self, module: nn.Module, eps: float, plus_one: bool) -> None:
         self._module, self._eps, self._plus_one = module, eps, plus_one
@@ -245,9 +262,13 @@ class LeanNorm:
         return {**vars(self), "_made": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _here.running or len(args) != 1 or kwargs:
+        if torch.compiler.is_compiling() or not (_here.running or _here.norms) or len(args) != 1 or kwargs:
             return self._original(*args, **kwargs)
         x, weight = args[0], self._module._parameters["weight"]
+        if _here.norms:
+            if weight is None or self._plus_one or x.dtype != weight.dtype or x.shape[-1] != len(weight):
+                return self._original(x)
+            return nn.functional.rms_norm(x, weight.shape, weight, self._eps)
         if not (
             isinstance(x, Tensor)
             and weight is not None
