@@ -10,18 +10,19 @@ the two products, and in the packed form it has its own place in the backend.
 
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .deprecated import renamed
 from .kept import Packed
-from .kernels import reference
+from .kernels import backends, observed, reference
 from .linear import BitLayer, LatentWeight, become, cast_for_autocast, describe
 from .packed import PackedBitLinear, check_backend, packed_zeros
 from .quantize import QuantSpec, bit_linear
 
+MOST_PAIRS = 64  # of a token and an expert: beyond, experts have several tokens, for which their weights are read once
 Product = Callable[[int, Tensor], Tensor]  # (expert, x [M, K]) -> [M, N]
 
 
@@ -69,11 +70,14 @@ class _Experts(nn.Module):
         outputs = [down(e, self._gate(up(e, x))) for e, x in enumerate(inputs) if len(x)]
         if not outputs:  # no token, so nothing is missing from the sum
             return hidden_states.clone()
-        y = torch.cat(outputs)
+        y = torch.cat(outputs)[order.argsort()]
+        return self._sum(y, top_k_weights.reshape(-1, 1), top_k_index.shape, hidden_states.dtype)
+
+    def _sum(self, y: Tensor, weights: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """From y [M k, H] of each token's experts, in turn, and their weights [M k, 1], to [M, H]."""
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1, 1)[order]
-        return y[order.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+        return (y * weights).view(*shape, -1).sum(dim=1).to(dtype)
 
     def _gate(self, x: Tensor) -> Tensor:
         """The model's own code: its activation and how gate and up go together."""
@@ -167,6 +171,7 @@ class PackedStack(Packed):
 
     def _drop_derived(self) -> None:
         self._layers: list[PackedBitLinear] = []
+        self._chooses: backends.Chosen | Literal[False] | None = None  # False where there is no such kernel
         self._made_of: list[tuple[Tensor | None, int, int]] = []  # the buffers, their versions and where they are
 
     @renamed(bits="weight_bits")
@@ -176,6 +181,7 @@ class PackedStack(Packed):
         """See PackedBitLinear.set_backend."""
         check_backend(backend, weight_bits)
         self.backend, self.weight_bits, self._activation_bits = backend, weight_bits, activation_bits
+        self._chooses = None
         for layer in self._layers:
             layer.set_backend(backend, weight_bits, activation_bits)
 
@@ -198,15 +204,34 @@ class PackedStack(Packed):
             ]
             for layer in self._layers:
                 layer.set_backend(self.backend, self.weight_bits, self._activation_bits)
-            self._made_of = present
+            self._made_of, self._chooses = present, None
         return self._layers
+
+    def chosen(self, x: Tensor, experts: Tensor) -> Tensor | None:
+        """x [M, K] by experts int64 [P], P / M for each token, which a kernel reads: [P, N]; None where none does."""
+        layers = self.layers()
+        if self._chooses is None:
+            prepacked = [layer.prepack() for layer in layers]
+            bind = backends.BACKENDS[prepacked[0][1]].bind_stack
+            if bind is not None and self.spec.group_size is None:
+                with torch.inference_mode(False):
+                    weight = torch.stack([one for one, _ in prepacked])
+                    scale = torch.stack([layer.weight_scale for layer in layers])
+                bits = layers[0].activation_bits
+                self._chooses = bind(weight, scale, self.bias, self.out_features, self.in_features, bits)
+            if self._chooses is None:
+                self._chooses = False
+            else:
+                for layer, one in zip(layers, weight, strict=True):
+                    layer.hold(one)  # what was prepacked for it is not needed beside the stack
+        return self._chooses(cast_for_autocast(x), experts) if self._chooses else None
 
     def codes(self) -> Tensor:
         """The weights as integers, int8 [E, N, K]."""
         return torch.stack([layer.codes() for layer in self.layers()])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_layers": [], "_made_of": []}
+        return {**vars(self), "_layers": [], "_made_of": [], "_chooses": None}
 
 
 class PackedExperts(_Experts):
@@ -236,6 +261,18 @@ class PackedExperts(_Experts):
         for m, stack in zip(module.stacks, stacks, strict=True):
             module.add_module(m.packed, stack.train(module.training))
         return module
+
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See BitExperts. Of a few tokens on a GPU, kernels read which experts there are, so that nothing waits."""
+        pairs = top_k_index.numel()
+        if 0 < pairs <= MOST_PAIRS and not observed.needs_operator(hidden_states, top_k_weights, None):
+            experts, (up, down) = top_k_index.reshape(-1), map(self.stack, self.stacks)
+            if (y := up.chosen(hidden_states, experts)) is not None:
+                z = down.chosen(self._gate(y), experts)
+                assert z is not None
+                return self._sum(z, top_k_weights.reshape(-1, 1), top_k_index.shape, hidden_states.dtype)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def stack(self, m: LatentWeight) -> PackedStack:
         """The packed form of one of `stacks`."""

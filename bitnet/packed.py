@@ -188,6 +188,11 @@ class PackedBitLinear(Packed):
                 self._prepacked = made
         return made.weight, made.backend
 
+    def hold(self, prepacked: Tensor) -> None:
+        """Hold an equal tensor, which others use, in place of what prepack() returned."""
+        assert self._prepacked is not None
+        self._prepacked, self._bound = self._prepacked._replace(weight=prepacked), None
+
     def check(self) -> None:
         """Raise ValueError if the bytes or the scale are not those of a ternary weight, which prepack checks, too."""
         self._check_scale()

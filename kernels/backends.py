@@ -23,6 +23,7 @@ from .gpu import layout as gpu_layout
 from .layout import check_rows, check_stored, codes_of, pack_ternary
 
 Linear = Callable[[Tensor], Tensor]  # x [..., K] -> [..., N]
+Chosen = Callable[[Tensor, Tensor], Tensor]  # x [M, K] and layers int64 [P], P / M a token -> [P, N]
 
 
 _KINDS = ("ternary", "int8")
@@ -48,6 +49,8 @@ class Backend(NamedTuple):
     others: Callable[[torch.device], proof.Results] = lambda device: iter(
         ()
     )  # results of its other kernels: training's
+    bind_stack: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Chosen | None] | None = None
+    # the same for layers in a stack, of which a tensor says which are taken; None for those it has no such kernel for
     compiles: bool = False  # whether a kernel's first call takes so long that only those asked for are proved
 
 
@@ -179,6 +182,7 @@ def _triton(planes: int) -> Backend:
         widths=(8, 16, None),
         hardware=gpu_backend.hardware,
         others=_triton_quantizers if planes == gpu_layout.TWO_BITS else lambda device: iter(()),
+        bind_stack=partial(gpu_backend.bind_stack, planes=planes),
         compiles=True,
     )
 
@@ -320,7 +324,7 @@ def _prove(name: str, hardware: str, device: torch.device, asked: _Asked) -> str
         widths, groups = backend.widths, backend.groups
         if isinstance(asked, tuple):
             widths, groups = (asked[0],), (asked[1],)
-        every.append(proof.layers(backend.prepack, backend.bind, backend.weights, groups, widths))
+        every.append(proof.layers(backend.prepack, backend.bind, backend.weights, groups, widths, backend.bind_stack))
     if not isinstance(asked, tuple):
         every.append(backend.others)
     for results in every:

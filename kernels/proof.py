@@ -66,8 +66,9 @@ def layers(
     kinds: tuple[str, ...],
     groups: tuple[bool, ...],
     widths: tuple[int | None, ...],
+    bind_stack: Callable[..., Callable[[Tensor, Tensor], Tensor] | None] | None = None,
 ) -> Callable[[torch.device], Results]:
-    """Results of a backend's layers, from its prepack and bind (backends.Backend), for kinds of weights.
+    """Results of a backend's layers, from its prepack and bind functions (backends.Backend), for kinds of weights.
 
     groups: the scales to look at: whether groups of features have some of their own
     widths: the activation_bits to look at, of which 4 are codes of 8, None floats
@@ -77,9 +78,9 @@ def layers(
         for kind in kinds:
             codes, row, bias = example(kind)
             weight = prepack(pack_codes(codes, kind).to(device), N, K)
+            narrow = [bits for bits in widths if bits != 16 or kind not in WIDE]
             for i, (m, dtype) in enumerate(TOKENS):
                 scale = row if m % 2 else row[:1].clone()
-                narrow = [bits for bits in widths if bits != 16 or kind not in WIDE]
                 cases = [(scale, bits) for bits in narrow] if False in groups and kind != "int4" else []
                 if True in groups and kind == "int4":
                     cases = [(group_scales(BLOCK) - 1, bits) for bits in narrow]
@@ -94,8 +95,33 @@ def layers(
                     width = f"{bits}-bit" if bits else "float"
                     what = f"{kind} weights with {list(scale.shape)} scales times {m} {width} tokens of {dtype}"
                     yield what, run(x.to(device)), expected
+            if bind_stack is not None and False in groups and kind != "int4":
+                yield from _chosen(prepack, bind_stack, kind, narrow, device)
 
     return results
+
+
+def _chosen(
+    prepack: Callable[[Tensor, int, int], Tensor],
+    bind_stack: Callable[..., Callable[[Tensor, Tensor], Tensor] | None],
+    kind: str,
+    widths: list[int | None],
+    device: torch.device,
+) -> Results:
+    """Of a stack of three layers, two for each of two tokens."""
+    codes, row, bias = example(kind)
+    stack, rows = [codes, codes.flip(0), codes.roll(1, 0)], torch.stack([row, row * 2, row + 1])
+    weights = torch.stack([prepack(pack_codes(each, kind).to(device), N, K) for each in stack])
+    x, chosen, shifts = tokens(2, torch.bfloat16), [2, 0, 2, 1], torch.stack([bias, -bias, bias + 1]).bfloat16()
+    for bits in widths:
+        run = bind_stack(weights, rows.to(device), shifts.to(device), N, K, bits)
+        if run is not None:
+            found = run(x.to(device), torch.tensor(chosen, device=device))
+            parts = [
+                reference.ternary_linear(x[i // 2][None], stack[e], rows[e], shifts[e], bits)
+                for i, e in enumerate(chosen)
+            ]
+            yield f"{kind} weights chosen from a stack times {bits}-bit tokens", found, torch.cat(parts)
 
 
 def example(kind: str = "ternary") -> tuple[Tensor, Tensor, Tensor]:

@@ -154,6 +154,56 @@ def test_few_or_no_tokens_find_their_route(kind: Kind, tokens: int) -> None:
 
 
 @each_kind
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@torch.no_grad()
+def test_kernels_that_choose_experts_change_nothing(
+    kind: Kind, dtype: torch.dtype, per_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where they read what was chosen; up to so many pairs, and not where autograd looks on."""
+    spec = QuantSpec(per_row=per_row)
+    layer = packed(BitExperts.from_experts(kind.experts(dtype), spec).eval(), "torch")
+    calls, backend = [], backends.BACKENDS["torch"]
+
+    def bind_stack(
+        weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, bits: int | None
+    ) -> backends.Chosen:
+        def run(x: Tensor, chosen: Tensor) -> Tensor:
+            calls.append(len(chosen))
+            shifts = [None] * len(weight) if bias is None else bias
+            layers = [backend.bind(*each, n, k, bits) for each in zip(weight, scale, shifts, strict=True)]
+            share = len(chosen) // len(x)
+            return torch.cat([layers[e](x[i // share][None]) for i, e in enumerate(chosen)])
+
+        return run
+
+    for tokens in (1, 3, 32, 33):
+        x = grid(tokens, H).to(dtype)
+        index = torch.stack([torch.randperm(E)[:2] for _ in range(tokens)])
+        weights = torch.rand(tokens, 2).to(dtype)
+        expected = layer(x, index, weights)
+        for stack in (layer.stack(m) for m in layer.stacks):
+            stack.set_backend("torch")
+        with monkeypatch.context() as patch:
+            patch.setitem(backends.BACKENDS, "torch", backend._replace(bind_stack=bind_stack))
+            calls.clear()
+            assert torch.equal(layer(x, index, weights), expected)
+            assert calls == ([2 * tokens] * 2 if tokens <= 32 else [])
+            with torch.enable_grad():
+                assert torch.equal(layer(x.requires_grad_(), index, weights), expected)
+            assert len(calls) == (2 if tokens <= 32 else 0)
+            x.requires_grad_(False)
+            changed = layer.stack(layer.stacks[0])
+            changed.weight_scale = changed.weight_scale * 2
+            found = layer(x, index, weights)
+            assert not torch.equal(found, expected)
+        changed.set_backend("torch")
+        layer.stack(layer.stacks[1]).set_backend("torch")
+        assert torch.equal(layer(x, index, weights), found)
+        changed.weight_scale = changed.weight_scale / 2
+
+
+@each_kind
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
 def test_gradients_are_those_of_the_formula(kind: Kind, strength: float, per_row: bool) -> None:

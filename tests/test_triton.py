@@ -219,6 +219,51 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
 
 
 @runs
+@each_planes
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize(("bits", "share", "n", "k"), [(8, 3, 11, 200), (8, 1, 70, 40), (16, 2, 5, 330)])
+def test_layers_chosen_from_a_stack_are_those_layers(
+    planes: int, bits: int, share: int, n: int, k: int, per_row: bool
+) -> None:
+    if planes == INT8 and bits == 16:
+        pytest.skip("8-bit weights have activations of 8 bits")
+    codes = [weights(n, k, planes) for _ in range(4)]
+    scale, bias = torch.rand(4, n if per_row else 1) + 0.1, torch.randn(4, n)
+    x, chosen = torch.randn(3, k + 8)[:, :k], torch.tensor([3, 0, 3, 1, 2, 0, 3, 3, 1])[: 3 * share]
+    stack = torch.stack([prepack(each, planes) for each in codes])
+    for shift in (None, bias):
+        run = gpu_backend.bind_stack(stack, scale.to(DEVICE), on_device(shift), n, k, bits, planes)
+        assert run is not None
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            y = run(x.to(DEVICE, dtype), chosen.to(DEVICE)).cpu()
+            assert y.dtype == dtype
+            for i, e in enumerate(chosen):
+                one = x[i // share][None].to(dtype)
+                expected = reference.ternary_linear(
+                    one if dtype != torch.float64 else one.float(),
+                    codes[e],
+                    scale[e],
+                    None if shift is None else shift[e],
+                    bits,
+                )
+                assert torch.equal(y[i], expected[0].to(dtype))
+
+
+def test_a_stack_without_such_a_kernel_is_left_alone() -> None:
+    weight = torch.zeros(2, 5, 32, dtype=torch.uint8)
+    for bits, scale in ((4, torch.ones(2, 1)), (None, torch.ones(2, 1)), (8, torch.ones(2, 5, 1).half())):
+        assert gpu_backend.bind_stack(weight, scale, None, 5, 40, bits, TWO_BITS) is None
+    with pytest.raises(ValueError, match="5 x 300 needs"):
+        gpu_backend.bind_stack(weight, torch.ones(2, 1), None, 5, 300, 8, TWO_BITS)
+
+
+@runs
+def test_rows_too_long_for_the_registers_are_not_chosen_from_a_stack() -> None:
+    stack = torch.zeros(1, 3, gpu_layout.row_bytes(40_000, TWO_BITS), dtype=torch.uint8, device=DEVICE)
+    assert gpu_backend.bind_stack(stack, torch.ones(1, 1, device=DEVICE), None, 3, 40_000, 8, TWO_BITS) is None
+
+
+@runs
 @pytest.mark.parametrize("planes", [TWO_BITS, BASE3], ids=["2_bits", "base3"])
 def test_unpacking_first_changes_nothing(planes: int) -> None:
     n, k = 37, 330
@@ -443,7 +488,12 @@ def proof_of(planes: int) -> str | None:
     bind = partial(gpu_backend.bind, planes=planes)
     return proof.fault(
         proof.layers(
-            lambda packed, n, k: gpu_layout.prepack(packed, n, planes), bind, like.weights, like.groups, like.widths
+            lambda packed, n, k: gpu_layout.prepack(packed, n, planes),
+            bind,
+            like.weights,
+            like.groups,
+            like.widths,
+            partial(gpu_backend.bind_stack, planes=planes),
         ),
         torch.device(DEVICE),
     )
@@ -475,6 +525,18 @@ def test_a_wrong_kernel_is_found_out(kernel: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(linear, kernel, wrong)
     assert "1 of 70 values differ" in str(proof_of(TWO_BITS)) if kernel == "_launch_gemv" else proof_of(TWO_BITS)
+
+
+@runs
+def test_a_wrong_choice_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    choosing = linear.choosing
+
+    def wrong(*args: Any) -> Any:
+        run = choosing(*args)
+        return lambda x, chosen: run(x, chosen.flip(0))
+
+    monkeypatch.setattr(linear, "choosing", wrong)
+    assert "ternary weights chosen from a stack times 8-bit tokens" in str(proof_of(BASE3))
 
 
 @runs

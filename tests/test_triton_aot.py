@@ -119,11 +119,14 @@ def dot(arch: str, m: int, planes: int, n: int = N, k: int = K, **options: Any) 
     return build(linear._dot, arch, types, constants, config.warps, config.stages), config
 
 
-def gemv(arch: str, planes: int, tokens: int = 1, n: int = N, k: int = K, limbs: int = 1) -> Program:
+def gemv(
+    arch: str, planes: int, tokens: int = 1, n: int = N, k: int = K, limbs: int = 1, chosen: bool = False
+) -> Program:
     """The kernel for one or two tokens as chosen."""
     config = configs.heuristic(gpu(arch), tokens, n, k, planes, False, limbs)
     assert isinstance(config, configs.Gemv)
     types = {"x": "*bf16", "w": "*i32", "scale": "*fp32", "y": "*bf16", "m": "i32", "n": "i32", "x_stride": "i32"}
+    types |= {"chosen": "*i64"} if chosen else {}
     size = row_bytes(k, planes)
     constants = {"K": k, "PLANES": planes, "BYTES": size, "TOKENS": tokens, "BLOCK_N": config.block_n}
     constants |= {
@@ -131,6 +134,7 @@ def gemv(arch: str, planes: int, tokens: int = 1, n: int = N, k: int = K, limbs:
         "BLOCK_W": triton.next_power_of_2(size // 4),
         "PER_ROW": False,
         "LIMBS": limbs,
+        "SHARE": 8,
     }
     return build(linear._gemv, arch, types, constants, config.warps)
 
@@ -297,6 +301,14 @@ def test_what_takes_most_registers_has_enough(
     arch: str, make: Callable[[str], Program], capfd: pytest.CaptureFixture[str]
 ) -> None:
     check(make(arch), arch, capfd)
+
+
+def test_layers_chosen_from_a_stack_are_read_as_a_layer_is(capfd: pytest.CaptureFixture[str]) -> None:
+    """16 bytes a load, and no spills, though where a layer begins is not known before."""
+    plain, chosen = (gemv("sm_90", TWO_BITS, 1, 768, 2048, chosen=chosen) for chosen in (False, True))
+    check(chosen, "sm_90", capfd)
+    loads = [sum("LDG.E.128" in opcode for opcode in program.opcodes()) for program in (plain, chosen)]
+    assert loads[0] == loads[1] > 0
 
 
 def unpacking(program: Program) -> int:

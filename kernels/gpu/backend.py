@@ -78,3 +78,24 @@ def bind(
         return bind(layer, floats.bound(layer))
     bound = groups.bound if scale.dtype == torch.float16 else linear.bound
     return bind(layer, bound(layer, activation_bits))
+
+
+def bind_stack(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, activation_bits: int | None, planes: int
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """A function of x [M, K] and layers of a stack, int64 [P], P / M a token: each by its token, [P, N]; see bind.
+
+    weight: prepacked ones [E, ...]; scale: float32 [E, 1] or [E, N]; bias: floating [E, N] or None. None where there is
+    no such kernel: for scales of groups, float activations, those of 4 bits, and long rows.
+    """
+    if activation_bits not in (8, 16) or scale.dtype == torch.float16 or weight.is_meta:
+        return None
+    for layer, one, shift in zip(weight, scale, [None] * len(weight) if bias is None else bias, strict=True):
+        check(layer, one, shift, n, k, planes)
+    from . import linear
+    from .parts import FLOATS, PreparedWeight
+
+    bias = None if bias is None else bias.contiguous()
+    stack = PreparedWeight(weight.contiguous(), scale.contiguous(), bias, n, k, planes_of(weight[0], planes))
+    run = linear.choosing(stack, activation_bits)
+    return None if run is None else lambda x, chosen: run(x if x.dtype in FLOATS else x.float(), chosen).to(x.dtype)

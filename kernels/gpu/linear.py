@@ -4,7 +4,7 @@ _gemv, for a token or two. A program takes block_n x repeat whole rows of packed
   weights of one row, rows of a tile are spread over registers. The program quantizes the tokens itself (every program
   does: cheaper than a kernel before it) and keeps their codes in registers, so that a weight costs 0.44 instructions of
   unpacking (a shift and a mask a word and plane, for 16 weights) and 0.25 of dp4a. Bytes: N B of weights, and 2 K a
-  program from L2.
+  program from L2. Of a mixture's few tokens it takes each with the experts that a tensor says, all in one launch.
 _dot, for any number of tokens, on tensor cores. It computes codes . q^T: as first operand the weights go from shared
   memory through registers, where they are unpacked, into the matrix instruction; tiles of q stay in shared memory. The
   planes' order in memory makes that a thread's own affair: no layout conversion inside the loop. Bytes: N B times the
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, tiles, workspace_of
+from .configs import Config, Dot, Gemv, choose, counters_of, gpu_of, heuristic, tiles, workspace_of
 from .layout import INT8
 from .parts import (
     GROUP,
@@ -43,16 +43,39 @@ from .parts import (
     two_bit_planes,
     word_plane,
 )
-from .quantize import TOP_8, TOP_16, activation_codes, activation_scale, largest_bits, limb, quantize, quantize_4_bits
+from .quantize import (
+    TOP_8,
+    TOP_16,
+    activation_codes,
+    activation_scale,
+    largest_bits,
+    limb,
+    quantize,
+    quantize_4_bits,
+    rows_of,
+)
 
 
 @triton.jit(do_not_specialize=["m"])
 def _gemv(
-    x, s, w, scale, bias, y, m, n, x_stride,
+    x, s, w, scale, bias, y, chosen, m, n, x_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
     REPEAT: tl.constexpr, BLOCK_W: tl.constexpr, PER_ROW: tl.constexpr, LIMBS: tl.constexpr, ASM: tl.constexpr,
+    SHARE: tl.constexpr = 1,
 ):  # fmt: skip
-    """m <= TOKENS tokens of floats, or of codes where there is s; w: int32 words. See the top of this file."""
+    """m <= TOKENS tokens of floats, or of codes where there is s; w: int32 words. See the top of this file.
+
+    chosen: of a stack of layers, which one each column of programs takes; SHARE of them have a token in common
+    """
+    if chosen is not None:
+        pair = tl.program_id(1).to(tl.int64)
+        layer = tl.load(chosen + pair).to(tl.int64)
+        x += pair // SHARE * x_stride
+        y += pair * n
+        w += layer * n * (BYTES // 4)
+        scale += layer * (n if PER_ROW else 1)
+        if bias is not None:
+            bias += layer * n
     words = tl.arange(0, BLOCK_W)
     inside = (words < BYTES // 4)[None, :]
     k = (words // 8 * (32 * PLANES) + words % 8 * 4)[:, None] + tl.arange(0, 4)[None, :]  # of plane 0
@@ -299,12 +322,39 @@ def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | Non
     words = layer.weight.shape[1] // 4
     with torch.cuda.device_of(x):
         _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
-            x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, len(x), layer.n, x.stride(0),
+            x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, None, len(x), layer.n, x.stride(0),
             K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
             BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
             PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(x),
             num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def choosing(stack: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """A function of x [M, K] and layers of a stack, int64 [P], P / M a token: each by its token, [P, N].
+
+    stack: weight [E, N, BYTES], scale [E, 1] or [E, N], bias [E, N] or None
+    Which layers is read by the kernel. None where a row is too long for it.
+    """
+    limbs, per_row = 2 if activation_bits == 16 else 1, stack.scale.shape[1] > 1
+    config = heuristic(gpu_of(stack.weight.device), 1, stack.n, stack.k, stack.planes, per_row, limbs)
+    if not isinstance(config, Gemv):
+        return None
+    words = stack.weight.shape[2] // 4
+
+    def run(x: Tensor, chosen: Tensor) -> Tensor:
+        x, pairs = rows_of(x, stack.k), len(chosen)
+        y = x.new_empty(pairs, stack.n)
+        with torch.cuda.device_of(x):
+            _gemv[triton.cdiv(stack.n, config.block_n * config.repeat), pairs](
+                x, None, stack.weight.view(torch.int32), stack.scale, stack.bias, y, chosen, 1, stack.n, x.stride(0),
+                K=stack.k, PLANES=stack.planes, BYTES=4 * words, TOKENS=1, BLOCK_N=config.block_n,
+                REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words), PER_ROW=per_row, LIMBS=limbs,
+                ASM=assembly(x), SHARE=pairs // len(x), num_warps=config.warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        return y
+
+    return run
 
 
 def _launch_dot(
