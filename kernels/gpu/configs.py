@@ -1,8 +1,8 @@
 """Which kernel with which tile sizes multiplies M tokens by an N x K weight: a table, a heuristic, and what was tuned.
 
 Nothing is ever tuned while a model runs. `bitnet tune` measures a handful of candidates and writes the best to file(),
-which is read once per process; for what is not in it `heuristic` decides. No entry below has been measured on a GPU
-yet: the reasons are counts of registers, shared memory and bytes, from kernels compiled for each architecture.
+which is read once per process; for what is not in it `heuristic` decides. The reasons below are counts of registers,
+shared memory and bytes, from kernels compiled for each architecture; of these sm_90's have been measured (README.md).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How fast the packed linear layer and a training step are on this GPU, against bf16 and against what memory allows.
+"""How fast packed layers, a training step and whole tokens are on this GPU, against bf16 and what memory allows.
 
     python -m pytest -q -m gpu tests && python tests/bench/bench_gpu.py --quick     (everything that needs a GPU)
     python tests/bench/bench_gpu.py [--peers] [--csv tests/bench/results.csv]
@@ -14,6 +14,7 @@ of a large bf16 matmul, doubled for int8; both are measured first.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ import results
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bitnet
 from bitnet import PackedBitLinear
 from bitnet.kernels import backends
 from bitnet.kernels.layout import pack_codes
+from bitnet.linear import BitLayer
+from bitnet.packing import to_packed
 from bitnet.tuning import graph_seconds
 
 SHAPES = [(2560, 2560), (6912, 2560), (4096, 4096), (14336, 4096), (8192, 8192), (28672, 8192)]  # (N, K)
@@ -189,6 +193,80 @@ def step_seconds(kind: str, compiled: bool, tokens: int = 4096, rounds: int = 10
     return torch.tensor(times[3:], dtype=torch.float64)
 
 
+def random_model(layers: int, device: str, **sizes: int) -> PreTrainedModel:
+    """A packed Llama of bitnet-b1.58-2B-4T's shape with random codes and a head of 8 bits."""
+    sizes = {
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 5,
+    } | sizes
+    sizes = {"vocab_size": 128_256, "max_position_embeddings": 4096, "num_hidden_layers": layers} | sizes
+    config = AutoConfig.for_model("llama", tie_word_embeddings=True, pad_token_id=0, dtype=torch.bfloat16, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        bitnet.replace_linear(model)
+        for module in [m for m in model.modules() if isinstance(m, BitLayer)]:
+            to_packed(module)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedBitLinear):
+            codes = torch.randint(-1, 2, (module.out_features, module.in_features), dtype=torch.int8, device=device)
+            module.weight = pack_codes(codes, "ternary")
+            module.weight_scale = torch.full((1,), (module.in_features / 1.5) ** -0.5, device=device)
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(std=0.02)
+        elif "Norm" in type(module).__name__:
+            module.weight.fill_(1)
+        elif hasattr(module, "inv_freq"):
+            half = torch.arange(len(module.inv_freq), device=device) / len(module.inv_freq)
+            module.inv_freq = 10_000.0**-half
+    model.tie_weights()
+    bitnet.pack(model, head="int8")
+    return model
+
+
+def token_seconds(model: PreTrainedModel, rows: int, rounds: int, tokens: int = 32, context: int = 128) -> Tensor:
+    """Seconds a token of each row through generate(), one figure a round: what more tokens take more."""
+    ids = torch.randint(5, model.config.vocab_size, (rows, context), device=model.device)
+    found = []
+    for round in range(rounds + 1):
+        times = []
+        for new in (4, 4 + tokens):
+            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        found += [(times[1] - times[0]) / tokens] * (round > 0)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def measure_tokens(quick: bool, common: dict[str, str]) -> list[dict[str, Any]]:
+    """Whole tokens, as CUDA graphs (bitnet/decode/captured.py) and in transformers' forward with the same layers."""
+    model, rows = random_model(30, "cuda"), []
+    for m in (1, 8):
+        times: dict[str, Tensor] = {}
+        for name in ("captured", "transformers"):
+            bitnet.native_decoding(model, "auto" if name == "captured" else None)
+            times[name] = token_seconds(model, m, 3 if quick else 7)
+            what = {
+                "op": "token",
+                "m": m,
+                "n": "",
+                "k": "",
+                "dtype": "2 bit, int8 head",
+                "backend": name,
+                "threads": "",
+            }
+            rows.append(results.row(what, times[name], None, common))
+        mine = times["captured"].median()
+        words = f"{1e3 * mine:.2f} ms, transformers {times['transformers'].median() / mine:.1f}"
+        print(f"a token of each of {m} sequences, 2B-4T's shape, generate(): {words}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three shapes, fewer tokens, no compiled training step")
@@ -249,6 +327,7 @@ def main() -> None:
             f"training step of a Llama-8B block, 4096 tokens, {form}: {1e3 * base:.1f} ms; {', '.join(words)}",
             flush=True,
         )
+    rows += measure_tokens(args.quick, common)
     results.append(rows, args.csv)
 
 
