@@ -110,7 +110,10 @@ class Sampler:
             ids = order if ids is None else ids[order]
         if options.min_p > 0:
             probabilities = probabilities.where(probabilities >= options.min_p * probabilities.max(), 0)
-        if not math.isfinite(float(probabilities.sum())):
+        # one random number, and where it falls; torch.multinomial draws one for each token of the vocabulary
+        sums = probabilities.cumsum(0, dtype=torch.float64)
+        if not math.isfinite(total := float(sums[-1])):
             raise ValueError("the model's logits are not numbers")
-        chosen = int(probabilities.multinomial(1, generator=self._generator))
+        fallen = total * torch.rand(1, generator=self._generator, dtype=torch.float64)
+        chosen = int(torch.searchsorted(sums, fallen.clamp(max=math.nextafter(total, 0)), right=True))
         return chosen if ids is None else int(ids[chosen])
