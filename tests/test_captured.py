@@ -37,7 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # that the native step on CPUs does not c
     "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
 }
 OTHERS["gpt_oss"]["rope_parameters"]["rope_type"] = "default"
-ON_GPUS = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "cohere2", "phi", "mixtral", "qwen3_5", "lfm2")
+ON_GPUS = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "cohere2", "phi", "mixtral", "qwen3_5", "lfm2_moe")
 STATES = {"qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe"}
 
 
@@ -97,7 +97,8 @@ def assert_same_but_for_roundings(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "device"),
-    [(kind, "cpu") for kind in [*FAMILIES, *OTHERS]]
+    [(kind, "cpu") for kind in [*ON_GPUS, *OTHERS]]
+    + [pytest.param(kind, "cpu", marks=pytest.mark.slow) for kind in FAMILIES if kind not in ON_GPUS]
     + [pytest.param(kind, "cuda", marks=[pytest.mark.gpu, on_gpu]) for kind in [*ON_GPUS, *OTHERS]],
 )
 def test_single_tokens_are_those_of_transformers(kind: str, device: str, steps: list[int]) -> None:

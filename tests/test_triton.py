@@ -219,34 +219,32 @@ def test_a_few_tokens_take_the_integer_units_exactly(planes: int, tokens: int, q
 
 
 @runs
-@each_planes
-@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "row"])
-@pytest.mark.parametrize(("bits", "share", "n", "k"), [(8, 3, 11, 200), (8, 1, 70, 40), (16, 2, 5, 330)])
+@pytest.mark.parametrize(
+    ("planes", "bits", "share", "n", "k", "per_row", "dtype"),
+    [
+        (TWO_BITS, 8, 3, 11, 200, True, torch.bfloat16),
+        (TWO_BITS, 16, 2, 5, 330, False, torch.float32),
+        (BASE3, 8, 1, 6, 170, False, torch.float64),
+        (INT8, 8, 2, 70, 40, True, torch.float16),
+    ],
+)
 def test_layers_chosen_from_a_stack_are_those_layers(
-    planes: int, bits: int, share: int, n: int, k: int, per_row: bool
+    planes: int, bits: int, share: int, n: int, k: int, per_row: bool, dtype: torch.dtype
 ) -> None:
-    if planes == INT8 and bits == 16:
-        pytest.skip("8-bit weights have activations of 8 bits")
-    codes = [weights(n, k, planes) for _ in range(4)]
-    scale, bias = torch.rand(4, n if per_row else 1) + 0.1, torch.randn(4, n)
-    x, chosen = torch.randn(3, k + 8)[:, :k], torch.tensor([3, 0, 3, 1, 2, 0, 3, 3, 1])[: 3 * share]
+    codes = [weights(n, k, planes) for _ in range(3)]
+    scale, bias = torch.rand(3, n if per_row else 1) + 0.1, torch.randn(3, n)
+    x, chosen = torch.randn(2, k + 8)[:, :k].to(dtype), torch.tensor([2, 0, 2, 1, 0, 2])[: 2 * share]
     stack = torch.stack([prepack(each, planes) for each in codes])
-    for shift in (None, bias):
-        run = gpu_backend.bind_stack(stack, scale.to(DEVICE), on_device(shift), n, k, bits, planes)
+    for shifts in (None, bias):
+        run = gpu_backend.bind_stack(stack, scale.to(DEVICE), on_device(shifts), n, k, bits, planes)
         assert run is not None
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            y = run(x.to(DEVICE, dtype), chosen.to(DEVICE)).cpu()
-            assert y.dtype == dtype
-            for i, e in enumerate(chosen):
-                one = x[i // share][None].to(dtype)
-                expected = reference.ternary_linear(
-                    one if dtype != torch.float64 else one.float(),
-                    codes[e],
-                    scale[e],
-                    None if shift is None else shift[e],
-                    bits,
-                )
-                assert torch.equal(y[i], expected[0].to(dtype))
+        y = run(x.to(DEVICE), chosen.to(DEVICE)).cpu()
+        assert y.dtype == dtype
+        for i, e in enumerate(chosen):
+            one = x[i // share][None]
+            one = one.float() if dtype == torch.float64 else one
+            shift = None if shifts is None else shifts[e]
+            assert torch.equal(y[i], reference.ternary_linear(one, codes[e], scale[e], shift, bits)[0].to(dtype))
 
 
 def test_a_stack_without_such_a_kernel_is_left_alone() -> None:
@@ -535,8 +533,19 @@ def test_a_wrong_choice_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         run = choosing(*args)
         return lambda x, chosen: run(x, chosen.flip(0))
 
+    def fault() -> str | None:
+        bind_stack = partial(gpu_backend.bind_stack, planes=TWO_BITS)
+
+        def prepacked(packed: Tensor, n: int, k: int) -> Tensor:
+            return gpu_layout.prepack(packed, n, TWO_BITS)
+
+        results = proof.layers(prepacked, gpu_backend.bind, ("ternary",), (False,), (8,), bind_stack)
+        return proof.fault(results, torch.device(DEVICE))
+
+    monkeypatch.setattr(proof, "TOKENS", ())
+    assert fault() is None
     monkeypatch.setattr(linear, "choosing", wrong)
-    assert "ternary weights chosen from a stack times 8-bit tokens" in str(proof_of(BASE3))
+    assert "ternary weights chosen from a stack times 8-bit tokens" in str(fault())
 
 
 @runs
