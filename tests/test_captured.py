@@ -312,6 +312,27 @@ def test_a_step_that_computes_something_else_is_not_taken(
         RoomSequences(model, CACHE, 2)
 
 
+@pytest.mark.parametrize("proven", [False, True])
+@torch.no_grad()
+def test_without_memory_for_rooms_transformers_goes_on(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed("llama")
+    expected, _ = one_by_one(model)
+    attach_decoding(model)
+    if proven:
+        one_by_one(model)
+
+    def reserve(self: Rooms, columns: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot. And more.")
+
+    monkeypatch.setattr(Rooms, "reserve", reserve)
+    found, cache = one_by_one(model)
+    assert torch.equal(found, expected)
+    assert why_not_here(model) == "CUDA out of memory"
+    assert not any(isinstance(layer, RoomLayer) for layer in cache.layers)
+    with pytest.raises(Unfit, match="OutOfMemoryError: CUDA out of memory"):
+        RoomSequences(model, CACHE, 2)
+
+
 @pytest.mark.parametrize(
     "what",
     [

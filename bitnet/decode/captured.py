@@ -29,9 +29,9 @@ TRIES = 3  # a near-tie between experts may fall otherwise once
 
 
 class Captured:
-    """The steps of a base model: `original`, its forward, in rooms.
+    """The steps of a base model: its own forward, in rooms.
 
-    cache_name: what that calls its cache
+    cache_name: what that forward calls its cache
     """
 
     def __init__(self, base: Any, cache_name: str) -> None:
@@ -108,10 +108,14 @@ class Captured:
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(given), past + 1)):
             return None
-        if (rooms := self._rooms(cache, past, len(given))) is None:
+        try:
+            if (rooms := self._rooms(cache, past, len(given))) is None:
+                return None
+            rooms.stand(self.version)
+            rooms.reserve(past + 1)
+        except torch.OutOfMemoryError as error:
+            self._unfit, self._pool = str(error).partition(".")[0], []
             return None
-        rooms.stand(self.version)
-        rooms.reserve(past + 1)
         rooms.columns.fill_(past)
         seen = rooms.padding[:, : past + 1]
         if mask is None:
@@ -129,8 +133,8 @@ class Captured:
         else:
             try:
                 hidden = rooms.step().clone()
-            except Unfit as why:
-                self._unfit = str(why)
+            except (Unfit, torch.OutOfMemoryError) as why:
+                self._unfit = str(why).partition(".")[0]
                 return None
         self._move(cache, rooms, past + 1)
         return self._output(last_hidden_state=hidden, **{self._cache_name: cache})
@@ -189,8 +193,6 @@ def _differs(step: Callable[[], Tensor], expected: Tensor) -> str | None:
     """Why a step is not to be used: what it raises, or that its hidden states are others."""
     try:
         found = step().float()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         return str(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {error}"
     distance = ((found - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)).max()
@@ -217,7 +219,7 @@ class RoomSequences:
         self._device = model.device
         try:
             why = self._differs(base.config)
-        except (Unfit, torch.OutOfMemoryError):
+        except Unfit:
             raise
         except Exception as error:
             why = f"{type(error).__name__}: {error}"

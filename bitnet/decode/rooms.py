@@ -25,9 +25,9 @@ class Unfit(Exception):
 
 
 class Windows:
-    """How far each layer of a model sees: `each`, None for all, and the masks its forward wants.
+    """How far a model's layers see, and the masks that its forward wants.
 
-    recurs: whether layers have a state in place of keys and values
+    recurs: of each layer, whether it has a state in place of keys and values
     Raises Unfit for caches and attention of other kinds.
     """
 
@@ -259,7 +259,10 @@ def _states(layer: LinearAttentionLayer) -> list[tuple[dict[int, Any], int, Tens
 
 @contextlib.contextmanager
 def _synchronizing_raises() -> Iterator[None]:
-    """A capture that fails leaves torch's allocator unable to give memory back, so it is found out before."""
+    """A capture that fails leaves torch's allocator unable to give memory back, so it is found out before.
+
+    The mode is the process's: for so long, what waits in other threads raises, too.
+    """
     mode = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
