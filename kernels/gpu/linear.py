@@ -19,7 +19,8 @@ One body serves all layouts (PLANES, see layout.py) and all hardware: ASM choose
 the same in Triton, for AMD and the interpreter, which knows no assembly. Codes of 16 bits are two int8 limbs (LIMBS)
 with products and accumulators of their own: 256 times the high ones and the low ones add up to the integer.
 
-Hardware: run on an H100 and an H200 (sm_90) and in Triton's interpreter; only compiled for sm_80, sm_100, sm_120, gfx942.
+Hardware: run on an H100 and an H200 (sm_90) and in Triton's interpreter; only compiled for sm_80, sm_100, sm_120 and
+gfx942. Of a stack of layers it has only been compiled for sm_90 and interpreted.
 """
 
 from collections.abc import Callable
