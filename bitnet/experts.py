@@ -213,7 +213,7 @@ class PackedStack(Packed):
         if self._chooses is None:
             prepacked = [layer.prepack() for layer in layers]
             bind = backends.BACKENDS[prepacked[0][1]].bind_stack
-            if bind is not None and self.spec.group_size is None:
+            if bind is not None:
                 with torch.inference_mode(False):
                     weight = torch.stack([one for one, _ in prepacked])
                     scale = torch.stack([layer.weight_scale for layer in layers])

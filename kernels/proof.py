@@ -95,8 +95,8 @@ def layers(
                     width = f"{bits}-bit" if bits else "float"
                     what = f"{kind} weights with {list(scale.shape)} scales times {m} {width} tokens of {dtype}"
                     yield what, run(x.to(device)), expected
-            if bind_stack is not None and False in groups and kind != "int4":
-                yield from _chosen(prepack, bind_stack, kind, narrow, device)
+            if bind_stack is not None and kind != "int4":
+                yield from _chosen(prepack, bind_stack, kind, groups, narrow, device)
 
     return results
 
@@ -105,23 +105,30 @@ def _chosen(
     prepack: Callable[[Tensor, int, int], Tensor],
     bind_stack: Callable[..., Callable[[Tensor, Tensor], Tensor] | None],
     kind: str,
+    groups: tuple[bool, ...],
     widths: list[int | None],
     device: torch.device,
 ) -> Results:
     """Of a stack of three layers, two for each of two tokens."""
     codes, row, bias = example(kind)
-    stack, rows = [codes, codes.flip(0), codes.roll(1, 0)], torch.stack([row, row * 2, row + 1])
+    stack, chosen = [codes, codes.flip(0), codes.roll(1, 0)], [2, 0, 2, 1]
     weights = torch.stack([prepack(pack_codes(each, kind).to(device), N, K) for each in stack])
-    x, chosen, shifts = tokens(2, torch.bfloat16), [2, 0, 2, 1], torch.stack([bias, -bias, bias + 1]).bfloat16()
-    for bits in widths:
-        run = bind_stack(weights, rows.to(device), shifts.to(device), N, K, bits)
-        if run is not None:
-            found = run(x.to(device), torch.tensor(chosen, device=device))
-            parts = [
-                reference.ternary_linear(x[i // 2][None], stack[e], rows[e], shifts[e], bits)
-                for i, e in enumerate(chosen)
-            ]
-            yield f"{kind} weights chosen from a stack times {bits}-bit tokens", found, torch.cat(parts)
+    shifts = torch.stack([bias, -bias, bias + 1]).bfloat16()
+    for scale in [row] * (False in groups) + [group_scales(128)] * (True in groups and kind != "int8"):
+        scales = torch.stack([scale, scale * 2, scale + 1])
+        for bits in widths:
+            run = bind_stack(weights, scales.to(device), shifts.to(device), N, K, bits)
+            if run is not None:
+                x = tokens(2, torch.bfloat16)
+                x = x if bits else x.round().clamp(-1, 1) / 2  # see layers
+                found = run(x.to(device), torch.tensor(chosen, device=device))
+                exactly = x if bits else x.float()
+                parts = [
+                    reference.ternary_linear(exactly[i // 2][None], stack[e], scales[e], shifts[e], bits).bfloat16()
+                    for i, e in enumerate(chosen)
+                ]
+                what = f"{kind} weights with {list(scale.shape)} scales chosen from a stack"
+                yield f"{what} times {f'{bits}-bit' if bits else 'float'} tokens", found, torch.cat(parts)
 
 
 def example(kind: str = "ternary") -> tuple[Tensor, Tensor, Tensor]:

@@ -486,11 +486,13 @@ def test_the_server_says_what_runs() -> None:
     for kind, options, name in (
         ("llama", {}, "CUDA graph"),
         ("mixtral", {}, "CUDA graph"),
-        ("mixtral", {"group_size": 32}, "transformers, in one step for all"),
+        ("mixtral", {"group_size": 32}, "CUDA graph"),
+        ("mixtral", {"activation_bits": None}, "CUDA graph"),
+        ("mixtral", {"activation_bits": 4}, "transformers, in one step for all"),
         ("qwen3_5", {}, "CUDA graph"),
     ):
         assert sequences_of(packed(kind, "cuda", **options), 3)[1] == name
-    model = packed("mixtral", "cuda", group_size=32)
+    model = packed("mixtral", "cuda", activation_bits=4)
     attach_decoding(model)
     one_by_one(model)
     assert why_not_here(model) == "its forward waits for the GPU"

@@ -139,7 +139,16 @@ def gemv(
     return build(linear._gemv, arch, types, constants, config.warps)
 
 
-def group_dot(arch: str, m: int, size: int, limbs: int = 1, planes: int = TWO_BITS, n: int = N, k: int = K) -> Program:
+def group_dot(
+    arch: str,
+    m: int,
+    size: int,
+    limbs: int = 1,
+    planes: int = TWO_BITS,
+    n: int = N,
+    k: int = K,
+    chosen: bool = False,
+) -> Program:
     """The kernel for scales of groups as chosen for m tokens."""
     config = configs.group_heuristic(gpu(arch), m, n, k, planes, size, limbs)
     types = {"q": "*i8", "s": "*fp32", "w": "*i8" if planes == INT8 else "*u8", "scale": "*fp16", "y": "*bf16"}
@@ -148,10 +157,13 @@ def group_dot(arch: str, m: int, size: int, limbs: int = 1, planes: int = TWO_BI
         types |= {"partial": "*fp32", "counters": "*i32"}
     constants = {"K": k, "PLANES": planes, "BYTES": row_bytes(k, planes), "SIZE": size, "SPAN": 1024, "LIMBS": limbs}
     constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT": config.split, "GROUP": 16}
+    types, constants = types | ({"chosen": "*i64"} if chosen else {}), constants | {"EXPERTS": 8}
     return build(groups._group_dot, arch, types, constants, config.warps, config.stages)
 
 
-def float_dot(arch: str, m: int, size: int = 0, dtype: str = "bf16", planes: int = TWO_BITS) -> Program:
+def float_dot(
+    arch: str, m: int, size: int = 0, dtype: str = "bf16", planes: int = TWO_BITS, chosen: bool = False
+) -> Program:
     """The kernel for float activations as chosen for m tokens; of dtype fp32 these are three bfloat16 each."""
     pieces = 3 if dtype == "fp32" else 1
     config = configs.float_heuristic(gpu(arch), m, N, K, planes, size, pieces)
@@ -162,6 +174,7 @@ def float_dot(arch: str, m: int, size: int = 0, dtype: str = "bf16", planes: int
     constants = {"K": K, "PLANES": planes, "BYTES": row_bytes(K, planes), "SIZE": size, "PARTS": pieces, "GROUP": 16}
     constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT": config.split, "PER_ROW": True}
     constants["BLOCK_B"] = config.block_k // min(planes, 4)
+    types, constants = types | ({"chosen": "*i64"} if chosen else {}), constants | {"SHARE": 8}
     return build(floats._float_dot, arch, types, constants, config.warps, config.stages)
 
 
@@ -303,11 +316,26 @@ def test_what_takes_most_registers_has_enough(
     check(make(arch), arch, capfd)
 
 
-def test_layers_chosen_from_a_stack_are_read_as_a_layer_is(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("make", "load"),
+    [
+        (lambda chosen: gemv("sm_90", TWO_BITS, 1, 768, 2048, chosen=chosen), "LDG.E.128"),
+        (lambda chosen: float_dot("sm_90", 1, chosen=chosen), "LDGSTS.E.BYPASS.128"),
+        pytest.param(
+            lambda chosen: group_dot("sm_90", 1, 128, chosen=chosen),
+            "LDGSTS.E.BYPASS.128",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["gemv", "floats", "groups"],
+)
+def test_layers_chosen_from_a_stack_are_read_as_a_layer_is(
+    make: Callable[[bool], Program], load: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """16 bytes a load, and no spills, though where a layer begins is not known before."""
-    plain, chosen = (gemv("sm_90", TWO_BITS, 1, 768, 2048, chosen=chosen) for chosen in (False, True))
+    plain, chosen = make(False), make(True)
     check(chosen, "sm_90", capfd)
-    loads = [sum("LDG.E.128" in opcode for opcode in program.opcodes()) for program in (plain, chosen)]
+    loads = [sum(load in opcode for opcode in program.opcodes()) for program in (plain, chosen)]
     assert loads[0] == loads[1] > 0
 
 

@@ -111,6 +111,48 @@ def test_4_bit_weights_have_the_oracles_bits(bits: int) -> None:
 
 
 @runs
+@pytest.mark.parametrize(
+    ("planes", "bits", "size", "n", "k", "dtype"),
+    [
+        (TWO_BITS, 8, 128, 70, 300, torch.bfloat16),
+        (TWO_BITS, 16, 32, 6, 2100, torch.float32),
+        (TWO_BITS, None, None, 70, 1500, torch.bfloat16),
+        (BASE3, None, "row", 5, 170, torch.float16),
+        (INT8, None, "row", 66, 40, torch.float32),
+        (TWO_BITS, None, 64, 3, 2100, torch.float32),
+    ],
+)
+def test_layers_chosen_from_a_stack_are_those_layers(
+    planes: int, bits: int | None, size: Any, n: int, k: int, dtype: torch.dtype
+) -> None:
+    """Integers to the bit, floats within the stated bound."""
+    codes = [codes_of("ternary", n, k) for _ in range(3)]
+    if isinstance(size, int):
+        scale = torch.stack([scales_of(n, k, size) for _ in codes])
+    else:
+        scale = torch.rand(3, 1 if size is None else n) + 0.1
+    stack = torch.stack([prepack(each, planes) for each in codes])
+    x, chosen, bias = torch.randn(2, k + 3)[:, :k].to(dtype), [2, 0, 2, 1], torch.randn(3, n)
+    for shifts in (None, bias):
+        on_device = None if shifts is None else shifts.to(DEVICE)
+        run = gpu_backend.bind_stack(stack, scale.to(DEVICE), on_device, n, k, bits, planes)
+        assert run is not None
+        y = run(x.to(DEVICE), torch.tensor(chosen, device=DEVICE)).cpu()
+        assert y.dtype == dtype
+        for i, e in enumerate(chosen):
+            one, shift = x[i // 2][None], None if shifts is None else shifts[e]
+            if bits is not None:
+                expected = reference.ternary_linear(one, codes[e], scale[e], shift, bits)
+                assert torch.equal(y[i], expected[0])
+            else:
+                weight = reference.dequantize_weight(codes[e], scale[e]).double()
+                exact = torch.nn.functional.linear(one.double(), weight, None if shift is None else shift.double())
+                sizes = one.double().abs() @ weight.abs().T + (0 if shift is None else shift.double().abs())
+                allowed = 2 * ROUNDING[dtype] * exact.abs() + (k + 2) * 2**-22 * sizes  # see the tests of floats below
+                assert ((y[i].double() - exact[0]).abs() <= allowed[0]).all()
+
+
+@runs
 @pytest.mark.parametrize("limbs", [1, 2])
 @pytest.mark.parametrize(
     ("planes", "size"), [(FOUR_BITS, 32), *((planes, size) for planes in (TWO_BITS, INT8) for size in SIZES)]

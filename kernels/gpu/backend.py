@@ -85,17 +85,20 @@ def bind_stack(
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
     """A function of x [M, K] and layers of a stack, int64 [P], P / M a token: each by its token, [P, N]; see bind.
 
-    weight: prepacked ones [E, ...]; scale: float32 [E, 1] or [E, N]; bias: floating [E, N] or None. None where there is
-    no such kernel: for scales of groups, float activations, those of 4 bits, and long rows.
+    weight: prepacked ones [E, ...]; scale: float32 [E, 1] or [E, N], or float16 [E, N, G]; bias: floating [E, N] or
+    None. None where there is no such kernel: for activations of 4 bits, and rows that are long.
     """
-    if activation_bits not in (8, 16) or scale.dtype == torch.float16 or weight.is_meta:
+    if activation_bits == 4 or weight.is_meta:
         return None
     for layer, one, shift in zip(weight, scale, [None] * len(weight) if bias is None else bias, strict=True):
         check(layer, one, shift, n, k, planes)
-    from . import linear
+    from . import floats, groups, linear
     from .parts import FLOATS, PreparedWeight
 
     bias = None if bias is None else bias.contiguous()
-    stack = PreparedWeight(weight.contiguous(), scale.contiguous(), bias, n, k, planes_of(weight[0], planes))
-    run = linear.choosing(stack, activation_bits)
+    stack = PreparedWeight(weight.flatten(2).contiguous(), scale.contiguous(), bias, n, k, planes_of(weight[0], planes))
+    if activation_bits is None:
+        run: Callable[[Tensor, Tensor], Tensor] | None = floats.choosing(stack)
+    else:
+        run = (groups if scale.dtype == torch.float16 else linear).choosing(stack, activation_bits)
     return None if run is None else lambda x, chosen: run(x if x.dtype in FLOATS else x.float(), chosen).to(x.dtype)

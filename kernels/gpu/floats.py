@@ -26,6 +26,7 @@ from torch import Tensor
 from ..reference import size_of_groups
 from .configs import Dot, float_heuristic, gpu_of, tiles
 from .parts import GROUP, PreparedWeight, assembly, comes_last, float_planes, in_order, pair_in_order, place
+from .quantize import rows_of
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -61,18 +62,34 @@ def _add_product(
 
 @triton.jit(do_not_specialize=["m"])
 def _float_dot(
-    x, w, scale, bias, y, partial, counters, m, n, x_stride,
+    x, w, scale, bias, y, partial, counters, chosen, m, n, x_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
-    PER_ROW: tl.constexpr, ASM: tl.constexpr,
+    PER_ROW: tl.constexpr, ASM: tl.constexpr, SHARE: tl.constexpr = 1,
 ):  # fmt: skip
-    """x, of one or three parts, times packed rows w; scales of groups of SIZE where that is not 0."""
+    """x, of one or three parts, times packed rows w; scales of groups of SIZE where that is not 0.
+
+    chosen: see linear._gemv
+    """
     STEP: tl.constexpr = BLOCK_B * PLANES  # features; with groups one of them, 128, or 64 of 4 bits
     STEPS: tl.constexpr = (BYTES + BLOCK_B * SPLIT - 1) // (BLOCK_B * SPLIT)
     EVEN: tl.constexpr = BYTES == BLOCK_B * SPLIT * STEPS and K == BYTES * PLANES
     GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE if SIZE > 0 else 1
     SPACE: tl.constexpr = BLOCK_N * BLOCK_M
+    next_part = m.to(tl.int64) * x_stride
+    if chosen is not None:
+        m = m * 0 + 1
     split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
+    if chosen is not None:
+        pair = tl.program_id(1).to(tl.int64)
+        layer = tl.load(chosen + pair).to(tl.int64)
+        tile += tl.program_id(1) * tl.cdiv(n, BLOCK_N)
+        x += pair // SHARE * x_stride
+        y += pair * n
+        w += layer * n * BYTES
+        scale += layer * (n * GROUPS if SIZE > 0 or PER_ROW else 1)
+        if bias is not None:
+            bias += layer * n
     # rows and tokens beyond the end repeat the last one; they are not stored
     row = tl.minimum(rows, n - 1)
     first = split * STEPS
@@ -80,7 +97,6 @@ def _float_dot(
     w_at = w + row[:, None] * BYTES + (first * BLOCK_B + b)[None, :]
     x_at = x + tl.minimum(tokens, m - 1)[:, None] * x_stride + first * STEP
     scale_at = scale + row * GROUPS
-    next_part = m.to(tl.int64) * x_stride
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i in range(STEPS):
         step = first + i
@@ -150,28 +166,44 @@ def bound(layer: PreparedWeight) -> Callable[[Tensor, Tensor], None]:
 
 
 def _size(layer: PreparedWeight) -> int:
-    return size_of_groups(layer.k, layer.scale.shape[1]) if layer.scale.dtype == torch.float16 else 0
+    return size_of_groups(layer.k, layer.scale.shape[-1]) if layer.scale.dtype == torch.float16 else 0
 
 
-def multiply(config: Dot, layer: PreparedWeight, x: Tensor, y: Tensor) -> None:
-    """Fill y [..., N] with x [M, K], floats, times the layer."""
+def multiply(config: Dot, layer: PreparedWeight, x: Tensor, y: Tensor, chosen: Tensor | None = None) -> None:
+    """Fill y [..., N] with x [M, K], floats, times the layer; or y [P, N] with those chosen from a stack."""
     (m, k), n, planes, size = x.shape, layer.n, layer.planes, _size(layer)
+    columns, share = (1, 1) if chosen is None else (len(chosen), len(chosen) // m)
     parts = 3 if x.dtype == torch.float32 else 1
     if parts == 3:
         x = three_bfloat16s(x)
-    partial, counters = None, None
+    partial, counters, count = None, None, tiles(config, m if chosen is None else 1, n)
     if config.split > 1:
-        space = tiles(config, m, n) * config.split * config.block_n * config.block_m
+        space = columns * count * config.split * config.block_n * config.block_m
         partial = torch.empty(space, dtype=torch.float32, device=x.device)
-        counters = torch.zeros(tiles(config, m, n), dtype=torch.int32, device=x.device)
+        counters = torch.zeros(columns * count, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        _float_dot[tiles(config, m, n) * config.split,](
-            x, layer.weight, layer.scale, layer.bias, y, partial, counters, m, n, x.stride(0),
-            K=k, PLANES=planes, BYTES=layer.weight.shape[1], SIZE=size, PARTS=parts, BLOCK_N=config.block_n,
+        _float_dot[count * config.split, columns](
+            x, layer.weight, layer.scale, layer.bias, y, partial, counters, chosen, m, n, x.stride(0),
+            K=k, PLANES=planes, BYTES=layer.weight.shape[-1], SIZE=size, PARTS=parts, BLOCK_N=config.block_n,
             BLOCK_M=config.block_m, BLOCK_B=config.block_k // min(planes, 4), SPLIT=config.split,
-            GROUP=GROUP, PER_ROW=layer.scale.numel() > 1, ASM=assembly(x),
+            GROUP=GROUP, PER_ROW=layer.scale[0].numel() > 1 if chosen is not None else layer.scale.numel() > 1,
+            ASM=assembly(x), SHARE=share,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def choosing(stack: PreparedWeight) -> Callable[[Tensor, Tensor], Tensor]:
+    """linear.choosing for float activations; scale: float32 [E, 1] or [E, N], or float16 [E, N, G]."""
+    gpu, size = gpu_of(stack.weight.device), _size(stack)
+
+    def run(x: Tensor, chosen: Tensor) -> Tensor:
+        x, parts = rows_of(x, stack.k), 3 if x.dtype == torch.float32 else 1
+        y = x.new_empty(len(chosen), stack.n)
+        config = float_heuristic(gpu, 1, len(chosen) * stack.n, stack.k, stack.planes, size, parts)
+        multiply(config, stack, x, y, chosen)
+        return y
+
+    return run
 
 
 def three_bfloat16s(x: Tensor) -> Tensor:

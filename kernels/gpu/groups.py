@@ -41,15 +41,15 @@ from .parts import (
     place,
     two_bit_planes,
 )
-from .quantize import ROUND, ROUND_BITS, quantize, quantize_4_bits
+from .quantize import ROUND, ROUND_BITS, quantize, quantize_4_bits, rows_of
 
 
 @triton.jit
 def _ahead(
-    step, sums_at, scale_at, tokens, m,
+    step, sums_at, scale_at, tokens, m, stride,
     GROUPS: tl.constexpr, EACH: tl.constexpr, PLANES: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """What accumulators of a step's groups start at, and the groups' scales."""
+    """What accumulators of a step's groups start at, and the groups' scales; sums of groups are `stride` apart."""
     starts = ()
     scales = ()
     for j in tl.static_range(EACH):
@@ -58,7 +58,7 @@ def _ahead(
         if ROUNDED:
             start += ROUND_BITS
         if PLANES != 1:
-            sums = tl.load(sums_at + group.to(tl.int64) * m, mask=tokens < tl.where(group < GROUPS, m, 0), other=0)
+            sums = tl.load(sums_at + group.to(tl.int64) * stride, mask=tokens < tl.where(group < GROUPS, m, 0), other=0)
             start -= sums * 8 if PLANES == 2 else sums
         starts = starts + (start,)  # type: ignore[assignment]
         # the sum of a group that is not there is 0, whatever it is multiplied with
@@ -95,12 +95,15 @@ def _add_group(
 
 @triton.jit(do_not_specialize=["m"])
 def _group_dot(
-    q, s, sums, w, scale, bias, y, partial, counters, m, n, q_stride,
+    q, s, sums, w, scale, bias, y, partial, counters, chosen, m, n, q_stride,
     K: tl.constexpr, PLANES: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, LIMBS: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, EXPERTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Codes q times packed rows w with scales of groups; sums [G, M] of codes. See the top of this file."""
+    """Codes q times packed rows w with scales of groups; sums [G, M] of codes. See the top of this file.
+
+    chosen: see linear._gemv; EXPERTS of them have a token in common
+    """
     STEP: tl.constexpr = SIZE if PLANES == 1 or SIZE > 128 else 32 * PLANES
     BLOCK_B: tl.constexpr = STEP // PLANES
     EACH: tl.constexpr = STEP // SIZE  # groups
@@ -111,7 +114,24 @@ def _group_dot(
     GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE
     ROUNDED: tl.constexpr = LIMBS == 1 or (SIZE < 256 and PLANES != 2)
     SPACE: tl.constexpr = BLOCK_N * BLOCK_M
+    stride = m
+    low = m.to(tl.int64) * q_stride
+    if chosen is not None:
+        m = m * 0 + 1
     split, tile, rows, tokens = place(m, n, BLOCK_N, BLOCK_M, SPLIT, GROUP)
+    if chosen is not None:
+        pair = tl.program_id(1).to(tl.int64)
+        layer = tl.load(chosen + pair).to(tl.int64)
+        tile += tl.program_id(1) * tl.cdiv(n, BLOCK_N)
+        q += pair // EXPERTS * q_stride
+        s += pair // EXPERTS
+        if PLANES != 1:
+            sums += pair // EXPERTS
+        y += pair * n
+        w += layer * n * BYTES
+        scale += layer * n * GROUPS
+        if bias is not None:
+            bias += layer * n
 
     # rows and tokens beyond the end repeat the last one; they are not stored
     row = tl.minimum(rows, n - 1)
@@ -121,7 +141,6 @@ def _group_dot(
     b = tl.arange(0, BLOCK_B)
     w_at = w + row[:, None] * BYTES + (first * BLOCK_B + b)[None, :]
     q_at = q + token[:, None] * q_stride
-    low = m.to(tl.int64) * q_stride
     scale_at = scale + row * GROUPS
     if PLANES == 1:
         sums_at = q  # of no use
@@ -132,10 +151,10 @@ def _group_dot(
         slot += partial + tile.to(tl.int64) * (SPANS * SPACE)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    starts, scales = _ahead(first, sums_at, scale_at, tokens, m, GROUPS, EACH, PLANES, ROUNDED)
+    starts, scales = _ahead(first, sums_at, scale_at, tokens, m, stride, GROUPS, EACH, PLANES, ROUNDED)
     for i in range(steps):
         step = first + i
-        next_starts, next_scales = _ahead(step + 1, sums_at, scale_at, tokens, m, GROUPS, EACH, PLANES, ROUNDED)
+        next_starts, next_scales = _ahead(step + 1, sums_at, scale_at, tokens, m, stride, GROUPS, EACH, PLANES, ROUNDED)
         if EVEN:
             packed = tl.load(w_at)
         else:
@@ -201,28 +220,52 @@ def bound(layer: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tens
     return run
 
 
-def multiply(config: Dot, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
+def choosing(stack: PreparedWeight, activation_bits: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """linear.choosing for scales of groups, float16 [E, N, G]."""
+    gpu, limbs = gpu_of(stack.weight.device), 2 if activation_bits == 16 else 1
+    size = size_of_groups(stack.k, stack.scale.shape[-1])
+
+    def run(x: Tensor, chosen: Tensor) -> Tensor:
+        x = rows_of(x, stack.k)
+        y = x.new_empty(len(chosen), stack.n)
+        config = group_heuristic(gpu, 1, len(chosen) * stack.n, stack.k, stack.planes, size, limbs)
+        multiply(config, stack, x, None, y, limbs, chosen)
+        return y
+
+    return run
+
+
+def multiply(
+    config: Dot,
+    layer: PreparedWeight,
+    x: Tensor,
+    s: Tensor | None,
+    y: Tensor,
+    limbs: int = 1,
+    chosen: Tensor | None = None,
+) -> None:
     """Fill y [..., N] with x [M, K] times the layer. x: floats to be quantized, or codes with their s.
 
-    limbs: 2 for codes of 16 bits
+    limbs: 2 for codes of 16 bits; chosen: of a stack of layers, those that fill y [P, N]
     """
     (m, k), n, packed = x.shape, layer.n, layer.planes != INT8
-    size = size_of_groups(k, layer.scale.shape[1])
-    spans, counters = None, None
+    size = size_of_groups(k, layer.scale.shape[-1])
+    columns, share = (1, 1) if chosen is None else (len(chosen), len(chosen) // m)
+    spans, counters, count = None, None, tiles(config, m if chosen is None else 1, n)
     if config.split > 1:
         each = -(-k // SPAN) * config.block_n * config.block_m
-        spans = torch.empty(tiles(config, m, n) * each, dtype=torch.float32, device=x.device)
-        counters = torch.empty(tiles(config, m, n), dtype=torch.int32, device=x.device)
+        spans = torch.empty(columns * count * each, dtype=torch.float32, device=x.device)
+        counters = torch.empty(columns * count, dtype=torch.int32, device=x.device)
     sums = None
     if s is None or packed or counters is not None or limbs > 1:
         x, own_s, sums = quantize(x, packed, counters, aligned=True, limbs=limbs, size=size)
         s = s if own_s is None else own_s
     with torch.cuda.device_of(x):
-        _group_dot[tiles(config, m, n) * config.split,](
-            x, s, sums, layer.weight, layer.scale, layer.bias, y, spans, counters, m, n, x.stride(0),
-            K=k, PLANES=layer.planes, BYTES=layer.weight.shape[1], SIZE=size, SPAN=SPAN,
+        _group_dot[count * config.split, columns](
+            x, s, sums, layer.weight, layer.scale, layer.bias, y, spans, counters, chosen, m, n, x.stride(0),
+            K=k, PLANES=layer.planes, BYTES=layer.weight.shape[-1], SIZE=size, SPAN=SPAN,
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLIT=config.split, GROUP=GROUP, LIMBS=limbs,
-            ASM=assembly(x), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+            ASM=assembly(x), EXPERTS=share, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ the same in Triton, for AMD and the interpreter, which knows no assembly. Codes 
 with products and accumulators of their own: 256 times the high ones and the low ones add up to the integer.
 
 Hardware: run on an H100 and an H200 (sm_90) and in Triton's interpreter; only compiled for sm_80, sm_100, sm_120 and
-gfx942. Of a stack of layers it has only been compiled for sm_90 and interpreted.
+gfx942. With layers chosen from a stack, only compiled for sm_90 and interpreted.
 """
 
 from collections.abc import Callable
