@@ -207,8 +207,9 @@ class PackedStack(Packed):
             self._made_of, self._chooses = present, None
         return self._layers
 
-    def chosen(self, x: Tensor, experts: Tensor) -> Tensor | None:
-        """x [M, K] by experts int64 [P], P / M for each token, which a kernel reads: [P, N]; None where none does."""
+    def choosing(self) -> "backends.Chosen | None":
+        """A function of x [M, K] and experts int64 [P], P / M for each token, which a kernel reads: [P, N]; None where
+        there is no such kernel."""
         layers = self.layers()
         if self._chooses is None:
             prepacked = [layer.prepack() for layer in layers]
@@ -224,7 +225,7 @@ class PackedStack(Packed):
             else:
                 for layer, one in zip(layers, weight, strict=True):
                     layer.hold(one)  # what was prepacked for it is not needed beside the stack
-        return self._chooses(cast_for_autocast(x), experts) if self._chooses else None
+        return self._chooses or None
 
     def codes(self) -> Tensor:
         """The weights as integers, int8 [E, N, K]."""
@@ -267,11 +268,11 @@ class PackedExperts(_Experts):
         """See BitExperts. Of a few tokens on a GPU, kernels read which experts there are, so that nothing waits."""
         pairs = top_k_index.numel()
         if 0 < pairs <= MOST_PAIRS and not observed.needs_operator(hidden_states, top_k_weights, None):
-            experts, (up, down) = top_k_index.reshape(-1), map(self.stack, self.stacks)
-            if (y := up.chosen(hidden_states, experts)) is not None:
-                z = down.chosen(self._gate(y), experts)
-                assert z is not None
-                return self._sum(z, top_k_weights.reshape(-1, 1), top_k_index.shape, hidden_states.dtype)
+            experts, (up, down) = top_k_index.reshape(-1), (self.stack(m).choosing() for m in self.stacks)
+            if up is not None and down is not None:
+                y = self._gate(up(cast_for_autocast(hidden_states), experts))
+                y = down(cast_for_autocast(y), experts)
+                return self._sum(y, top_k_weights.reshape(-1, 1), top_k_index.shape, hidden_states.dtype)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def stack(self, m: LatentWeight) -> PackedStack:

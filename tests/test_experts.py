@@ -189,6 +189,18 @@ def test_kernels_that_choose_experts_change_nothing(
             calls.clear()
             assert torch.equal(layer(x, index, weights), expected)
             assert calls == ([2 * tokens] * 2 if tokens <= 32 else [])
+            with monkeypatch.context() as without:  # such a kernel for one of the two
+
+                def unable(weight: Tensor, scale: Tensor, bias: Any, n: int, k: int, bits: Any) -> Any:
+                    return None if n == H else bind_stack(weight, scale, bias, n, k, bits)
+
+                without.setitem(backends.BACKENDS, "torch", backend._replace(bind_stack=unable))
+                for stack in (layer.stack(m) for m in layer.stacks):
+                    stack.set_backend("torch")
+                assert torch.equal(layer(x, index, weights), expected)
+                assert len(calls) == (2 if tokens <= 32 else 0)
+            for stack in (layer.stack(m) for m in layer.stacks):
+                stack.set_backend("torch")
             with torch.enable_grad():
                 assert torch.equal(layer(x.requires_grad_(), index, weights), expected)
             assert len(calls) == (2 if tokens <= 32 else 0)
