@@ -46,9 +46,7 @@ class Backend(NamedTuple):
     strict: bool = False  # whether prepack refuses stored bytes that encode no ternary value
     widths: tuple[int | None, ...] = (8,)  # activation_bits for which it has kernels, beside 4
     hardware: Callable[[torch.device], str] = str  # what decides whether its kernels are right, in words
-    others: Callable[[torch.device], proof.Results] = lambda device: iter(
-        ()
-    )  # results of its other kernels: training's
+    others: Callable[[torch.device], proof.Results] = lambda device: iter(())  # results of training's kernels
     bind_stack: Callable[[Tensor, Tensor, Tensor | None, int, int, int | None], Chosen | None] | None = None
     # the same for layers in a stack, of which a tensor says which are taken; None for those it has no such kernel for
     compiles: bool = False  # whether a kernel's first call takes so long that only those asked for are proved

@@ -25,6 +25,7 @@ from .families import known, text_part
 from .lean import prepare, restore, running
 from .native import Cached, embed, run
 from .plan import Plan, Unplanned
+from .rooms import left_of
 
 # transformers 5.24 renamed what forwards and outputs call their cache
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -121,7 +122,7 @@ class NativeForward(_Forward):
         if self.told.text is not None:
             named = self.told.text
         plain = len(args) < 2 and self._is_plain(named)
-        if plain and self._captures:
+        if plain and self._captures(named):
             if self._captured is None:
                 self._captured = Captured(self._base, CACHE)
             output = self._captured.step(cache, named, lambda: self._original(*args, **kwargs))
@@ -136,7 +137,7 @@ class NativeForward(_Forward):
                 rows.give_back(cache, self._base.dtype)
             ids = args[0] if args else kwargs.get("input_ids")
             given = kwargs.get("inputs_embeds") if ids is None else ids
-            if _is_observed() or observed.is_observed() or type(given) is not Tensor or not given.is_cpu:
+            if _is_observed() or type(given) is not Tensor or not given.is_cpu:
                 return self._original(*args, **kwargs)
             if not self._prepared:
                 self._convolves, self._prepared = prepare(self._base), True
@@ -146,13 +147,12 @@ class NativeForward(_Forward):
         output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPast
         return output(last_hidden_state=hidden, **{CACHE: cache})
 
-    @property
-    def _captures(self) -> bool:
-        return bool(self._base.device.type == "cuda")
+    def _captures(self, kwargs: dict[str, Any]) -> bool:
+        return any(getattr(kwargs.get(name), "is_cuda", False) for name in ("input_ids", "inputs_embeds"))
 
     def _is_plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call asks for nothing but the last hidden states of tokens, and nobody looks on."""
-        if self._base.training or _is_observed() or observed.is_observed():
+        if self._base.training or _is_observed():
             return False
         config = self._base.config
         if config.output_attentions or config.output_hidden_states or kwargs.get("return_dict") is False:
@@ -248,7 +248,7 @@ def _is_given(name: str, value: Any) -> bool:
 
 def _is_observed() -> bool:
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast
+    return torch.is_grad_enabled() or autocast or observed.is_observed()
 
 
 class _Rows:
@@ -320,11 +320,9 @@ class _NativeLayer(DynamicLayer):
         if self.first:
             self.rows.crop(0)
 
-    def crop(self, tokens_to_remove: int) -> None:  # before transformers 5.24 a positive number is what is left
-        columns = self.get_seq_length()
-        left = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
+    def crop(self, tokens_to_remove: int) -> None:
         if self.first:
-            self.rows.crop(max(0, left))
+            self.rows.crop(left_of(self.get_seq_length(), tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.first:

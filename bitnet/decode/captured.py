@@ -22,7 +22,7 @@ from .families import text_part
 from .lean import norms, prepare_norms
 from .native import head
 from .rooms import RoomLayer, Rooms, Unfit, Windows
-from .sequences import positions
+from .sequences import check_room, context_of
 
 CLOSE = 0.1  # of the norm: sums in another order move hidden states by 0.01, a wrong mask or position by 0.3 and more
 TRIES = 3  # a near-tie between experts may fall otherwise once
@@ -208,8 +208,7 @@ class RoomSequences:
         """Raises Unfit, with the reason, for a model whose steps do not run so, as a few tokens show."""
         self._model, self.slots, self.vocabulary = model, slots, model.config.get_text_config().vocab_size
         base = text_part(model.base_model)
-        most = positions(model.config) or 1 << 30
-        self.context = min(context or most, most)
+        self.context = context_of(model.config, context)
         self._captured = Captured(base, cache_name)
         if why := self._captured.why():
             raise Unfit(why)
@@ -218,7 +217,7 @@ class RoomSequences:
         self._marked: dict[int, tuple[int, list[Tensor]]] = {}  # by slot, how long it was, and its states
         self._device = model.device
         try:
-            why = self._differs(base.config)
+            why = self._begin(base.config)
         except Unfit:
             raise
         except Exception as error:
@@ -227,7 +226,7 @@ class RoomSequences:
             raise Unfit(why)
 
     @torch.inference_mode()
-    def _differs(self, config: Any) -> str | None:
+    def _begin(self, config: Any) -> str | None:
         """Begin, and say how the hidden states of a few tokens differ from transformers', if they do."""
         ids, last = torch.arange(1, 7, device=self._device)[None], self.slots - 1
         cache = DynamicCache(config=config)
@@ -298,9 +297,7 @@ class RoomSequences:
     @torch.inference_mode()
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """See Sequences."""
-        for slot, ids in work:
-            if self.length(slot) + len(ids) > self.context:
-                raise ValueError(f"{self.length(slot) + len(ids)} tokens, but a sequence holds {self.context}")
+        check_room(self, work)
         self._captured.why()
         self._rooms.stand(self._captured.version)
         singles = [(slot, int(ids[0])) for slot, ids in work if len(ids) == 1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .attach import CACHE
-from .sequences import positions
+from .sequences import check_room, context_of
 
 
 class EagerSequences:
@@ -23,8 +23,7 @@ class EagerSequences:
 
     def __init__(self, model: Any, slots: int = 8, context: int | None = None) -> None:
         self._model, self.slots, self.vocabulary = model, slots, model.config.get_text_config().vocab_size
-        most = positions(model.config) or 1 << 30
-        self.context = min(context or most, most)
+        self.context = context_of(model.config, context)
         self._lengths = [0] * slots
         self._caches: list[Cache | None] = [None] * slots
 
@@ -54,9 +53,7 @@ class EagerSequences:
     @torch.inference_mode()
     def extend(self, work: Sequence[tuple[int, Tensor]]) -> Tensor:
         """See Sequences."""
-        for slot, ids in work:
-            if self.length(slot) + len(ids) > self.context:
-                raise ValueError(f"{self.length(slot) + len(ids)} tokens, but a sequence holds {self.context}")
+        check_room(self, work)
         return torch.cat([self._extend(slot, ids) for slot, ids in work])
 
     def _extend(self, slot: int, ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
 from .families import text_part
 from .plan import Plan
+from .sequences import check_room
 
 ROOM = 256  # positions a cache has room for at first; it doubles
 
@@ -128,9 +129,7 @@ class NativeSequences:
         """Append each (slot, ids int64 [T]) to its slot; logits after the last of each, float32 [len(work), V]."""
         if not self._plan.current():
             self._plan = Plan(self._base, self._cache_type)
-        for slot, ids in work:
-            if self.length(slot) + len(ids) > self.context:
-                raise ValueError(f"{self.length(slot) + len(ids)} tokens, but a sequence holds {self.context}")
+        check_room(self, work)
         ids = torch.cat([ids for _, ids in work])
         embedded = embed(self._base, ids)
         hidden = run(self._plan, embedded, [(self._caches[slot], len(ids)) for slot, ids in work])

@@ -343,13 +343,18 @@ class RoomLayer(DynamicLayer):
     def reset(self) -> None:
         self.length = 0
 
-    def crop(self, tokens_to_remove: int) -> None:  # before transformers 5.24 a positive number is what is left
-        left = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
-        self.length = max(0, left)
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length = left_of(self.length, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for held in (self.keys, self.values):
             held.copy_(held.index_select(0, beam_idx.to(held.device)))
+
+
+def left_of(columns: int, tokens_to_remove: int) -> int:
+    """How many columns a cache's crop leaves; before transformers 5.24 a positive number is what is left."""
+    left = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
+    return max(0, left)
 
 
 def _plain(keys: Any, values: Any) -> DynamicLayer:

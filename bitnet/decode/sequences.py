@@ -42,3 +42,16 @@ def positions(config: Any) -> int | None:
     """How many tokens a model of a transformers config is made for; None without a limit, which XLNet calls -1."""
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if found and found > 0 else None
+
+
+def context_of(config: Any, context: int | None) -> int:
+    """How many tokens a sequence may hold: as many as are asked for, and no more than the model is made for."""
+    most = positions(config) or 1 << 30
+    return min(context or most, most)
+
+
+def check_room(sequences: Sequences, work: Sequence[tuple[int, Tensor]]) -> None:
+    """Raise ValueError if that would make a sequence too long."""
+    for slot, ids in work:
+        if (tokens := sequences.length(slot) + len(ids)) > sequences.context:
+            raise ValueError(f"{tokens} tokens, but a sequence holds {sequences.context}")

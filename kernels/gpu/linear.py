@@ -319,14 +319,23 @@ def unpack(layer: PreparedWeight) -> Tensor:
     return codes
 
 
-def _launch_gemv(config: Gemv, layer: PreparedWeight, x: Tensor, s: Tensor | None, y: Tensor, limbs: int = 1) -> None:
-    words = layer.weight.shape[1] // 4
+def _launch_gemv(
+    config: Gemv,
+    layer: PreparedWeight,
+    x: Tensor,
+    s: Tensor | None,
+    y: Tensor,
+    limbs: int = 1,
+    chosen: Tensor | None = None,
+) -> None:
+    words, scale = layer.weight.shape[-1] // 4, layer.scale
+    m, columns, share = (len(x), 1, 1) if chosen is None else (1, len(chosen), len(chosen) // len(x))
     with torch.cuda.device_of(x):
-        _gemv[triton.cdiv(layer.n, config.block_n * config.repeat),](
-            x, s, layer.weight.view(torch.int32), layer.scale, layer.bias, y, None, len(x), layer.n, x.stride(0),
-            K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(len(x)),
+        _gemv[triton.cdiv(layer.n, config.block_n * config.repeat), columns](
+            x, s, layer.weight.view(torch.int32), scale, layer.bias, y, chosen, m, layer.n, x.stride(0),
+            K=layer.k, PLANES=layer.planes, BYTES=4 * words, TOKENS=triton.next_power_of_2(m),
             BLOCK_N=config.block_n, REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words),
-            PER_ROW=layer.scale.numel() > 1, LIMBS=limbs, ASM=assembly(x),
+            PER_ROW=(scale if chosen is None else scale[0]).numel() > 1, LIMBS=limbs, ASM=assembly(x), SHARE=share,
             num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -341,18 +350,11 @@ def choosing(stack: PreparedWeight, activation_bits: int) -> Callable[[Tensor, T
     config = heuristic(gpu_of(stack.weight.device), 1, stack.n, stack.k, stack.planes, per_row, limbs)
     if not isinstance(config, Gemv):
         return None
-    words = stack.weight.shape[2] // 4
 
     def run(x: Tensor, chosen: Tensor) -> Tensor:
-        x, pairs = rows_of(x, stack.k), len(chosen)
-        y = x.new_empty(pairs, stack.n)
-        with torch.cuda.device_of(x):
-            _gemv[triton.cdiv(stack.n, config.block_n * config.repeat), pairs](
-                x, None, stack.weight.view(torch.int32), stack.scale, stack.bias, y, chosen, 1, stack.n, x.stride(0),
-                K=stack.k, PLANES=stack.planes, BYTES=4 * words, TOKENS=1, BLOCK_N=config.block_n,
-                REPEAT=config.repeat, BLOCK_W=triton.next_power_of_2(words), PER_ROW=per_row, LIMBS=limbs,
-                ASM=assembly(x), SHARE=pairs // len(x), num_warps=config.warps, enable_fp_fusion=False,
-            )  # fmt: skip
+        x = rows_of(x, stack.k)
+        y = x.new_empty(len(chosen), stack.n)
+        _launch_gemv(config, stack, x, None, y, limbs, chosen)
         return y
 
     return run
