@@ -52,6 +52,8 @@ def _model(kind: str, **options: object) -> Callable[[], PreTrainedModel]:
 
 # torch's attention does not cap scores, which transformers 5.17 leaves at that
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attn_implementation": "eager"}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+_YARN |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
 _SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 
 _LINEAR = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16}
@@ -140,6 +142,30 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "lfm2_moe": _model("lfm2_moe", **_SHORT, **_EXPERTS, num_dense_layers=1, routed_scaling_factor=1.5),
     "solar_open": _model("solar_open", **_ROUTED, head_dim=16),
     "exaone_moe": _model("exaone_moe", **_ROUTED, head_dim=16, **_SLIDING),
+    "gpt2": _model("gpt2"),
+    "opt": _model("opt", ffn_dim=80, word_embed_proj_dim=64, pad_token_id=0),
+    "falcon": _model("falcon", bias=True, num_attention_heads=2),
+    "olmo": _model("olmo", clip_qkv=1.5),
+    "apertus": _model("apertus", head_dim=16, pad_token_id=0),
+    "ministral3": _model("ministral3", head_dim=16, rope_parameters=_YARN, sliding_window=None),
+    "nanochat": _model("nanochat", final_logit_softcapping=3.0),
+    "hyperclovax": _model("hyperclovax", embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=0.5),
+    "gpt_oss": _model("gpt_oss", num_local_experts=6, num_experts_per_tok=3, head_dim=16, **_SLIDING),
+    "granitemoeshared": _model(
+        "granitemoeshared",
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        shared_intermediate_size=64,
+        residual_multiplier=0.4,
+    ),
+    "mellum": _model("mellum", **_EXPERTS, head_dim=16, **_SLIDING, mlp_layer_types=["dense", *["sparse"] * 3]),
+    "hy_v3": _model("hy_v3", **_EXPERTS, head_dim=16, num_shared_experts=2),
+    "afmoe": _model(
+        "afmoe", **_EXPERTS, head_dim=16, **_SLIDING, mup_enabled=True, num_dense_layers=1, num_shared_experts=1
+    ),
+    "qwen3_next": _model("qwen3_next", **_LINEAR, **_EXPERTS, shared_expert_intermediate_size=80),
+    "olmo_hybrid": _model("olmo_hybrid", **_LINEAR, linear_allow_neg_eigval=True, pad_token_id=0),
+    "sarvam_moe": _model("sarvam_moe", **_ROUTED, head_dim=16),
 }
 
 

@@ -9,12 +9,20 @@ import pytest
 import torch
 from decode_models import FAMILIES, SEEING, image_inputs, packed, stepwise
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, TextIteratorStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TextIteratorStreamer,
+)
 
 import bitnet
 from bitnet.decode.attach import NativeForward, native_decoding, why_not
 from bitnet.decode.native import Cached, NativeSequences, run
-from bitnet.decode.plan import Plan, Unplanned
+from bitnet.decode.pieces import Unplanned
+from bitnet.decode.plan import Plan
 from bitnet.experts import PackedStack
 from bitnet.kernels.cpu import library
 from bitnet.kernels.cpu import step as native
@@ -252,7 +260,7 @@ def test_a_changed_mixture_is_noticed(change: str) -> None:
 
 @pytest.mark.parametrize("why", ["head_dim", "float layer", "kind", "hook", "activation", "rope", "float experts"])
 def test_models_that_are_not_computed_say_why(why: str) -> None:
-    from tiny import gpt2, llama
+    from tiny import llama
 
     model, words = packed(), "multiple of 16"
     if why == "head_dim":
@@ -261,7 +269,7 @@ def test_models_that_are_not_computed_say_why(why: str) -> None:
         model.model.layers[2].mlp.down_proj.to_linear(torch.float32)
         words = "layers.2.mlp.down_proj is a Linear, not a packed layer"
     elif why == "kind":
-        model, words = gpt2(), "GPT2Model is not one of"
+        model, words = _bloom(), "BloomModel is not one of"
     elif why == "hook":
         plan = Plan(model.base_model)
         model.model.layers[0].register_forward_hook(lambda *_: None)
@@ -278,6 +286,27 @@ def test_models_that_are_not_computed_say_why(why: str) -> None:
         model.model.rotary_emb.rope_type, words = "dynamic", "rotary positions of type dynamic"
     assert words in str(why_not(model))
     with pytest.raises(Unplanned, match=r"\w"):
+        NativeSequences(model)
+
+
+def _bloom() -> PreTrainedModel:
+    config = AutoConfig.for_model("bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=200)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_head_that_does_more_than_its_layer_is_left_to_the_model() -> None:
+    """The server computes logits itself; a model's own class may do something to them."""
+
+    class Sharper(LlamaForCausalLM):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    model = packed()
+    NativeSequences(model)
+    model.__class__ = Sharper
+    with pytest.raises(Unplanned, match="the logits of a Sharper are not those of its output layer"):
         NativeSequences(model)
 
 
@@ -515,9 +544,7 @@ def test_a_loaded_checkpoint_decodes_natively(calls: Calls, tmp_path: Path) -> N
 
 
 def test_asking_for_what_the_step_does_not_compute_raises() -> None:
-    from tiny import gpt2
-
-    with pytest.raises(ValueError, match="native_decoding: GPT2Model is not one of LlamaModel"):
-        bitnet.native_decoding(gpt2())
+    with pytest.raises(ValueError, match="native_decoding: BloomModel is not one of the models"):
+        bitnet.native_decoding(_bloom())
     with pytest.raises(ValueError, match="cache_type must be one of float32, float16, int8, got 'bf16'"):
         bitnet.native_decoding(packed(), "bf16")

@@ -373,20 +373,20 @@ def test_a_key_is_asked_for_and_limits_hold(folder: Path) -> None:
 
 def test_a_model_the_native_step_does_not_know_is_served_too(tmp_path: Path) -> None:
     import torch
-    from transformers import OlmoConfig, OlmoForCausalLM
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
     import bitnet
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = OlmoForCausalLM(OlmoConfig(**sizes, vocab_size=259, eos_token_id=256)).eval()
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes, vocab_size=259, eos_token_id=256)).eval()
     bitnet.replace_linear(model)
     bitnet.pack(model)
     bitnet.save(model, tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with serving(tmp_path, max_batch=2) as address:
         card = httpx.get(f"{address}/v1/models").json()["data"][0]
-        assert card["engine"].startswith("transformers (OlmoModel is not one of")
+        assert card["engine"].startswith("transformers (DiffLlamaModel is not one of")
         alone = text_of(chat(address))
         with ThreadPoolExecutor(3) as pool:
             assert [text_of(a) for a in pool.map(lambda _: chat(address), range(3))] == [alone] * 3

@@ -17,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPastAndCrossAttentions,
+    MoeModelOutputWithPast,
+)
 
 from ..kernels import observed
 from .captured import Captured
 from .families import known, text_part
 from .lean import prepare, restore, running
 from .native import Cached, embed, run
-from .plan import Plan, Unplanned
+from .pieces import Unplanned
+from .plan import Plan
 from .rooms import left_of
 
 # transformers 5.24 renamed what forwards and outputs call their cache
@@ -144,7 +149,7 @@ class NativeForward(_Forward):
             with running(cache, given.shape[1], self._convolves):
                 return self._original(*args, **kwargs)
         mixtures = self._plan is not None and self._plan.mixtures  # whose heads look for their routers' outputs
-        output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPast
+        output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPastAndCrossAttentions
         return output(last_hidden_state=hidden, **{CACHE: cache})
 
     def _captures(self, kwargs: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..kept import Packed
 from .families import text_part
 from .lean import norms, prepare_norms
-from .native import head
+from .native import head, odd_head
 from .rooms import RoomLayer, Rooms, Unfit, Windows
 from .sequences import check_room, context_of
 
@@ -210,7 +210,7 @@ class RoomSequences:
         base = text_part(model.base_model)
         self.context = context_of(model.config, context)
         self._captured = Captured(base, cache_name)
-        if why := self._captured.why():
+        if why := self._captured.why() or odd_head(model, model.config.get_text_config().hidden_size):
             raise Unfit(why)
         self.marks = any(self._captured.windows.recurs)
         self.cuts = not self.marks

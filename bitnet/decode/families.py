@@ -3,34 +3,61 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+_Norms = tuple[str | None, str | None, str | None, str | None]
+
+
+def _no(config: Any) -> None:
+    return None
+
+
+def _kv_heads(config: Any) -> int | None:
+    return getattr(config, "num_key_value_heads", None)
+
+
+def _multiplier(config: Any) -> float:
+    return getattr(config, "embedding_multiplier", 1)
+
 
 class Family(NamedTuple):
-    """What the modules of a model type do not say themselves."""
+    """What the modules of a base model do not say themselves."""
 
-    base: str  # class in transformers
-    norms: tuple[str | None, str | None, str | None, str | None] = (  # before and after attention, and the MLP
+    norms: _Norms = (
         "input_layernorm",
         None,
         "post_attention_layernorm",
         None,
-    )
+    )  # before and after attention, and the MLP
     plus_one: bool = False  # norms multiply by 1 + weight
     centered: bool = False  # norms take the mean off, though they are not torch's LayerNorm
     parallel: bool = False  # attention and the MLP see the same x, and its one norm where there is no second
     interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
     mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
-    holder: str = "mlp"  # of these, or of experts
-    gate: str | None = None  # where the config does not name the activation
+    holder: str | None = "mlp"  # of these, or of experts; None: the layer
+    gate: str | None = None  # where the config does not say how they are gated
     turned: bool = False  # positions come before the norms of queries and keys
     added: float = 0  # to the sum that experts' weights are divided by
     score: str = "softmax"  # of a router's outputs; see kernels/csrc/bitnet_cpu.h
     attention: str = "self_attn"
     recurrence: str = "linear_attn"  # in its place
+    recurrent_norms: _Norms | None = None  # beside it, if not `norms`
+    layers: str = "layers"
     fused: str = "qkv_proj"  # q, k and v in one layer, where there is such a one
     by_head: bool = False  # in which those of a head are one after the other
     out: str = "o_proj"
     final: str = "norm"
     rotary: str = "rotary_emb"
+    halves: bool = False  # whose tables have each angle once
+    flipped: bool = False  # which turn the other way
+    learned: str | None = None  # a table of what is added to embeddings by position
+    learned_offset: int = 0  # of position 0 in it
+    normed: bool = False  # embeddings go through the final norm
+    multiplier: Callable[[Any], float] = _multiplier  # of embeddings, by the config
+    logits: str = "divided"  # by the config's logits_scaling; or "multiplied"
+    position_scales: Callable[[Any, Tensor], Tensor] | None = None  # of queries, by the config, at positions
+    kv_heads: Callable[[Any], int | None] = _kv_heads  # by the config; None: as many as heads
+    odd: Callable[[Any], str | None] = _no  # why a config's options are not what the step computes
     window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
     rotates: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
 
@@ -47,6 +74,38 @@ def _exaone_rotates(attention: Any) -> bool:
     return attention.sliding_window is None or attention.is_sliding
 
 
+def _llama4_scales(config: Any, positions: Tensor) -> Tensor:
+    """transformers' get_llama_4_attn_scale."""
+    rope = config.rope_parameters
+    beyond: Tensor = (positions / rope["original_max_position_embeddings"]).floor()
+    return 1 + rope["llama_4_scaling_beta"] * beyond.log1p()
+
+
+def _odd_opt(config: Any) -> str | None:
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        return "its norms come after its layers"
+    return "its embeddings are projected" if config.word_embed_proj_dim != config.hidden_size else None
+
+
+def _odd_gpt2(config: Any) -> str | None:
+    return "it has cross-attention" if config.add_cross_attention else None
+
+
+def _odd_falcon(config: Any) -> str | None:
+    if config.alibi:
+        return "alibi in place of rotary positions"
+    if not config.parallel_attn:
+        return "its attention and MLPs come in turn"
+    if config.new_decoder_architecture or not (config.multi_query or config.num_attention_heads == 1):
+        return "its queries, keys and values lie together"
+    return None
+
+
+def _mup(config: Any) -> float:
+    return float(config.hidden_size**0.5) if config.mup_enabled else 1
+
+
+_BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
@@ -62,24 +121,21 @@ _LFM2: dict[str, Any] = {
 }
 
 FAMILIES = {
-    "llama": Family("LlamaModel"),
-    "mistral": Family("MistralModel", window=_of_config),
-    "qwen2": Family("Qwen2Model"),
-    "qwen3": Family("Qwen3Model"),
-    "gemma": Family("GemmaModel", plus_one=True),
-    "gemma2": Family("Gemma2Model", _SANDWICH, plus_one=True),
-    "vaultgemma": Family(
-        "VaultGemmaModel", ("input_layernorm", None, "pre_feedforward_layernorm", None), plus_one=True
-    ),
-    "gemma3_text": Family("Gemma3TextModel", _SANDWICH, plus_one=True),
-    "bitnet": Family("BitNetModel"),
-    "smollm3": Family("SmolLM3Model"),
-    "olmo2": Family("Olmo2Model", _AFTER),
-    "olmo3": Family("Olmo3Model", _AFTER),
-    "phi": Family("PhiModel", parallel=True, mlp=(None, "fc1", "fc2"), out="dense", final="final_layernorm"),
-    "phi3": Family("Phi3Model", window=_of_config),
-    "gpt_neox": Family(
-        "GPTNeoXModel",
+    "LlamaModel": Family(),
+    "MistralModel": Family(window=_of_config),
+    "Qwen2Model": Family(),
+    "Qwen3Model": Family(),
+    "GemmaModel": Family(plus_one=True),
+    "Gemma2Model": Family(_SANDWICH, plus_one=True),
+    "VaultGemmaModel": Family(("input_layernorm", None, "pre_feedforward_layernorm", None), plus_one=True),
+    "Gemma3TextModel": Family(_SANDWICH, plus_one=True),
+    "BitNetModel": Family(),
+    "SmolLM3Model": Family(),
+    "Olmo2Model": Family(_AFTER),
+    "Olmo3Model": Family(_AFTER),
+    "PhiModel": Family(parallel=True, mlp=(None, "fc1", "fc2"), out="dense", final="final_layernorm"),
+    "Phi3Model": Family(window=_of_config),
+    "GPTNeoXModel": Family(
         mlp=(None, "dense_h_to_4h", "dense_4h_to_h"),
         attention="attention",
         fused="query_key_value",
@@ -87,55 +143,107 @@ FAMILIES = {
         out="dense",
         final="final_layer_norm",
     ),
-    "granite": Family("GraniteModel"),
-    "cohere": Family("CohereModel", centered=True, parallel=True, interleaved=True),
-    "cohere2": Family(
-        "Cohere2Model",
+    "GraniteModel": Family(),
+    "CohereModel": Family(centered=True, parallel=True, interleaved=True),
+    "Cohere2Model": Family(
         centered=True,
         parallel=True,
         interleaved=True,
         rotates=lambda attention: attention.sliding_window is not None,
     ),
-    "exaone4": Family("Exaone4Model", _AFTER, window=_of_exaone, rotates=_exaone_rotates),
-    "glm": Family("GlmModel", interleaved=True),
-    "glm4": Family("Glm4Model", _GLM4, interleaved=True),
-    "helium": Family("HeliumModel", interleaved=True),
-    "ernie4_5": Family("Ernie4_5Model", interleaved=True),
-    "seed_oss": Family("SeedOssModel"),
-    "ministral": Family("MinistralModel"),
-    "cwm": Family("CwmModel"),
-    "jais2": Family("Jais2Model", mlp=(None, "up_proj", "down_proj")),
-    "nemotron": Family("NemotronModel", plus_one=True, mlp=(None, "up_proj", "down_proj")),
-    "arcee": Family("ArceeModel", mlp=(None, "up_proj", "down_proj")),
-    "starcoder2": Family("Starcoder2Model", mlp=(None, "c_fc", "c_proj"), window=_of_config),
-    "stablelm": Family("StableLmModel"),
-    "mixtral": Family("MixtralModel", window=_of_config),
-    "qwen2_moe": Family("Qwen2MoeModel"),
-    "qwen3_moe": Family("Qwen3MoeModel"),
-    "olmoe": Family("OlmoeModel"),
-    "flex_olmo": Family("FlexOlmoModel", _AFTER),
-    "granitemoe": Family("GraniteMoeModel", holder="block_sparse_moe", score="softmax of chosen"),
-    "ernie4_5_moe": Family("Ernie4_5_MoeModel", interleaved=True),
-    "minimax_m2": Family("MiniMaxM2Model", score="sigmoid"),
-    "glm4_moe": Family("Glm4MoeModel", score="sigmoid"),
-    "dots1": Family("Dots1Model", score="sigmoid"),
-    "solar_open": Family("SolarOpenModel", score="sigmoid"),
-    "qwen3_5_text": Family("Qwen3_5TextModel", plus_one=True),
-    "qwen3_5_moe_text": Family("Qwen3_5MoeTextModel", plus_one=True),
-    "hunyuan_v1_dense": Family("HunYuanDenseV1Model", turned=True),
-    "hunyuan_v1_moe": Family("HunYuanMoEV1Model", turned=True),
-    "lfm2": Family("Lfm2Model", **_LFM2),
-    "lfm2_moe": Family("Lfm2MoeModel", **_LFM2, score="sigmoid", added=1e-6, rotary="pos_emb"),
-    "exaone_moe": Family("ExaoneMoeModel", window=_of_exaone, rotates=_exaone_rotates, score="sigmoid"),
+    "Exaone4Model": Family(_AFTER, window=_of_exaone, rotates=_exaone_rotates),
+    "GlmModel": Family(interleaved=True),
+    "Glm4Model": Family(_GLM4, interleaved=True),
+    "HeliumModel": Family(interleaved=True),
+    "Ernie4_5Model": Family(interleaved=True),
+    "SeedOssModel": Family(),
+    "MinistralModel": Family(),
+    "CwmModel": Family(),
+    "Jais2Model": Family(mlp=(None, "up_proj", "down_proj")),
+    "NemotronModel": Family(plus_one=True, mlp=(None, "up_proj", "down_proj")),
+    "ArceeModel": Family(mlp=(None, "up_proj", "down_proj")),
+    "Starcoder2Model": Family(mlp=(None, "c_fc", "c_proj"), window=_of_config),
+    "StableLmModel": Family(),
+    "MixtralModel": Family(window=_of_config),
+    "Qwen2MoeModel": Family(),
+    "Qwen3MoeModel": Family(),
+    "OlmoeModel": Family(),
+    "FlexOlmoModel": Family(_AFTER),
+    "GraniteMoeModel": Family(holder="block_sparse_moe", score="softmax of chosen"),
+    "Ernie4_5_MoeModel": Family(interleaved=True),
+    "MiniMaxM2Model": Family(score="sigmoid"),
+    "Glm4MoeModel": Family(score="sigmoid"),
+    "Dots1Model": Family(score="sigmoid"),
+    "SolarOpenModel": Family(score="sigmoid"),
+    "Qwen3_5TextModel": Family(plus_one=True),
+    "Qwen3_5MoeTextModel": Family(plus_one=True),
+    "HunYuanDenseV1Model": Family(turned=True),
+    "HunYuanMoEV1Model": Family(turned=True),
+    "Lfm2Model": Family(**_LFM2),
+    "Lfm2MoeModel": Family(**_LFM2, score="sigmoid", added=1e-6, rotary="pos_emb"),
+    "ExaoneMoeModel": Family(window=_of_exaone, rotates=_exaone_rotates, score="sigmoid"),
+    "GPT2Model": Family(
+        ("ln_1", None, "ln_2", None),
+        mlp=(None, "c_fc", "c_proj"),
+        attention="attn",
+        fused="c_attn",
+        out="c_proj",
+        layers="h",
+        final="ln_f",
+        learned="wpe",
+        kv_heads=_no,
+        odd=_odd_gpt2,
+    ),
+    "OPTDecoder": Family(
+        ("self_attn_layer_norm", None, "final_layer_norm", None),
+        mlp=(None, "fc1", "fc2"),
+        holder=None,
+        out="out_proj",
+        final="final_layer_norm",
+        learned="embed_positions",
+        learned_offset=2,
+        kv_heads=_no,
+        odd=_odd_opt,
+    ),
+    "FalconModel": Family(
+        parallel=True,
+        mlp=(None, "dense_h_to_4h", "dense_4h_to_h"),
+        attention="self_attention",
+        fused="query_key_value",
+        out="dense",
+        layers="h",
+        final="ln_f",
+        kv_heads=lambda config: 1,
+        odd=_odd_falcon,
+    ),
+    "OlmoModel": Family(centered=True),
+    "ApertusModel": Family(
+        ("attention_layernorm", None, "feedforward_layernorm", None), mlp=(None, "up_proj", "down_proj")
+    ),
+    "Ministral3Model": Family(window=_of_config, position_scales=_llama4_scales),
+    "NanoChatModel": Family(mlp=(None, "fc1", "fc2"), turned=True, flipped=True, normed=True),
+    "HyperCLOVAXModel": Family(
+        ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"), logits="multiplied"
+    ),
+    "GptOssModel": Family(halves=True, gate="clamped_swiglu", score="softmax of chosen"),
+    "GraniteMoeSharedModel": Family(holder="block_sparse_moe", score="softmax of chosen"),
+    "MellumModel": Family(),
+    "HYV3Model": Family(score="sigmoid", added=1e-20),
+    "AfmoeModel": Family(
+        ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+        score="sigmoid",
+        added=1e-20,
+        multiplier=_mup,
+        rotates=lambda attention: attention.is_local_attention,
+    ),
+    "Qwen3NextModel": Family(plus_one=True),
+    "OlmoHybridModel": Family(_AFTER, recurrent_norms=_BEFORE),
 }
 
 
 def known(base: Any) -> bool:
     """Is it the base model of a family, of transformers' own class?"""
-    family = FAMILIES.get(getattr(getattr(base, "config", None), "model_type", ""))
-    return (
-        family is not None and type(base).__name__ == family.base and type(base).__module__.startswith("transformers.")
-    )
+    return type(base).__name__ in FAMILIES and type(base).__module__.startswith("transformers.")
 
 
 # Models that also see, whose language models compute what is text alone as if there were nothing else.
@@ -143,7 +251,10 @@ SEEING = {"gemma3", "mistral3", "llava", "qwen3_5", "qwen3_5_moe"}
 
 
 def text_part(base: Any) -> Any:
-    """What of a base model computes text: its language model if it is one of SEEING and that is known, or itself."""
-    part = getattr(base, "language_model", None)
-    seeing = getattr(getattr(base, "config", None), "model_type", "") in SEEING
+    """What of a base model computes text: its language model if it is one of SEEING and that is known, or itself.
+
+    Of OPT it is the decoder inside, which the head calls, too.
+    """
+    part = getattr(base, "decoder" if type(base).__name__ == "OPTModel" else "language_model", None)
+    seeing = getattr(getattr(base, "config", None), "model_type", "") in SEEING | {"opt"}
     return part if seeing and type(base).__module__.startswith("transformers.") and known(part) else base

@@ -35,7 +35,7 @@ from ..kernels.cpu import library
 from ..kernels.cpu.attention import attention, bind_rms_norm
 from ..kernels.cpu.library import FLOATS
 from .native import ROOM
-from .plan import eps_of
+from .pieces import eps_of
 
 _NARROW = torch.bfloat16, torch.float16
 MOST_TOKENS = 8  # beyond these torch's matrix products are as fast

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
-from .families import text_part
+from .families import FAMILIES, text_part
+from .pieces import Unplanned
 from .plan import Plan
 from .sequences import check_room
 
@@ -70,7 +72,6 @@ def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Ten
     embedded: floating [M, hidden], the embeddings of the first sequence's tokens, then of the second's, ...; work: each
     sequence and how many of the tokens are its own. No sequence may come twice.
     """
-    x = embedded.to(torch.float32, copy=True).contiguous()
     caches = [cached for cached, _ in work]
     sequence: list[int] = []
     position: list[int] = []
@@ -78,6 +79,9 @@ def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Ten
         sequence += [i] * count
         position += range(cached.length, cached.length + count)
     plan.reach(max(position) + 1)
+    if plan.learned is not None:
+        embedded = embedded + plan.learned.weight[[at + plan.family.learned_offset for at in position]]
+    x = embedded.to(torch.float32, copy=True).contiguous()
     for cached, count in work:
         cached.reserve(cached.length + count)
     stores = [cached.store for cached in caches]
@@ -99,6 +103,8 @@ class NativeSequences:
         self._model, self._cache_type = model, cache_type
         self._base = text_part(model.base_model)
         self._plan = Plan(self._base, cache_type)
+        if why := odd_head(model, self._plan.hidden):
+            raise Unplanned(why)
         self._caches = [Cached(self._plan) for _ in range(slots)]
         self.marks = self._plan.kept.windows is not None
         self.cuts = not self.marks
@@ -140,8 +146,39 @@ class NativeSequences:
 def embed(base: Any, ids: Tensor) -> Tensor:
     """What the blocks of a base model begin with, [M, hidden] for ids [M]."""
     rows: Tensor = base.get_input_embeddings()(ids)
-    multiplier = getattr(base.config, "embedding_multiplier", 1)  # of Granite; Gemma's embedding does it itself
-    return rows if multiplier == 1 else rows * multiplier
+    family = FAMILIES[type(base).__name__]
+    multiplier = family.multiplier(base.config)  # Gemma's embedding does it itself
+    rows = rows if multiplier == 1 else rows * multiplier
+    return base.norm(rows) if family.normed else rows
+
+
+class _Last(BaseModelOutput):
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+@torch.inference_mode()
+def odd_head(model: Any, hidden: int) -> str | None:
+    """Why a model's own logits of a last hidden state of so many features are not those of `head`, if they are not."""
+    base = text_part(model.base_model)
+    last = torch.randn(1, 1, hidden, generator=torch.Generator().manual_seed(0)).to(base.device, base.dtype)
+    before = vars(base).get("forward")
+    vars(base)["forward"] = lambda *_, **__: _Last(last_hidden_state=last)
+    try:
+        own = (
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=base.device), use_cache=False).logits[0].float()
+        )
+    except Exception as error:
+        return f"its head could not be seen alone: {type(error).__name__}: {error}"
+    finally:
+        if before is None:
+            del vars(base)["forward"]
+        else:
+            vars(base)["forward"] = before
+    found = head(model, last[0])
+    alike = found.shape == own.shape and bool(((found - own).norm() <= 0.02 * own.norm()).all())
+    return None if alike else f"the logits of a {type(model).__name__} are not those of its output layer"
 
 
 def head(model: Any, hidden: Tensor) -> Tensor:
@@ -152,7 +189,8 @@ def head(model: Any, hidden: Tensor) -> Tensor:
     config = model.config  # not its text part's: what is around that, in models that also see, has none of these
     if (factor := getattr(config, "logit_scale", 1)) != 1:  # Cohere's; a vocabulary is long: nothing is done in vain
         logits = logits * factor
-    if (divisor := getattr(config, "logits_scaling", 1)) != 1:  # Granite's
-        logits = logits / divisor
+    if (scaling := getattr(config, "logits_scaling", 1)) != 1:  # Granite's
+        family = FAMILIES.get(type(text_part(model.base_model)).__name__)
+        logits = logits * scaling if family and family.logits == "multiplied" else logits / scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

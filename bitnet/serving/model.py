@@ -12,7 +12,7 @@ from ..decode.batch import Request, Scheduler
 from ..decode.captured import RoomSequences
 from ..decode.eager import EagerSequences
 from ..decode.native import NativeSequences
-from ..decode.plan import Unplanned
+from ..decode.pieces import Unplanned
 from ..decode.rooms import Unfit
 from ..decode.sampling import Grammar, Sampler, Sampling, Token
 from ..decode.sequences import Sequences

@@ -18,7 +18,8 @@ from .linear import PreparedWeight
 MOST_TOKENS = 256  # of one call
 COLUMNS = 32  # features of a recurrence's values that are summed at once
 RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
-GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3}
+GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "xielu": 5, "clamped_swiglu": 6}
+PARTS = {"four layers": 0, "by key head": 1, "six layers": 2}
 SCORES = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
@@ -35,7 +36,7 @@ class Product(ctypes.Structure):
         ("signs", _pointer),
         ("hadamard", _int64),
         ("count", _int64),
-        ("layers", ctypes.POINTER(PreparedWeight) * 4),
+        ("layers", ctypes.POINTER(PreparedWeight) * 6),
     )
 
 
@@ -51,6 +52,8 @@ class Recurrence(ctypes.Structure):
         ("value_heads", _int64),
         ("key_dim", _int64),
         ("value_dim", _int64),
+        ("most", ctypes.c_float),
+        ("parts", _int32),
     )
 
 
@@ -58,6 +61,7 @@ class Mixture(ctypes.Structure):
     _fields_ = (
         ("norm", Norm),
         ("router", _pointer),
+        ("bias", _pointer),
         ("correction", _pointer),
         ("experts", _int64),
         ("chosen", _int64),
@@ -88,6 +92,7 @@ class Block(ctypes.Structure):
         ("after_mlp", Norm),
         ("recurrence", ctypes.POINTER(Recurrence)),
         ("mixture", ctypes.POINTER(Mixture)),
+        ("sinks", _pointer),
         ("place", _int64),
         ("inner", _int64),
         ("window", _int64),
@@ -97,6 +102,7 @@ class Block(ctypes.Structure):
         ("whole", _int32),
         ("parallel", _int32),
         ("turned", _int32),
+        ("shape", ctypes.c_float * 4),
     )
 
 
@@ -111,10 +117,12 @@ class Plan(ctypes.Structure):
         ("half", _int64),
         ("positions", _int64),
         ("ropes", _pointer * 2 * 2),
+        ("position_scales", _pointer),
         ("final", Norm),
         ("scaling", ctypes.c_float),
         ("cap", ctypes.c_float),
         ("residual", ctypes.c_float),
+        ("clip", ctypes.c_float),
         ("interleaved", _int32),
         ("by_head", _int32),
         ("query_gate", _int32),

@@ -108,8 +108,8 @@ INLINE float normal(float x) {
   return x < 0 ? half : 1 - half;
 }
 
-// gate = f(gate) * up, or without up f(gate)
-[[maybe_unused]] void apply_gate(int32_t kind, float* gate, const float* up, int64_t k) {
+// gate = f(gate) * up, or without up f(gate). shape: see Block.
+[[maybe_unused]] void apply_gate(int32_t kind, const float* shape, float* gate, const float* up, int64_t k) {
   switch (kind) {
     case kSilu: return apply([](float x) INLINE_LAMBDA { return silu(x); }, gate, up, k);
     case kSquaredRelu:
@@ -123,6 +123,24 @@ INLINE float normal(float x) {
         return x / (1 + exponential(-2 * z));
       }, gate, up, k);
     case kGelu: return apply([](float x) INLINE_LAMBDA { return x * normal(x); }, gate, up, k);
+    case kRelu: return apply([](float x) INLINE_LAMBDA { return x > 0 ? x : 0; }, gate, up, k);
+    case kXielu: {
+      const float positive = shape[0], negative = shape[1], beta = shape[2], eps = shape[3];
+      return apply([=](float x) INLINE_LAMBDA {
+        const float below = exponential(x < eps ? x : eps) - 1 - x;
+        return (x > 0 ? positive * x * x : negative * below) + beta * x;
+      }, gate, up, k);
+    }
+    case kClampedSwiglu: {
+      const float alpha = shape[0], limit = shape[1];
+      for (int64_t i = 0; i < k; ++i) {  // in place: what is read is not yet written
+        float g = gate[2 * i], u = gate[2 * i + 1];
+        g = g > limit ? limit : g;
+        u = u > limit ? limit : u < -limit ? -limit : u;
+        gate[i] = g / (1 + exponential(-alpha * g)) * (u + 1);
+      }
+      return;
+    }
     case kSigmoid: return apply([](float x) INLINE_LAMBDA { return sigmoid(x); }, gate, up, k);
   }
 }
@@ -213,10 +231,10 @@ INLINE void score(const CachedHead& cache, const Query* queries, int64_t dim, in
       for (at = first; at < last; ++at) scores[t * stride + at - first] *= cache.key_scales[at];
 }
 
-// Scores of positions [0, count) to weights that add up to 1.
-INLINE void softmax(float* scores, int64_t count) {
+// Scores of positions [0, count) to weights that add up to 1, or with the weight of a sink, which nothing is seen of.
+INLINE void softmax(float* scores, int64_t count, const float* sink = nullptr) {
   float top[kRun], sum[kRun] = {};
-  for (int l = 0; l < kRun; ++l) top[l] = scores[0];
+  for (int l = 0; l < kRun; ++l) top[l] = sink && *sink > scores[0] ? *sink : scores[0];
   int64_t i = 0;
   for (; i + kRun <= count; i += kRun)
     for (int l = 0; l < kRun; ++l) top[l] = scores[i + l] > top[l] ? scores[i + l] : top[l];
@@ -233,6 +251,7 @@ INLINE void softmax(float* scores, int64_t count) {
     sum[l] += scores[i];
   }
   for (int l = 1; l < kRun; ++l) sum[0] += sum[l];
+  if (sink) sum[0] += exponential(*sink - most);
   const float factor = 1 / sum[0];
   for (i = 0; i < count; ++i) scores[i] *= factor;
 }
@@ -292,7 +311,7 @@ void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float
     if (cap)  // cap * tanh(s / cap), of tanh(z) = 1 - 2 / (e^2z + 1)
       for (int64_t i = first; i < last; ++i) row[i - start] = cap - 2 * cap / (exponential(2 / cap * row[i - start]) + 1);
     for (int64_t i = first; i < queries[t].first; ++i) row[i - start] = 0;
-    softmax(row + queries[t].first - start, queries[t].last - queries[t].first);
+    softmax(row + queries[t].first - start, queries[t].last - queries[t].first, queries[t].sink);
     for (int64_t i = queries[t].last; i < last; ++i) row[i - start] = 0;
     if constexpr (C::kScaled)
       for (int64_t i = first; i < last; ++i) row[i - start] *= cache.value_scales[i];

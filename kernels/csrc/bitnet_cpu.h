@@ -62,12 +62,16 @@ struct Product {
   const int8_t* signs;  // of the transform, [k] or null
   int64_t hadamard;
   int64_t count;
-  const PreparedWeight* layers[4];
+  const PreparedWeight* layers[6];
 };
 
-// What is in place of attention. Linear attention by the gated delta rule: its block's `in` are four layers: queries, keys
-// and values, which are convolved; the gate z of the outputs; what a new value weighs; how fast the state fades. Or, where
-// value_heads is 0, a short convolution: `in` is one layer of three parts b, c and x, and y = c * convolution(b * x).
+// How the `in` of a block with the gated delta rule give queries, keys and values, which are convolved, the gate z of the
+// outputs, what a new value weighs, and how fast the state fades: in four layers; in two, of which the first has q, k, v and z
+// and the other the rest, those of a key's head one after the other; or in six.
+enum Parts { kFourLayers = 0, kByKeyHead = 1, kSixLayers = 2 };
+
+// What is in place of attention. Linear attention by the gated delta rule, or, where value_heads is 0, a short convolution:
+// `in` is one layer of three parts b, c and x, and y = c * convolution(b * x).
 struct Recurrence {
   const float* convolution;  // [kernel, channels]; of heads followed by silu
   const float* speed;        // [value_heads]: the state of a token becomes exp(-speed * log(1 + exp(x + shift))) of it
@@ -75,6 +79,8 @@ struct Recurrence {
   Norm norm;                 // of each head's outputs, before they are multiplied by silu(z)
   int64_t kernel, channels;  // channels: 2 * key_heads * key_dim + value_heads * value_dim
   int64_t key_heads, value_heads, key_dim, value_dim;  // value_dim: a multiple of 32
+  float most;                // that a new value weighs: the sigmoid of its weight times this
+  int32_t parts;
 };
 
 // What scores of experts become: a softmax or sigmoids, of which some are chosen, or a softmax of those chosen.
@@ -85,6 +91,7 @@ enum Score { kSoftmax = 0, kSigmoids = 1, kSoftmaxOfChosen = 2 };
 struct Mixture {
   Norm norm;
   const void* router;         // [experts, hidden] of router_type; a row more if shared_gate
+  const float* bias;          // of the router, as many; null: none
   const float* correction;    // added to scores where experts are chosen, but not to their weights; null: nothing is
   int64_t experts, chosen;
   int64_t groups, groups_chosen;  // experts are chosen from so many of these groups of neighbours
@@ -110,6 +117,7 @@ struct Block {
   Norm after_attention, after_mlp;
   const Recurrence* recurrence;  // or null: attention
   const Mixture* mixture;        // or null; then not `parallel`
+  const float* sinks;            // [heads]: of each a score of nothing, which takes part in its softmax; null: there are none
   int64_t place;    // which of a sequence's caches, or of its states, is this block's
   int64_t inner;    // features between gate and down; 0: there is no MLP, and gate_count is 0
   int64_t window;   // positions that a token sees, itself among them; 0: all
@@ -117,9 +125,12 @@ struct Block {
   int32_t rope;     // which of the plan's tables; -1: no rotary positions
   int32_t whole, parallel;
   int32_t turned;   // positions come before the norms of queries and keys
+  float shape[4];   // of its gate: kXielu's two slopes, beta and eps, kClampedSwiglu's alpha and limit
 };
 
-enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3, kSigmoid = 4 };  // the last is that of queries
+// kXielu is equation 5 of arXiv 2411.13010. kClampedSwiglu, of experts alone, takes gate and up in turn, as gpt_oss's do, and
+// not in halves. kSigmoid is that of queries.
+enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3, kRelu = 4, kXielu = 5, kClampedSwiglu = 6, kSigmoid = 7 };
 
 struct Plan {
   const Block* blocks;
@@ -127,13 +138,15 @@ struct Plan {
   int64_t hidden, heads, kv_heads, head_dim;  // head_dim: a multiple of 16
   int64_t half, positions;   // of the tables: half the rotated features of a head
   const float* ropes[2][2];  // cosine and sine, [positions, half]
+  const float* position_scales;  // [positions], of queries; null: 1
   Norm final;
   float scaling;             // of scores
   float cap;                 // scores s become cap * tanh(s / cap); 0: they do not
   float residual;
+  float clip;                // queries, keys and values lie within it; 0: they are left
   int32_t interleaved;       // features 2i and 2i + 1 turn together, and not i and i + half
   int32_t by_head;           // one layer has q, k and v, those of a head one after the other; kv_heads are heads
-  int32_t query_gate;        // a head's q is followed by a gate, whose sigmoid multiplies the head's output
+  int32_t query_gate;        // sigmoids multiply heads' outputs, of a gate that follows a head's q; or, if 2, of a fourth `in`
   int32_t gate;
   int32_t gated;             // f(gate) * up; 0: f(gate)
   int32_t cache_type;        // kFloat32, kFloat16, or kInt8 with a float32 scale a position and head

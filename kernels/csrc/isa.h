@@ -90,6 +90,7 @@ struct Query {
   const float* q;  // [dim], times the scale of scores
   float* out;      // [dim]
   int64_t first, last;
+  const float* sink;  // a score of nothing, or null
 };
 
 constexpr int64_t attention_bytes(const Attention& a) {
@@ -104,7 +105,7 @@ struct Between {
   void (*convolve)(const Recurrence& r, float* window, float* x, int64_t stride, int64_t tokens, int64_t first, int64_t last);
   void (*to_length)(float* x, int64_t k, float factor);
   void (*recur)(float* state, const float* q, const float* k, float* v, float decay, float beta, int64_t keys, int64_t values);
-  void (*apply_gate)(int32_t gate, float* x, const float* up, int64_t k);  // up: null without one
+  void (*apply_gate)(int32_t gate, const float* shape, float* x, const float* up, int64_t k);  // up: null without one
   void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim);
   // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dim is a multiple of 16.
   void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores);

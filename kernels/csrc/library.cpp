@@ -21,7 +21,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 21; }
+BITNET_EXPORT int32_t bitnet_abi() { return 22; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -66,8 +66,10 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
   if (!isa) return kBadIsa;
   if (m < 0 || m > kSlab || plan->head_dim < kRun || plan->head_dim % kRun || plan->heads % plan->kv_heads) return kBadShape;
   if (plan->cache_type != kFloat32 && plan->cache_type != kFloat16 && plan->cache_type != kInt8) return kBadType;
-  if (plan->gate < kSilu || plan->gate > kGelu || 2 * plan->half > plan->head_dim) return kBadShape;
+  if (plan->gate < kSilu || plan->gate > kClampedSwiglu || 2 * plan->half > plan->head_dim) return kBadShape;
   if (plan->by_head && (plan->heads != plan->kv_heads || plan->query_gate)) return kBadShape;
+  for (int64_t b = 0; plan->gate == kClampedSwiglu && b < plan->count; ++b)
+    if (plan->blocks[b].inner) return kBadShape;
   for (int64_t t = 0; t < m; ++t)
     if (position[t] < 0 || position[t] >= sequences[sequence[t]].capacity || (plan->half && position[t] >= plan->positions))
       return kBadShape;

@@ -55,7 +55,7 @@ void attend_rows_to(const Attention& a, int64_t batch, int64_t kv_head, int64_t 
     const auto* from = static_cast<const Element*>(a.q) + batch * a.q_strides[0] + head[t] * a.q_strides[1] + token[t] * a.q_strides[2];
     for (int64_t i = 0; i < dim; i += kWidth)
       I::store_float(q + t * dim + i, C::load(from + i) * I::splat_float(a.scaling));
-    queries[t] = {q + t * dim, out + t * value_dim, 0, count};
+    queries[t] = {q + t * dim, out + t * value_dim, 0, count, nullptr};
   }
   score_rows<I, C, T>(keys, a.k_strides[2], q, dim, count, scores, width);
   for (int t = 0; t < T; ++t) {

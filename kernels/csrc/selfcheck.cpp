@@ -321,22 +321,27 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
   constexpr int64_t kExperts = 6, kExpertInner = 24, kValueHeads = 2, kValues = 32, kKernel = 4;
   constexpr int64_t kMixed = kValueHeads * kValues, kChannels = 2 * kDim + kMixed;
   const int64_t kv_heads = by_head ? kHeads : 2;
-  const bool recurs = cache_type == kFloat16 && !by_head, query_gate = cache_type == kInt8 && !by_head;
-  const int64_t shapes[7][2] = {{(by_head ? 3 : query_gate ? 2 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden}, {kv_heads * kDim, kHidden},
-                                {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden}, {kHidden, kInner}};
+  const bool recurs = cache_type == kFloat16 && !by_head, later = gate > kGelu;
+  const int query_gate = cache_type == kInt8 && !by_head ? 1 + later : 0;
+  constexpr int kLayers = 8;
+  const int64_t shapes[kLayers][2] = {{(by_head ? 3 : query_gate == 1 ? 2 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden},
+                                      {kv_heads * kDim, kHidden}, {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden},
+                                      {kHidden, kInner}, {kHeads * kDim, kHidden}};
   std::vector<Weight> weights;
   for (int b = 0; b < kBlocks; ++b)
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
-  const int64_t linear[6][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
-                                {kHidden, kMixed}, {3 * kMixed, kHidden}};
+  const int64_t linear[9][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
+                                {kHidden, kMixed}, {3 * kMixed, kHidden}, {kChannels + kMixed, kHidden}, {2 * kValueHeads, kHidden},
+                                {kDim, kHidden}};
   for (const auto& shape : linear) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   const auto convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
   auto speed = floats(kValueHeads);
   for (auto& v : speed) v *= v;
   const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
-  const auto router = floats((kExperts + 1) * kHidden), correction = floats(kExperts);
+  const auto router = floats((kExperts + 1) * kHidden), correction = floats(kExperts), router_bias = floats(kExperts + 1);
+  const auto sinks = floats(kHeads), position_scales = floats(kCapacity);
   std::vector<uint16_t> narrow;  // bfloat16
   for (float value : router) {
     uint32_t bits;
@@ -359,15 +364,15 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
       }
       std::vector<Block> blocks(kBlocks);
       for (int b = 0; b < kBlocks; ++b) {
-        const PreparedWeight* l = layers.data() + 7 * b;
+        const PreparedWeight* l = layers.data() + kLayers * b;
         const Norm n{norm.data(), other ? norm.data() + 1 : nullptr, 1e-5f, other}, none{};
         Block& block = blocks[b];
         block = {};
         if (by_head) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 1, {l}};
-        else if (b) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 3, {l, l + 1, l + 2}};
+        else if (b) block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, query_gate == 2 ? 4 : 3, {l, l + 1, l + 2, l + 7}};
         else {
-          block.in_count = 3;
-          for (int i = 0; i < 3; ++i) block.in[i] = {{n, n}, nullptr, 8, 1, {l + i}};
+          block.in_count = query_gate == 2 ? 4 : 3;
+          for (int i = 0; i < block.in_count; ++i) block.in[i] = {{n, n}, nullptr, 8, 1, {i < 3 ? l + i : l + 7}};
         }
         block.out = {{n, none}, nullptr, 0, 1, {l + 3}};
         block.gate_count = 1, block.gate[0] = {{n, none}, nullptr, 0, other ? 1 : 2, {l + 4, l + 5}};
@@ -375,10 +380,13 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.query = block.key = b ? n : none;
         block.after_attention = block.after_mlp = b ? none : n;
         block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head && !query_gate, block.parallel = other, block.turned = gate == kGelu;
+        block.sinks = later ? sinks.data() : nullptr;
+        for (int i = 0; i < 4; ++i) block.shape[i] = i < 3 ? 0.6f + i : -1e-6f;
       }
-      const PreparedWeight* l = layers.data() + 7 * kBlocks + 2 * kExperts;
+      const PreparedWeight* l = layers.data() + kLayers * kBlocks + 2 * kExperts;
       const Norm n{norm.data(), nullptr, 1e-5f, 0}, none{};
-      const Recurrence recurrence{convolution.data(), speed.data(), shift.data(), n, kKernel, kChannels, 1, kValueHeads, kDim, kValues};
+      const Recurrence recurrence{convolution.data(), speed.data(), shift.data(), n, kKernel, kChannels, 1, kValueHeads, kDim, kValues,
+                                  gate == kXielu ? 2.0f : 1.0f, gate == kRelu ? kByKeyHead : gate == kXielu ? kSixLayers : kFourLayers};
       Recurrence convolves = recurrence;
       convolves.value_heads = 0, convolves.channels = kMixed;
       if (recurs && gate == kGeluTanh) {
@@ -388,21 +396,28 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
       } else if (recurs) {
         blocks[0].recurrence = &recurrence;
         blocks[0].in_count = 1, blocks[0].in[0] = {{n, none}, nullptr, 0, 4, {l, l + 1, l + 2, l + 3}};
+        if (recurrence.parts == kByKeyHead) blocks[0].in[0] = {{n, none}, nullptr, 0, 2, {l + 6, l + 7}};
+        if (recurrence.parts == kSixLayers) blocks[0].in[0] = {{n, none}, nullptr, 0, 6, {l + 8, l + 8, l + 1, l + 1, l + 2, l + 3}};
         blocks[0].out = {{none, none}, nullptr, 0, 1, {l + 4}};
       } else {
         blocks[1].place = 1;
       }
       std::vector<const PreparedWeight*> experts;
-      for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[7 * kBlocks + e]);
-      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), correction.data(), kExperts, 2, 3, 2, kExpertInner,
+      for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[kLayers * kBlocks + e]);
+      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), later ? router_bias.data() : nullptr, correction.data(), kExperts, 2, 3, 2, kExpertInner,
                       experts.data(), experts.data() + kExperts, 0.01f, 1e-20f, 1.5f, gate % 3, gate != kSquaredRelu, kFloat32, 1};
       if (cache_type == kFloat16) mixture.router = narrow.data(), mixture.router_type = kBFloat16;
       if (cache_type == kInt8) mixture.correction = nullptr, mixture.groups = mixture.groups_chosen = 1, mixture.shared_gate = 0;
       if (!other) blocks[1].mixture = &mixture;
       if (!other && cache_type == kInt8) blocks[1].inner = blocks[1].gate_count = blocks[1].down.count = 0;
-      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, 8, kCapacity, {{cosine.data(), sine.data()}},
-                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, other, by_head, query_gate, gate, !other,
+      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, 8, kCapacity, {{cosine.data(), sine.data()}}, later ? position_scales.data() : nullptr,
+                {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, later ? 0.5f : 0.0f, other, by_head, query_gate, gate, !other,
                 cache_type, isa};
+      if (gate == kClampedSwiglu) {  // experts alone take it
+        require(bitnet_step(&plan, nullptr, 0, nullptr, nullptr, nullptr, 1) == kBadShape, "a gate of experts", "step", 0, 0, 0);
+        blocks[0].mixture = &mixture;
+        for (Block& block : blocks) block.inner = block.gate_count = block.down.count = 0;
+      }
       const int64_t cells = kBlocks * kv_heads * kCapacity;
       std::vector<float> keys(cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells);
       std::vector<float> spare = keys, states(kDim * kMixed), windows((kKernel - 1) * kChannels);
@@ -479,8 +494,8 @@ int main() {
   check(1, 2, 600001, 1);
   for (int extreme : {-1, 1}) check(2, 2, 65536, extreme);
   for (int cache_type : {kFloat32, kFloat16, kInt8})
-    for (int gate : {kSilu, kSquaredRelu, kGeluTanh, kGelu})
-      for (bool other : {false, true}) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0, other, gate == kGelu);
+    for (int gate : {kSilu, kSquaredRelu, kGeluTanh, kGelu, kRelu, kXielu, kClampedSwiglu})
+      for (int other = 0; other < (gate == kClampedSwiglu ? 1 : 2); ++other) check_step(cache_type, gate, gate == kSquaredRelu ? 32 : 0, other, gate == kGelu);
   for (int type : {kFloat32, kBFloat16, kFloat16}) {
     check_attention(type, 4, 2, 1, 1, 16, 16);
     check_attention(type, 6, 2, 3, 37, 48, 32);

@@ -52,11 +52,11 @@ struct Step {
   const Sequence* sequences;
   const int64_t *sequence, *position;
   const Between& f = *isa.between;
-  Heads q = {}, k = {}, v = {};
+  Heads q = {}, k = {}, v = {}, z_of_q = {};
   float *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
   void *panels = nullptr, *routing = nullptr;
   int64_t query_width = plan.heads * plan.head_dim, key_width = plan.kv_heads * plan.head_dim;
-  int64_t in_width = (1 + plan.query_gate) * query_width + 2 * key_width;  // of what all blocks' `in` give
+  int64_t in_width = (1 + (plan.query_gate != 0)) * query_width + 2 * key_width;  // of what all blocks' `in` give
   int64_t widest = 0, routes_bytes = 0;                                    // of their MLPs and mixtures
 
   void measure() {
@@ -64,7 +64,7 @@ struct Step {
       const Block& block = plan.blocks[b];
       widest = widest < block.inner ? block.inner : widest;
       if (const Recurrence* r = block.recurrence) {
-        const int64_t width = r->value_heads ? r->channels + r->value_heads * (r->value_dim + 2) : 4 * r->channels;
+        const int64_t width = r->value_heads ? (1 + (r->parts != kFourLayers)) * rule_width(*r) : 4 * r->channels;
         in_width = in_width < width ? width : in_width;
       }
       if (!block.mixture) continue;
@@ -84,9 +84,12 @@ struct Step {
       k = {first + dim, 3 * query_width, 3 * dim};
       v = {first + 2 * dim, 3 * query_width, 3 * dim};
     } else {
-      q = {first, (1 + plan.query_gate) * query_width, (1 + plan.query_gate) * dim};
+      const int64_t parts = plan.query_gate == 1 ? 2 : 1;
+      q = {first, parts * query_width, parts * dim};
       k = {first + m * q.token, key_width, dim};
       v = {k.first + m * key_width, key_width, dim};
+      if (plan.query_gate == 1) z_of_q = {q.first + dim, q.token, q.head};
+      else z_of_q = {v.first + m * key_width, query_width, dim};
     }
     attended = first + m * in_width;
     gate = attended + m * query_width;
@@ -223,6 +226,11 @@ struct Step {
     if (normed && block.turned) f.normalize(head, norm, plan.head_dim, head);
   }
 
+  void clip(float* head) const {
+    const float most = plan.clip;
+    for (int64_t i = 0; most && i < plan.head_dim; ++i) head[i] = head[i] > most ? most : head[i] < -most ? -most : head[i];
+  }
+
   void attention(const Block& block, int thread, int count) const {
     const int64_t dim = plan.head_dim, group = plan.heads / plan.kv_heads, all = plan.heads + plan.kv_heads;
     if (block.whole) {
@@ -238,10 +246,14 @@ struct Step {
       const int64_t t = i / all, head = i % all - plan.heads;
       if (head < 0) {
         float* query = q.at(t, i % all);
+        clip(query);
         turn(block, block.query, query, t);
-        for (int64_t j = 0; j < dim; ++j) query[j] *= plan.scaling;
+        const float scaling = plan.position_scales ? plan.scaling * plan.position_scales[position[t]] : plan.scaling;
+        for (int64_t j = 0; j < dim; ++j) query[j] *= scaling;
       } else {
         float* key = k.at(t, head);
+        clip(key);
+        clip(v.at(t, head));
         turn(block, block.key, key, t);
         f.store(plan.cache_type, cached(block, t, head), position[t], key, v.at(t, head), dim);
       }
@@ -259,13 +271,15 @@ struct Step {
           for (int i = 0; i < here; ++i) {
             const int64_t row = t + (at + i) / group, of = head * group + (at + i) % group, last = position[row] + 1;
             const int64_t seen = block.window && block.window < last ? block.window : last;
-            tile[i] = {q.at(row, of), attended + row * query_width + of * dim, last - seen, last};
+            const float* sink = block.sinks ? block.sinks + of : nullptr;
+          tile[i] = {q.at(row, of), attended + row * query_width + of * dim, last - seen, last, sink};
           }
           f.attend(plan.cache_type, cached(block, t, head), tile, here, dim, plan.cap,
                    static_cast<float*>(attention_scratch.memory));
           for (int i = 0; plan.query_gate && i < here; ++i) {
-            float* sigmoids = const_cast<float*>(tile[i].q) + dim;
-            f.apply_gate(kSigmoid, sigmoids, tile[i].out, dim);
+            const int64_t row = t + (at + i) / group, of = head * group + (at + i) % group;
+            float* sigmoids = z_of_q.at(row, of);
+            f.apply_gate(kSigmoid, nullptr, sigmoids, tile[i].out, dim);
             memcpy(tile[i].out, sigmoids, 4 * dim);
           }
         }
@@ -296,10 +310,47 @@ struct Step {
     }
   }
 
-  // From what `in` gives, one after the other, to what `out` takes, which is where the gates were.
-  void recurrence(const Block& block, float* const* in, int thread, int count) const {
+  static int64_t rule_width(const Recurrence& r) { return r.channels + r.value_heads * (r.value_dim + 2); }
+
+  // Where the `in` of the gated delta rule write, and where their parts then lie: queries, keys and values, z and the rest.
+  void place_rule(const Recurrence& r, float** in, float** parts) const {
+    const int64_t keys = r.key_heads * r.key_dim, values = r.value_heads * r.value_dim;
+    parts[0] = in[0] + (r.parts == kFourLayers ? 0 : m * rule_width(r));
+    parts[1] = parts[0] + m * r.channels;
+    parts[2] = parts[1] + m * values;
+    parts[3] = parts[2] + m * r.value_heads;
+    const int64_t widths[3][6] = {{r.channels, values, r.value_heads}, {r.channels + values}, {keys, keys, values, values, r.value_heads}};
+    for (int i = 1; i < 6; ++i) in[i] = in[i - 1] + m * widths[r.parts][i - 1];
+    if (r.parts == kSixLayers) parts[1] = in[3], parts[2] = in[4], parts[3] = in[5];
+  }
+
+  void gather(const Recurrence& r, float* const* in, float* const* parts, int thread, int count) const {
+    const int64_t keys = r.key_heads * r.key_dim, values = r.value_heads * r.value_dim, group = r.value_heads / r.key_heads;
+    const auto copy = [](float* to, const float*& from, int64_t n) {
+      memcpy(to, from, 4 * n);
+      from += n;
+    };
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
+      float* mixed = parts[0] + t * r.channels;
+      const float *a = in[0] + t * (r.parts == kSixLayers ? keys : r.channels + values), *b = in[1] + t * keys, *c = in[2] + t * values;
+      if (r.parts == kSixLayers) {
+        copy(mixed, a, keys), copy(mixed + keys, b, keys), copy(mixed + 2 * keys, c, values);
+        continue;
+      }
+      b = in[1] + t * 2 * r.value_heads;
+      for (int64_t head = 0; head < r.key_heads; ++head) {
+        const int64_t of = t * r.value_heads + head * group, width = group * r.value_dim;
+        copy(mixed + head * r.key_dim, a, r.key_dim), copy(mixed + keys + head * r.key_dim, a, r.key_dim);
+        copy(mixed + 2 * keys + head * width, a, width), copy(parts[1] + of * r.value_dim, a, width);
+        copy(parts[2] + of, b, group), copy(parts[3] + of, b, group);
+      }
+    }
+  }
+
+  // From the parts of its input to what `out` takes, which is where the gates were.
+  void recurrence(const Block& block, float* const* parts, int thread, int count) const {
     const Recurrence& r = *block.recurrence;
-    float *mixed = in[0], *z = in[1], *beta = in[2], *fading = in[3];
+    float *mixed = parts[0], *z = parts[1], *beta = parts[2], *fading = parts[3];
     const int64_t keys = r.key_heads * r.key_dim, width = r.value_heads * r.value_dim, state = r.key_dim * r.value_dim;
     const Own own(r.channels, kColumns, thread, count);
     for (int64_t t = 0, end; t < m; t = end) {
@@ -325,9 +376,9 @@ struct Step {
           float *v = mixed + i * r.channels + 2 * keys + head * r.value_dim, *gate = z + i * width + head * r.value_dim;
           const int64_t at = i * r.value_heads + head;
           const float decay = exponential(-r.speed[head] * softplus(fading[at] + r.shift[head]));
-          f.recur(states + head * state, q, q + keys, v, decay, sigmoid(beta[at]), r.key_dim, r.value_dim);
+          f.recur(states + head * state, q, q + keys, v, decay, sigmoid(beta[at]) * r.most, r.key_dim, r.value_dim);
           f.normalize(v, r.norm, r.value_dim, v);
-          f.apply_gate(kSilu, gate, v, r.value_dim);
+          f.apply_gate(kSilu, nullptr, gate, v, r.value_dim);
         }
       }
     }
@@ -392,6 +443,7 @@ struct Step {
     for (int64_t i = share(m * scores, thread, count); i < share(m * scores, thread + 1, count); ++i) {
       const char* row = static_cast<const char*>(mix.router) + i % scores * plan.hidden * element_size(mix.router_type);
       r.scores[i] = f.score_row(row, mix.router_type, z + i / scores * plan.hidden, plan.hidden);
+      if (mix.bias) r.scores[i] += mix.bias[i % scores];
     }
     barrier(count);
     for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t)
@@ -412,7 +464,7 @@ struct Step {
     barrier(count);
     for (int64_t i = share(pairs, thread, count); i < share(pairs, thread + 1, count); ++i) {
       float* halves = r.between + i * 2 * mix.inner;
-      f.apply_gate(plan.gate, halves, halves + mix.inner, mix.inner);
+      f.apply_gate(plan.gate, block.shape, halves, halves + mix.inner, mix.inner);
     }
     barrier(count);
     codes.filled = false;
@@ -440,21 +492,23 @@ struct Step {
 
   void run(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
-    float* in[] = {q.first, k.first, v.first, nullptr};
+    float *in[6] = {q.first, k.first, v.first, z_of_q.first}, *parts[4] = {};
     const float* mixed = attended;
-    if (const Recurrence* r = block.recurrence) {
-      in[1] = in[0] + m * (r->value_heads ? r->channels : 3 * r->channels);
-      in[2] = in[1] + m * r->value_heads * r->value_dim;
-      in[3] = in[2] + m * r->value_heads;
-      mixed = in[1];
-    }
+    const Recurrence* r = block.recurrence;
+    const bool rule = r && r->value_heads;
+    if (rule) place_rule(*r, in, parts), mixed = parts[1];
+    else if (r) mixed = in[1] = in[0] + m * 3 * r->channels;
     for (int i = 0, at = 0; i < block.in_count; at += int(block.in[i++].count)) {
       if (i) barrier(count);
       multiply(block.in[i], x, in + at, thread, count);
     }
     barrier(count);
-    if (block.recurrence && !block.recurrence->value_heads) short_convolution(block, in[0], in[1], thread, count);
-    else if (block.recurrence) recurrence(block, in, thread, count);
+    if (rule && r->parts != kFourLayers) {
+      gather(*r, in, parts, thread, count);
+      barrier(count);
+    }
+    if (rule) recurrence(block, parts, thread, count);
+    else if (r) short_convolution(block, in[0], in[1], thread, count);
     else attention(block, thread, count);
     barrier(count);
     multiply(block.out, mixed, &(in[0] = z), thread, count);
@@ -469,7 +523,7 @@ struct Step {
       const Own own(inner, kBlockRows, thread, count);
       for (int64_t t = 0; t < m; ++t) {
         const int64_t at = t * inner + own.first;
-        f.apply_gate(plan.gate, gate + at, plan.gated ? up + at : nullptr, own.last - own.first);
+        f.apply_gate(plan.gate, block.shape, gate + at, plan.gated ? up + at : nullptr, own.last - own.first);
       }
       barrier(count);
       multiply(block.down, gate, &(in[0] = y), thread, count);

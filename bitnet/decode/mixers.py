@@ -1,0 +1,123 @@
+"""What a plan has in place of attention and of an MLP: recurrences, and mixtures of experts."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..experts import PackedExperts, PackedStack
+from ..kernels.cpu import step as native
+from .pieces import Pieces, Unplanned
+
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+_FACTORS = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+# the layers that the gated delta rule's input goes through, and its norm
+_RULES = {
+    "four layers": (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), "norm"),
+    "by key head": (("in_proj_qkvz", "in_proj_ba"), "norm"),
+    "six layers": (("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj"), "o_norm"),
+}
+
+Shapes = tuple[tuple[int, ...] | None, tuple[int, ...]]  # of states and windows
+
+
+def gated_delta_rule(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) -> Shapes:
+    """Fill a block whose `linear_attn` is one of Qwen3-Next\'s kind; what a sequence keeps of it."""
+    parts = next(parts for parts, (layers, _) in _RULES.items() if hasattr(rule, layers[0]))
+    layers, norm_name = _RULES[parts]
+    block.in_count = plan.products([(f"{name}.{layer}", getattr(rule, layer)) for layer in layers], norm, block.into)
+    out = "o_proj" if parts == "six layers" else "out_proj"
+    plan.products([(f"{name}.{out}", getattr(rule, out))], None, [block.out])
+    if rule.head_v_dim % native.COLUMNS:
+        raise Unplanned(
+            f"{name} has values of {rule.head_v_dim} features, which must be a multiple of {native.COLUMNS}"
+        )
+    gated = getattr(rule, norm_name)
+    if rule.conv1d.bias is not None or getattr(gated, "activation", "silu") != "silu" or rule.activation != "silu":
+        raise Unplanned(f"{name} has a bias in its convolution, or gates that are not silu")
+    plan.watch(rule.conv1d, "weight")
+    plan.watch(rule, "A_log", "dt_bias")
+    channels, _, kernel = rule.conv1d.weight.shape
+    tensors = (rule.conv1d.weight[:, 0].T, rule.A_log.float().exp(), rule.dt_bias)
+    floats = [tensor.detach().float().contiguous() for tensor in tensors]
+    recurrence = native.Recurrence(*(t.data_ptr() for t in floats), plan.inner_norm(gated), kernel, channels)
+    recurrence.key_heads, recurrence.value_heads = rule.num_k_heads, rule.num_v_heads
+    recurrence.key_dim, recurrence.value_dim = rule.head_k_dim, rule.head_v_dim
+    recurrence.most = 2 if getattr(rule, "allow_neg_eigval", False) else 1
+    recurrence.parts = native.PARTS[parts]
+    plan.alive += [floats, recurrence]
+    block.recurrence = ctypes.pointer(recurrence)
+    return (rule.num_v_heads, rule.head_k_dim, rule.head_v_dim), (kernel - 1, channels)
+
+
+def short_convolution(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) -> Shapes:
+    """Fill a block whose `conv` is one of LFM2\'s kind; what a sequence keeps of it."""
+    block.in_count = plan.products([(f"{name}.in_proj", rule.in_proj)], norm, block.into)
+    plan.products([(f"{name}.out_proj", rule.out_proj)], None, [block.out])
+    if rule.conv.bias is not None:
+        raise Unplanned(f"{name} has a bias in its convolution")
+    plan.watch(rule.conv, "weight")
+    channels, _, kernel = rule.conv.weight.shape
+    values = rule.conv.weight[:, 0].T.detach().float().contiguous()
+    recurrence = native.Recurrence(values.data_ptr(), kernel=kernel, channels=channels)
+    plan.alive += [values, recurrence]
+    block.recurrence = ctypes.pointer(recurrence)
+    return None, (kernel - 1, channels)
+
+
+def mixture(plan: Pieces, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
+    """Experts and what chooses among them; the router's options have one name in nearly all families that have them."""
+    family = plan.family
+    name = f"{family.holder}.experts"
+    if not isinstance(experts, PackedExperts):
+        raise Unplanned(f"{name} is a {type(experts).__name__}, not packed experts")
+    if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
+        raise Unplanned(f"{name} have no gate, or a norm of their own")
+    router: Any = getattr(mlp, "gate", None) or mlp.router
+    holders: tuple[Any, ...] = (router, getattr(router, "moe_statics", None), mlp)
+    mixed = native.Mixture(experts=experts.stacks[0].experts, chosen=router.top_k, groups=1, groups_chosen=1)
+    if norm is not None:
+        mixed.norm = plan.norm(norm)
+    mixed.inner = experts.stacks[1].in_features
+    mixed.first, mixed.second = (_stack(plan, f"{name}.{m.packed}", experts.stack(m)) for m in experts.stacks)
+    linear = getattr(router, "wg", getattr(router, "gate", router))
+    gate = getattr(mlp, "shared_expert_gate", None)
+    weight = linear.weight
+    plan.watch(linear, "weight")
+    if gate is not None:
+        plan.watch(gate, "weight")
+        weight, mixed.shared_gate = torch.cat([weight, gate.weight.to(weight.dtype)]), True
+    weight = weight.detach().contiguous()
+    if getattr(linear, "bias", None) is not None:
+        plan.watch(linear, "bias")
+        bias = nn.functional.pad(linear.bias.detach().float(), (0, int(mixed.shared_gate)))
+        mixed.bias = bias.data_ptr()
+        plan.alive.append(bias)
+    found = [(m, of) for m in holders for of in _CORRECTIONS if hasattr(m, of)]
+    for holder, of in found[:1]:
+        plan.watch(holder, of)
+        correction = getattr(holder, of).detach().float().flatten().contiguous()
+        mixed.correction = correction.data_ptr()
+        plan.alive.append(correction)
+    mixed.router, mixed.router_type = weight.data_ptr(), native.TYPES[weight.dtype]
+    mixed.score, mixed.normalized = native.SCORES[family.score], getattr(router, "norm_topk_prob", True)
+    if family.score == "softmax of chosen":
+        mixed.normalized = False
+    mixed.added, mixed.least = family.added, getattr(router, "norm_min", 1e-20)
+    mixed.factor = next((getattr(router, of) for of in _FACTORS if hasattr(router, of)), 1)
+    if getattr(router, "num_group", None) is not None:
+        mixed.groups, mixed.groups_chosen = router.num_group, router.topk_group
+    plan.alive += [mixed, weight]
+    return mixed
+
+
+def _stack(plan: Pieces, name: str, stack: PackedStack) -> int:
+    """The address of the addresses of a stack's layers, which all take the same codes."""
+    plan.watch(stack, "weight", "weight_scale", "bias")
+    layers = [plan.layer(f"{name}[{e}]", layer, watched=False) for e, layer in enumerate(stack.layers())]
+    if len({(layer.form, layer.isa, layer.activation_bits) for layer in layers}) > 1:
+        raise Unplanned(f"{name} runs on several backends")
+    pointers = (ctypes.c_void_p * len(layers))(*map(ctypes.addressof, layers))
+    plan.alive.append(pointers)
+    return ctypes.addressof(pointers)
