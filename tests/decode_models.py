@@ -61,6 +61,8 @@ _LINEAR |= {"linear_value_head_dim": 32, "layer_types": ["linear_attention", "fu
 _LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 _SHORT = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "pad_token_id": 0}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+_LATENT: dict[str, object] = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+_LATENT["num_key_value_heads"] = 4
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_shared_experts": 2}
 _ROUTED |= {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
 
@@ -165,6 +167,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "qwen3_next": _model("qwen3_next", **_LINEAR, **_EXPERTS, shared_expert_intermediate_size=80),
     "olmo_hybrid": _model("olmo_hybrid", **_LINEAR, linear_allow_neg_eigval=True, pad_token_id=0),
+    "deepseek_v2": _model("deepseek_v2", **_ROUTED, **_LATENT, topk_method="group_limited_greedy"),
+    "deepseek_v3": _model("deepseek_v3", **_ROUTED, **_LATENT, q_lora_rank=48, rope_parameters=_YARN),
+    "glm4_moe_lite": _model("glm4_moe_lite", **_ROUTED, **_LATENT, q_lora_rank=48),
+    "axk1": _model("axk1", **_ROUTED, **_LATENT, q_lora_rank=48),
+    "youtu": _model("youtu", **_LATENT, q_lora_rank=None, rope_interleave=False),
+    "minicpm3": _model("minicpm3", **_LATENT, q_lora_rank=48, scale_depth=1.4, scale_emb=3, dim_model_base=16),
     "sarvam_moe": _model("sarvam_moe", **_ROUTED, head_dim=16),
 }
 

@@ -181,7 +181,7 @@ class NativeForward(_Forward):
             if plan.kept.windows is not None and not cache.layers:
                 return None  # transformers could not go on with it
             rows = _Rows([Cached(plan) for _ in ids], cache.layers, plan.blocks)
-        if len(rows.cached) != len(ids) or rows.cached[0].store.keys.dtype != plan.cache_type:
+        if len(rows.cached) != len(ids) or rows.cached[0].store.dtype != plan.cache_type:
             return None
         past = rows.seen.shape[1]
         if mask is None:
@@ -271,17 +271,17 @@ class _Rows:
 
     def give_back(self, cache: Cache, dtype: torch.dtype) -> None:
         """Turn the cache into what transformers' own forward would have filled, with zeros for padding."""
-        rows = []
-        for cached, seen in zip(self.cached, self.seen, strict=True):
-            both = [t.new_zeros(*t.shape[:2], len(seen), t.shape[3]) for t in cached.store.floats(cached.length)]
-            for full, part in zip(both, cached.store.floats(cached.length), strict=True):
-                full[:, :, seen] = part
-            rows.append(both)
+        blocks = [cached.store.blocks() for cached in self.cached]
         cache.layers = self._layers
         recurrent = [i for i, layer in enumerate(self._layers) if isinstance(layer, LinearAttentionLayer)]
         recurrents = [cached.store.recurrent for cached in self.cached]
         for place, i in enumerate(i for i in range(self.blocks) if i not in recurrent):
-            keys, values = (torch.stack([row[which][place] for row in rows]).to(dtype) for which in (0, 1))
+            rows = []
+            for cached, parts, seen in zip(self.cached, blocks, self.seen, strict=True):
+                rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in parts[place].floats(cached.length)])
+                for full, part in zip(rows[-1], parts[place].floats(cached.length), strict=True):
+                    full[:, seen] = part
+            keys, values = (torch.stack(both).to(dtype) for both in zip(*rows, strict=True))
             cache.update(keys, values, i)
         for place, i in enumerate(recurrent):
             *states, window = (torch.stack([t[place] for t in kept]) for kept in zip(*recurrents, strict=True))

@@ -20,6 +20,10 @@ def _multiplier(config: Any) -> float:
     return getattr(config, "embedding_multiplier", 1)
 
 
+def _logits(config: Any) -> float:
+    return getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # of Cohere and Granite
+
+
 class Family(NamedTuple):
     """What the modules of a base model do not say themselves."""
 
@@ -32,12 +36,14 @@ class Family(NamedTuple):
     plus_one: bool = False  # norms multiply by 1 + weight
     centered: bool = False  # norms take the mean off, though they are not torch's LayerNorm
     parallel: bool = False  # attention and the MLP see the same x, and its one norm where there is no second
-    interleaved: bool = False  # rotary positions turn features 2i and 2i + 1
+    pairs: str | None = "halves"  # features that rotary positions turn together (native.PAIRS); None: the config says
     mlp: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")
     holder: str | None = "mlp"  # of these, or of experts; None: the layer
     gate: str | None = None  # where the config does not say how they are gated
     turned: bool = False  # positions come before the norms of queries and keys
     added: float = 0  # to the sum that experts' weights are divided by
+    normalized: bool | None = None  # whether their weights are divided by it, where a router does not say
+    group_best: int = 2  # scores of a group of experts that tell whether these are among the chosen
     score: str = "softmax"  # of a router's outputs; see kernels/csrc/bitnet_cpu.h
     attention: str = "self_attn"
     recurrence: str = "linear_attn"  # in its place
@@ -54,7 +60,7 @@ class Family(NamedTuple):
     learned_offset: int = 0  # of position 0 in it
     normed: bool = False  # embeddings go through the final norm
     multiplier: Callable[[Any], float] = _multiplier  # of embeddings, by the config
-    logits: str = "divided"  # by the config's logits_scaling; or "multiplied"
+    logits: Callable[[Any], float] = _logits  # what they are multiplied by, by the config
     position_scales: Callable[[Any, Tensor], Tensor] | None = None  # of queries, by the config, at positions
     kv_heads: Callable[[Any], int | None] = _kv_heads  # by the config; None: as many as heads
     odd: Callable[[Any], str | None] = _no  # why a config's options are not what the step computes
@@ -108,6 +114,7 @@ def _mup(config: Any) -> float:
 _BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_AXK1 = ("input_layernorm", None, "post_attention_layernorm", "mlp.post_mlp_layernorm")
 _GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 
 _LFM2: dict[str, Any] = {
@@ -144,18 +151,18 @@ FAMILIES = {
         final="final_layer_norm",
     ),
     "GraniteModel": Family(),
-    "CohereModel": Family(centered=True, parallel=True, interleaved=True),
+    "CohereModel": Family(centered=True, parallel=True, pairs="neighbours"),
     "Cohere2Model": Family(
         centered=True,
         parallel=True,
-        interleaved=True,
+        pairs="neighbours",
         rotates=lambda attention: attention.sliding_window is not None,
     ),
     "Exaone4Model": Family(_AFTER, window=_of_exaone, rotates=_exaone_rotates),
-    "GlmModel": Family(interleaved=True),
-    "Glm4Model": Family(_GLM4, interleaved=True),
-    "HeliumModel": Family(interleaved=True),
-    "Ernie4_5Model": Family(interleaved=True),
+    "GlmModel": Family(pairs="neighbours"),
+    "Glm4Model": Family(_GLM4, pairs="neighbours"),
+    "HeliumModel": Family(pairs="neighbours"),
+    "Ernie4_5Model": Family(pairs="neighbours"),
     "SeedOssModel": Family(),
     "MinistralModel": Family(),
     "CwmModel": Family(),
@@ -170,7 +177,7 @@ FAMILIES = {
     "OlmoeModel": Family(),
     "FlexOlmoModel": Family(_AFTER),
     "GraniteMoeModel": Family(holder="block_sparse_moe", score="softmax of chosen"),
-    "Ernie4_5_MoeModel": Family(interleaved=True),
+    "Ernie4_5_MoeModel": Family(pairs="neighbours"),
     "MiniMaxM2Model": Family(score="sigmoid"),
     "Glm4MoeModel": Family(score="sigmoid"),
     "Dots1Model": Family(score="sigmoid"),
@@ -223,7 +230,8 @@ FAMILIES = {
     "Ministral3Model": Family(window=_of_config, position_scales=_llama4_scales),
     "NanoChatModel": Family(mlp=(None, "fc1", "fc2"), turned=True, flipped=True, normed=True),
     "HyperCLOVAXModel": Family(
-        ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"), logits="multiplied"
+        ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+        logits=lambda config: config.logits_scaling,
     ),
     "GptOssModel": Family(halves=True, gate="clamped_swiglu", score="softmax of chosen"),
     "GraniteMoeSharedModel": Family(holder="block_sparse_moe", score="softmax of chosen"),
@@ -237,6 +245,12 @@ FAMILIES = {
         rotates=lambda attention: attention.is_local_attention,
     ),
     "Qwen3NextModel": Family(plus_one=True),
+    "DeepseekV2Model": Family(pairs="neighbours", normalized=False, group_best=1),
+    "DeepseekV3Model": Family(pairs=None, score="sigmoid", added=1e-20),
+    "Glm4MoeLiteModel": Family(pairs=None, score="sigmoid", added=1e-20),
+    "AXK1Model": Family(_AXK1, pairs=None, score="sigmoid", added=1e-20),
+    "YoutuModel": Family(pairs=None),
+    "MiniCPM3Model": Family(logits=lambda config: config.dim_model_base / config.hidden_size),
     "OlmoHybridModel": Family(_AFTER, recurrent_norms=_BEFORE),
 }
 

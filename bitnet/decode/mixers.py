@@ -51,6 +51,24 @@ def gated_delta_rule(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) 
     return (rule.num_v_heads, rule.head_k_dim, rule.head_v_dim), (kernel - 1, channels)
 
 
+def latent_attention(plan: Pieces, block: Any, name: str, attention: Any, norm: Any) -> native.Cache:
+    """Fill a block whose attention is of DeepSeek's kind, but for its output; what a sequence keeps of it."""
+    low = getattr(attention, "q_a_proj", None)
+    first = ("q_proj", attention.q_proj) if low is None else ("q_a_proj", low)
+    into = [(f"{name}.{first[0]}", first[1]), (f"{name}.kv_a_proj_with_mqa", attention.kv_a_proj_with_mqa)]
+    block.in_count = plan.products(into, norm, block.into)
+    latent = native.Latent(rank=attention.kv_lora_rank, norm=plan.norm(attention.kv_a_layernorm))
+    if low is not None:
+        latent.query_rank = attention.q_lora_rank
+        plan.products([(f"{name}.q_b_proj", attention.q_b_proj)], attention.q_a_layernorm, [latent.query])
+    plan.products([(f"{name}.kv_b_proj", attention.kv_b_proj)], None, [latent.expand])
+    plan.alive.append(latent)
+    block.latent = ctypes.pointer(latent)
+    rank = attention.kv_lora_rank if hasattr(attention, "expand_kv") else 0  # else transformers keeps keys and values
+    shape = attention.num_heads, attention.qk_head_dim, attention.v_head_dim
+    return native.Cache(*shape, rank, attention.qk_rope_head_dim)
+
+
 def short_convolution(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) -> Shapes:
     """Fill a block whose `conv` is one of LFM2\'s kind; what a sequence keeps of it."""
     block.in_count = plan.products([(f"{name}.in_proj", rule.in_proj)], norm, block.into)
@@ -101,13 +119,12 @@ def mixture(plan: Pieces, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
         mixed.correction = correction.data_ptr()
         plan.alive.append(correction)
     mixed.router, mixed.router_type = weight.data_ptr(), native.TYPES[weight.dtype]
-    mixed.score, mixed.normalized = native.SCORES[family.score], getattr(router, "norm_topk_prob", True)
-    if family.score == "softmax of chosen":
-        mixed.normalized = False
+    normalized = family.normalized if family.normalized is not None else family.score != "softmax of chosen"
+    mixed.score, mixed.normalized = native.SCORES[family.score], getattr(router, "norm_topk_prob", normalized)
     mixed.added, mixed.least = family.added, getattr(router, "norm_min", 1e-20)
     mixed.factor = next((getattr(router, of) for of in _FACTORS if hasattr(router, of)), 1)
-    if getattr(router, "num_group", None) is not None:
-        mixed.groups, mixed.groups_chosen = router.num_group, router.topk_group
+    if getattr(router, "num_group", None) is not None and getattr(router, "topk_method", None) != "greedy":
+        mixed.groups, mixed.groups_chosen, mixed.group_best = router.num_group, router.topk_group, family.group_best
     plan.alive += [mixed, weight]
     return mixed
 

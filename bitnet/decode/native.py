@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
-from .families import FAMILIES, text_part
+from .families import FAMILIES, Family, text_part
 from .pieces import Unplanned
 from .plan import Plan
 from .sequences import check_room
@@ -21,7 +21,7 @@ class Cached:
     """One sequence: its tokens' keys and values, and how many there are."""
 
     def __init__(self, plan: Plan) -> None:
-        self.store = native.KeyValues.empty(plan.kept, ROOM, plan.cache_type)
+        self.store = native.KeyValues(plan.kept, ROOM, plan.cache_type)
         self.length = 0
         self.marked: tuple[int, list[Tensor]] | None = None  # a length, and a recurrence's tensors then
 
@@ -187,10 +187,8 @@ def head(model: Any, hidden: Tensor) -> Tensor:
     packed = isinstance(lm_head, PackedBitLinear)
     logits: Tensor = lm_head(hidden if packed else hidden.to(lm_head.weight.dtype)).float()
     config = model.config  # not its text part's: what is around that, in models that also see, has none of these
-    if (factor := getattr(config, "logit_scale", 1)) != 1:  # Cohere's; a vocabulary is long: nothing is done in vain
+    factor = FAMILIES.get(type(text_part(model.base_model)).__name__, Family()).logits(config)
+    if factor != 1:  # a vocabulary is long: nothing is done in vain
         logits = logits * factor
-    if (scaling := getattr(config, "logits_scaling", 1)) != 1:  # Granite's
-        family = FAMILIES.get(type(text_part(model.base_model)).__name__)
-        logits = logits * scaling if family and family.logits == "multiplied" else logits / scaling
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

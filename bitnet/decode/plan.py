@@ -16,12 +16,12 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
 from .families import FAMILIES, known
-from .mixers import gated_delta_rule, mixture, short_convolution
+from .mixers import gated_delta_rule, latent_attention, mixture, short_convolution
 from .pieces import Pieces, Unplanned
 
 _GATES = {
@@ -70,36 +70,35 @@ class Plan(Pieces):
         self.blocks, self.mixtures, self._config = len(layers), False, config
         self.heads = config.num_attention_heads
         self.kv_heads = self.heads if family.by_head else family.kv_heads(config) or self.heads
-        self.head_dim = getattr(attention, "head_dim", config.hidden_size // self.heads)
         self.positions = config.max_position_embeddings
-        if self.head_dim % native.RUN:
-            raise Unplanned(f"heads of {self.head_dim} features, which must be a multiple of {native.RUN}")
         gate = self._checked(config, attending)
         self.learned = None if family.learned is None else getattr(base, family.learned)
         if self.learned is not None:
             self.watch(self.learned, "weight")
         ropes = self._kinds(base, attending)
-        self.kept = native.Kept(len(attending), self.kv_heads, self.head_dim)
+        self.kept = native.Kept(())
+        self._next = native.CachePlace()
         blocks = (native.Block * self.blocks)()
-        places = [0, 0]  # of caches, of states
+        recurrences = 0
         for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
-            recurs = not hasattr(layer, family.attention)
-            block.place = places[recurs]
-            places[recurs] += 1
+            block.state = recurrences
+            recurrences += not hasattr(layer, family.attention)
             try:
                 self._fill(block, layer, ropes)
             except Unplanned as why:
                 raise Unplanned(f"layers.{i}.{why}") from None
         plan = native.Plan()
         plan.blocks, plan.count = ctypes.cast(blocks, ctypes.c_void_p), self.blocks
-        plan.hidden, plan.heads, plan.kv_heads, plan.head_dim = self.hidden, self.heads, self.kv_heads, self.head_dim
+        plan.hidden = self.hidden
         plan.scaling, plan.gate = _scaling(attention), native.GATES[gate]
         plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
-        plan.residual, plan.clip = getattr(config, "residual_multiplier", 1), getattr(config, "clip_qkv", None) or 0
-        plan.interleaved, plan.gated = family.interleaved, family.mlp[0] is not None
+        plan.residual = getattr(config, "residual_multiplier", getattr(layers[0], "residual_scale", 1))
+        plan.clip = getattr(config, "clip_qkv", None) or 0
+        pairs = family.pairs or ("neighbours to halves" if config.rope_interleave else "halves")
+        plan.pairs, plan.gated = native.PAIRS[pairs], family.mlp[0] is not None
         plan.by_head, plan.query_gate = family.by_head, self._query_gate
-        shapes = (None if shape is None else (places[1], *shape) for shape in (self.kept.states, self.kept.windows))
-        self.kept = native.Kept(*self.kept[:3], *shapes)
+        shapes = (None if shape is None else (recurrences, *shape) for shape in self.kept[1:])
+        self.kept = native.Kept(self.kept.caches, *shapes)
         plan.final = self.norm(getattr(base, family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self.alive.append(blocks)
@@ -131,8 +130,7 @@ class Plan(Pieces):
         block.parallel = getattr(layer, "use_parallel_residual", family.parallel)
         attends = hasattr(layer, family.attention)
         names = family.norms if attends or family.recurrent_norms is None else family.recurrent_norms
-        norms = [None if name is None else getattr(layer, name, None) for name in names]
-        norms = [None if isinstance(norm, nn.Identity) else norm for norm in norms]
+        norms = [None if name is None else _found(layer, name) for name in names]
         if block.parallel and norms[2] is None:
             norms[2] = norms[0]
         if attends:
@@ -146,7 +144,7 @@ class Plan(Pieces):
         if experts is not None:
             block.mixture, self.mixtures = ctypes.pointer(mixture(self, mlp, experts, norms[2])), True
             if family.gate == "clamped_swiglu":
-                block.shape[:2] = experts.alpha, experts.limit
+                block.bend[:2] = experts.alpha, experts.limit
             shared = [(m, name) for m in (mlp, layer) for name in _SHARED if getattr(m, name, None) is not None]
             holder, mlp = (f"{holder}.{shared[0][1]}", getattr(*shared[0])) if shared else (holder, None)
         if mlp is not None:
@@ -168,11 +166,37 @@ class Plan(Pieces):
         if hasattr(xielu, "alpha_p"):
             self.watch(xielu, "alpha_p", "alpha_n", "beta", "eps")
             slopes = [nn.functional.softplus(slope.detach()) for slope in (xielu.alpha_p, xielu.alpha_n)]
-            block.shape[:] = [float(v) for v in (slopes[0], xielu.beta + slopes[1], xielu.beta, xielu.eps)]
+            block.bend[:] = [float(v) for v in (slopes[0], xielu.beta + slopes[1], xielu.beta, xielu.eps)]
 
     def _attention(self, block: Any, attention: Any, norm: Any, ropes: dict[str, int]) -> None:
-        family, prefix = self.family, f"{self.family.attention}."
-        width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        family, name = self.family, self.family.attention
+        latent = hasattr(attention, "kv_b_proj")
+        if latent:
+            self._query_gate, cache = 0, latent_attention(self, block, name, attention, norm)
+        else:
+            cache = self._heads(block, name, attention, norm)
+        if cache.key_dim % native.RUN or cache.value_dim % native.RUN:
+            dim = cache.key_dim if cache.key_dim % native.RUN else cache.value_dim
+            raise Unplanned(f"{name} has heads of {dim} features, which must be a multiple of {native.RUN}")
+        block.heads, block.cache = native.HeadShape(self.heads, *cache[:3]), self._next
+        self._next = cache.before(self._next)
+        self.kept = self.kept._replace(caches=(*self.kept.caches, cache))
+        sub = getattr(attention, "attn_sub_norm", None)
+        self.products([(f"{name}.{family.out}", getattr(attention, family.out))], sub, [block.out])
+        if (sinks := getattr(attention, "sinks", None)) is not None:
+            self.watch(attention, "sinks")
+            self.alive.append(values := sinks.detach().float().contiguous())
+            block.sinks = values.data_ptr()
+        block.window = family.window(attention) or 0
+        block.rope = ropes[_kind(attention)] if ropes and family.rotates(attention) else -1
+        if block.rope >= 0:
+            self._turned[block.rope] = cache.turned or cache.key_dim
+
+    def _heads(self, block: Any, name: str, attention: Any, norm: Any) -> native.Cache:
+        """What makes queries, keys and values, of a block whose keys are all of one kind."""
+        family, prefix = self.family, f"{name}."
+        dim = getattr(attention, "head_dim", self.hidden // self.heads)
+        width, key_width = self.heads * dim, self.kv_heads * dim
         self._query_gate = 0
         if family.by_head:
             into: list[Any] = [(prefix + family.fused, getattr(attention, family.fused))]
@@ -185,23 +209,17 @@ class Plan(Pieces):
             elif getattr(getattr(attention, "q_proj", None), "out_features", width) == 2 * width:
                 self._query_gate = 1
         block.in_count = self.products(into, norm, block.into)
-        sub = getattr(attention, "attn_sub_norm", None)
-        self.products([(prefix + family.out, getattr(attention, family.out))], sub, [block.out])
         if (norms := _norms(attention)) is not None:
-            block.whole = getattr(norms[0], "weight", torch.empty(0)).numel() == width > self.head_dim
-            block.query, block.key = (self.norm(n, self.head_dim) for n in norms)
+            block.whole = getattr(norms[0], "weight", torch.empty(0)).numel() == width > dim
+            block.query, block.key = (self.norm(n, dim) for n in norms)
             block.turned = family.turned
-        if (sinks := getattr(attention, "sinks", None)) is not None:
-            self.watch(attention, "sinks")
-            self.alive.append(values := sinks.detach().float().contiguous())
-            block.sinks = values.data_ptr()
-        block.window = family.window(attention) or 0
-        block.rope = ropes[_kind(attention)] if ropes and family.rotates(attention) else -1
+        return native.Cache(self.kv_heads, dim, dim)
 
     def _kinds(self, base: Any, attending: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, if any, once it is known that they are tables."""
         rotary = getattr(base, self.family.rotary, None)
         self._ropes: list[str] = []
+        self._turned: dict[int, int] = {}  # by table, features of a head that it may turn
         if rotary is None:
             return {}
         ropes = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
@@ -219,32 +237,46 @@ class Plan(Pieces):
         if positions > self.positions:
             raise ValueError(f"{positions} tokens, but this model was made for {self.positions}")
         positions = min(self.positions, max(2 * positions, 1024))
-        like, at, tables = torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None], []
-        if self._ropes and hasattr(self._rotary, "mrope_section"):  # in time, height and width, which are one for text
-            at = at.expand(3, 1, -1)
+        at, tables = torch.arange(positions)[None], []
         for index, kind in enumerate(self._ropes):
-            with torch.no_grad():
-                cosine, sine = (
-                    table[0] for table in (self._rotary(like, at, kind) if kind else self._rotary(like, at))
-                )
-            half = cosine.shape[-1] if self.family.halves else cosine.shape[-1] // 2
-            if self.family.halves or torch.equal(cosine[:, :half], cosine[:, half:]):
-                columns = slice(0, half)
-            elif self.family.interleaved and torch.equal(cosine[:, ::2], cosine[:, 1::2]):
-                columns = slice(0, None, 2)
-            else:
-                raise Unplanned("rotary positions that do not pair features i and i + half")
-            if 2 * half > self.head_dim:
-                raise Unplanned(f"rotary positions of {2 * half} features in heads of {self.head_dim}")
-            sine = -sine if self.family.flipped else sine
-            tables += [cosine[:, columns].contiguous(), sine[:, columns].contiguous()]
-            self.native.ropes[index][0], self.native.ropes[index][1] = (table.data_ptr() for table in tables[-2:])
-            self.native.half = half
+            rope, (cosine, sine) = self.native.ropes[index], self._table(at, kind)
+            half = cosine.shape[-1]
+            if 2 * half > self._turned.get(index, 2 * half):
+                raise Unplanned(f"rotary positions of {2 * half} features in heads of {self._turned[index]}")
+            tables += [cosine, sine]
+            rope.cosine, rope.sine, rope.half = cosine.data_ptr(), sine.data_ptr(), half
         if self.family.position_scales is not None:
             tables.append(self.family.position_scales(self._config, at[0].float()).contiguous())
             self.native.position_scales = tables[-1].data_ptr()
         self.native.positions = positions
         self.alive.append(tables)  # and the ones before, which another thread may be reading
+
+    @torch.no_grad()
+    def _table(self, at: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at positions [1, P], each angle once: float32 [P, half], contiguous."""
+        if hasattr(self._rotary, "mrope_section"):  # in time, height and width, which are one for text
+            at = at.expand(3, 1, -1)
+        like = torch.zeros(1, dtype=torch.float32)
+        found = self._rotary(like, at, kind) if kind else self._rotary(like, at)
+        if isinstance(found, Tensor):  # complex numbers, of neighbours
+            return found[0].real.contiguous(), found[0].imag.contiguous()
+        cosine, sine = (table[0] for table in found)
+        half = cosine.shape[-1] if self.family.halves else cosine.shape[-1] // 2
+        if self.family.halves or torch.equal(cosine[:, :half], cosine[:, half:]):
+            columns = slice(0, half)
+        elif self.family.pairs == "neighbours" and torch.equal(cosine[:, ::2], cosine[:, 1::2]):
+            columns = slice(0, None, 2)
+        else:
+            raise Unplanned("rotary positions that do not pair features i and i + half")
+        sine = -sine if self.family.flipped else sine
+        return cosine[:, columns].contiguous(), sine[:, columns].contiguous()
+
+
+def _found(layer: Any, name: str) -> Any:
+    """A norm of a layer, or in a module of it; None if there is no such."""
+    for part in name.split("."):
+        layer = getattr(layer, part, None)
+    return None if isinstance(layer, nn.Identity) else layer
 
 
 def _scaling(attention: Any) -> float:

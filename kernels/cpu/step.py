@@ -4,6 +4,7 @@ The structures are those of csrc/bitnet_cpu.h, field by field.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ MOST_TOKENS = 256  # of one call
 COLUMNS = 32  # features of a recurrence's values that are summed at once
 RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
 GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "xielu": 5, "clamped_swiglu": 6}
+PAIRS = {"halves": 0, "neighbours": 1, "neighbours to halves": 2}
 PARTS = {"four layers": 0, "by key head": 1, "six layers": 2}
 SCORES = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -67,6 +69,7 @@ class Mixture(ctypes.Structure):
         ("chosen", _int64),
         ("groups", _int64),
         ("groups_chosen", _int64),
+        ("group_best", _int64),
         ("inner", _int64),
         ("first", _pointer),
         ("second", _pointer),
@@ -77,6 +80,24 @@ class Mixture(ctypes.Structure):
         ("normalized", _int32),
         ("router_type", _int32),
         ("shared_gate", _int32),
+    )
+
+
+class HeadShape(ctypes.Structure):
+    _fields_ = (("heads", _int64), ("kv_heads", _int64), ("key_dim", _int64), ("value_dim", _int64))
+
+
+class CachePlace(ctypes.Structure):
+    _fields_ = (("keys", _int64), ("values", _int64), ("scales", _int64), ("latents", _int64))
+
+
+class Latent(ctypes.Structure):
+    _fields_ = (
+        ("query", Product),
+        ("expand", Product),
+        ("norm", Norm),
+        ("rank", _int64),
+        ("query_rank", _int64),
     )
 
 
@@ -92,8 +113,11 @@ class Block(ctypes.Structure):
         ("after_mlp", Norm),
         ("recurrence", ctypes.POINTER(Recurrence)),
         ("mixture", ctypes.POINTER(Mixture)),
+        ("latent", ctypes.POINTER(Latent)),
         ("sinks", _pointer),
-        ("place", _int64),
+        ("heads", HeadShape),
+        ("cache", CachePlace),
+        ("state", _int64),
         ("inner", _int64),
         ("window", _int64),
         ("in_count", _int32),
@@ -102,8 +126,12 @@ class Block(ctypes.Structure):
         ("whole", _int32),
         ("parallel", _int32),
         ("turned", _int32),
-        ("shape", ctypes.c_float * 4),
+        ("bend", ctypes.c_float * 4),
     )
+
+
+class Rope(ctypes.Structure):
+    _fields_ = (("cosine", _pointer), ("sine", _pointer), ("half", _int64))
 
 
 class Plan(ctypes.Structure):
@@ -111,19 +139,15 @@ class Plan(ctypes.Structure):
         ("blocks", _pointer),
         ("count", _int64),
         ("hidden", _int64),
-        ("heads", _int64),
-        ("kv_heads", _int64),
-        ("head_dim", _int64),
-        ("half", _int64),
         ("positions", _int64),
-        ("ropes", _pointer * 2 * 2),
+        ("ropes", Rope * 2),
         ("position_scales", _pointer),
         ("final", Norm),
         ("scaling", ctypes.c_float),
         ("cap", ctypes.c_float),
         ("residual", ctypes.c_float),
         ("clip", ctypes.c_float),
-        ("interleaved", _int32),
+        ("pairs", _int32),
         ("by_head", _int32),
         ("query_gate", _int32),
         ("gate", _int32),
@@ -139,59 +163,121 @@ class _Sequence(ctypes.Structure):
         ("values", _pointer),
         ("key_scales", _pointer),
         ("value_scales", _pointer),
+        ("latents", _pointer),
         ("states", _pointer),
         ("windows", _pointer),
         ("capacity", _int64),
     )
 
 
+class Cache(NamedTuple):
+    """The shape of what a block with attention keeps: keys and values, and of latent attention what they come from.
+
+    rank: features of a latent; turned: features of the common part of keys
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    rank: int = 0
+    turned: int = 0
+
+    def before(self, place: CachePlace) -> CachePlace:
+        """Where the next block's is, if this one's is here."""
+        keys, values = self.kv_heads * self.key_dim, self.kv_heads * self.value_dim
+        return CachePlace(
+            place.keys + keys, place.values + values, place.scales + self.kv_heads, place.latents + self.rank
+        )
+
+
 class Kept(NamedTuple):
-    """Shapes of what a sequence keeps: keys and values of `blocks` blocks with attention, a recurrence's of others.
+    """Shapes of what a sequence keeps: caches of blocks with attention, and what is kept of recurrences.
 
     A short convolution has windows alone.
     """
 
-    blocks: int
-    kv_heads: int
-    head_dim: int
+    caches: tuple[Cache, ...]
     states: tuple[int, ...] | None = None  # [blocks, value_heads, key_dim, value_dim]
     windows: tuple[int, ...] | None = None  # [blocks, kernel - 1, channels]
 
 
 @dataclass
-class KeyValues:
-    """The cache of one sequence, as csrc/bitnet_cpu.h describes it; what is beyond its length is not initialized.
+class BlockCache:
+    """One block's part of a sequence's cache.
 
-    keys: [blocks, kv_heads, capacity / 16, head_dim, 16]; values: [blocks, kv_heads, capacity, head_dim]; float32,
-    float16 or int8, of which each position and head has a scale: float32 [blocks, kv_heads, capacity]; states and
-    windows, float32: of a recurrence
+    keys: [kv_heads, capacity / 16, key_dim, 16]; values: [kv_heads, capacity, value_dim]; float32, float16 or int8, of
+    which each position and head has a scale: float32 [kv_heads, capacity]; latents, float32 or float16 [capacity, rank]
     """
 
     keys: Tensor
     values: Tensor
+    latents: Tensor
+    turned: int
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
-    states: Tensor | None = None
-    windows: Tensor | None = None
 
-    @staticmethod
-    def empty(kept: Kept, capacity: int, dtype: torch.dtype) -> "KeyValues":
+    def floats(self, length: int) -> tuple[Tensor, Tensor]:
+        """What transformers keeps of the first `length` positions, float32 [kv_heads, length, dim] each.
+
+        That is keys and values, or if there are latents these, of one head, and the common part of keys.
+        """
+        keys = self.keys.transpose(-1, -2).flatten(1, 2)[:, :length].float()
+        values = self.values[:, :length].float()
+        if self.key_scales is not None and self.value_scales is not None:
+            keys, values = keys * self.key_scales[:, :length, None], values * self.value_scales[:, :length, None]
+        if self.latents.shape[-1]:
+            return self.latents[None, :length].float(), keys[:1, :, keys.shape[-1] - self.turned :]
+        return keys, values
+
+    def copy_(self, other: "BlockCache", length: int) -> None:
+        """Make the first `length` positions those of another."""
+        runs = -(-length // RUN)
+        self.keys[:, :runs], self.values[:, :length] = other.keys[:, :runs], other.values[:, :length]
+        self.latents[:length] = other.latents[:length]
+        for mine, its in ((self.key_scales, other.key_scales), (self.value_scales, other.value_scales)):
+            if mine is not None and its is not None:
+                mine[:, :length] = its[:, :length]
+
+
+class KeyValues:
+    """The cache of one sequence, as csrc/bitnet_cpu.h describes it; what is beyond its length is not initialized.
+
+    keys, values, key_scales, value_scales, latents: those of all blocks; states, windows: float32, of recurrences
+    """
+
+    def __init__(self, kept: Kept, capacity: int, dtype: torch.dtype) -> None:
         """Room for that many positions, a multiple of 16."""
-        cache = KeyValues._room(*kept[:3], capacity, dtype)
-        cache.states, cache.windows = (None if s is None else torch.zeros(s) for s in (kept.states, kept.windows))
-        return cache
+        self.kept, self.capacity, self.dtype = kept, capacity, dtype
+        end = CachePlace()
+        for cache in kept.caches:
+            end = cache.before(end)
+        self.keys, self.values = (mapped(n * capacity, dtype=dtype) for n in (end.keys, end.values))
+        scales = end.scales * capacity if dtype == torch.int8 else 0
+        self.key_scales, self.value_scales = (torch.empty(scales) if scales else None for _ in range(2))
+        self.latents = torch.empty(end.latents * capacity, dtype=dtype if dtype.is_floating_point else torch.float16)
+        self.states, self.windows = (None if s is None else torch.zeros(s) for s in (kept.states, kept.windows))
 
-    @staticmethod
-    def _room(blocks: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> "KeyValues":
-        keys = mapped(blocks, kv_heads, capacity // RUN, head_dim, RUN, dtype=dtype)
-        values = mapped(blocks, kv_heads, capacity, head_dim, dtype=dtype)
-        if dtype != torch.int8:
-            return KeyValues(keys, values)
-        return KeyValues(keys, values, *(torch.empty(blocks, kv_heads, capacity) for _ in range(2)))
+    def blocks(self) -> list[BlockCache]:
+        """Of each block with attention its part."""
+        at, room, parts = CachePlace(), self.capacity, []
 
-    @property
-    def capacity(self) -> int:
-        return self.values.shape[2]
+        def part(tensor: Tensor, first: int, *shape: int) -> Tensor:
+            return tensor.narrow(0, first * room, math.prod(shape)).view(shape)
+
+        for cache in self.kept.caches:
+            heads, keys, values, rank, turned = cache
+            block = BlockCache(
+                part(self.keys, at.keys, heads, room // RUN, keys, RUN),
+                part(self.values, at.values, heads, room, values),
+                part(self.latents, at.latents, room, rank),
+                turned,
+            )
+            if self.key_scales is not None and self.value_scales is not None:
+                block.key_scales = part(self.key_scales, at.scales, heads, room)
+                block.value_scales = part(self.value_scales, at.scales, heads, room)
+            parts.append(block)
+            at = cache.before(at)
+        return parts
 
     @property
     def recurrent(self) -> list[Tensor]:
@@ -200,30 +286,15 @@ class KeyValues:
 
     def resized(self, capacity: int, length: int) -> "KeyValues":
         """A copy of the first `length` positions with room for another number of them; states stay those of all."""
-        blocks, kv_heads, _, head_dim = self.values.shape
-        copy = KeyValues._room(blocks, kv_heads, head_dim, capacity, self.values.dtype)
-        for name in ("states", "windows"):
-            if (state := getattr(self, name)) is not None:
-                setattr(copy, name, state.clone())
-        runs = -(-length // RUN)
-        copy.keys[:, :, :runs] = self.keys[:, :, :runs]
-        copy.values[:, :, :length] = self.values[:, :, :length]
-        for name in ("key_scales", "value_scales"):
-            if (scales := getattr(self, name)) is not None:
-                getattr(copy, name)[:, :, :length] = scales[:, :, :length]
+        copy = KeyValues(self.kept, capacity, self.dtype)
+        for tensor, mine in zip(copy.recurrent, self.recurrent, strict=True):
+            tensor.copy_(mine)
+        for part, mine_part in zip(copy.blocks(), self.blocks(), strict=True):
+            part.copy_(mine_part, length)
         return copy
 
-    def floats(self, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `length` positions, float32 [blocks, kv_heads, length, head_dim]."""
-        keys = self.keys.transpose(-1, -2).flatten(2, 3)[:, :, :length].float()
-        values = self.values[:, :, :length].float()
-        if self.key_scales is not None and self.value_scales is not None:
-            keys = keys * self.key_scales[:, :, :length, None]
-            values = values * self.value_scales[:, :, :length, None]
-        return keys, values
-
     def _described(self) -> _Sequence:
-        rest = (self.key_scales, self.value_scales, self.states, self.windows)
+        rest = (self.key_scales, self.value_scales, self.latents, self.states, self.windows)
         pointers = (None if t is None else t.data_ptr() for t in rest)
         return _Sequence(self.keys.data_ptr(), self.values.data_ptr(), *pointers, self.capacity)
 

@@ -66,9 +66,15 @@ INLINE float dot(const typename F::Bits* row, const float* x, int64_t k) {
   }
 }
 
-// Rotary positions of one head in place: features i and i + half, or 2i and 2i + 1, turn by an angle.
-[[maybe_unused]] void rotate(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head) {
-  if (interleaved) {
+// Rotary positions of one head in place; see Pairs.
+[[maybe_unused]] void rotate(const float* cosine, const float* sine, int64_t half, int32_t pairs, float* head) {
+  float second[256];
+  if (pairs == kNeighboursToHalves) {
+    for (int64_t i = 0; i < half; ++i) second[i] = head[2 * i + 1];
+    for (int64_t i = 0; i < half; ++i) head[i] = head[2 * i];
+    memcpy(head + half, second, 4 * half);
+  }
+  if (pairs == kNeighbours) {
     for (int64_t i = 0; i < half; ++i) {
       const float a = head[2 * i], b = head[2 * i + 1];
       head[2 * i] = a * cosine[i] - b * sine[i];
@@ -182,17 +188,18 @@ INLINE float top_magnitude(const float* x, int64_t dim) {
 }
 
 template <class C>
-void store_position(const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim) {
+void store_position(const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim,
+                    int64_t value_dim) {
   auto* keys = static_cast<typename C::Element*>(cache.keys) + position / kRun * dim * kRun + position % kRun;
-  auto* values = static_cast<typename C::Element*>(cache.values) + position * dim;
+  auto* values = static_cast<typename C::Element*>(cache.values) + position * value_dim;
   float ks = 1, vs = 1;
   if constexpr (C::kScaled) {
-    const float k = top_magnitude(key, dim), v = top_magnitude(value, dim);
+    const float k = top_magnitude(key, dim), v = top_magnitude(value, value_dim);
     ks = 127 / k, vs = 127 / v;
     cache.key_scales[position] = k / 127, cache.value_scales[position] = v / 127;
   }
   for (int64_t i = 0; i < dim; ++i) keys[i * kRun] = C::store(key[i], ks);
-  for (int64_t i = 0; i < dim; ++i) values[i] = C::store(value[i], vs);
+  for (int64_t i = 0; i < value_dim; ++i) values[i] = C::store(value[i], vs);
 }
 
 // The scores of T queries for R runs of 16 positions.
@@ -298,7 +305,7 @@ INLINE void weigh_all(const typename C::Element* values, int64_t stride, int64_t
 }
 
 template <class I, class C, int T>
-void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float cap, float* scores) {
+void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, int64_t value_dim, float cap, float* scores) {
   int64_t first = queries[0].first, last = queries[0].last;
   for (int t = 1; t < T; ++t) {
     first = smaller(first, queries[t].first);
@@ -317,7 +324,7 @@ void attend_to(const CachedHead& cache, const Query* queries, int64_t dim, float
       for (int64_t i = first; i < last; ++i) row[i - start] *= cache.value_scales[i];
   }
   const auto* values = static_cast<const typename C::Element*>(cache.values);
-  weigh_all<I, C, T>(values, dim, first, last, scores + first - start, stride, queries, dim);
+  weigh_all<I, C, T>(values, value_dim, first, last, scores + first - start, stride, queries, value_dim);
 }
 
 template <int T>
@@ -337,27 +344,30 @@ INLINE void in_tiles(int count, const To& to) {
 }
 
 template <class I, class C>
-void attend_with(const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores) {
+void attend_with(const CachedHead& cache, const Query* queries, int count, int64_t dim, int64_t value_dim, float cap,
+                 float* scores) {
   in_tiles(count, [&](auto tile, int at) INLINE_LAMBDA {
-    attend_to<I, C, decltype(tile)::kQueries>(cache, queries + at, dim, cap, scores);
+    attend_to<I, C, decltype(tile)::kQueries>(cache, queries + at, dim, value_dim, cap, scores);
   });
 }
 
 template <class I>
-void attend(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores) {
+void attend(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, int64_t value_dim, float cap,
+            float* scores) {
   switch (type) {
-    case kFloat32: return attend_with<I, Floats<I>>(cache, queries, count, dim, cap, scores);
-    case kFloat16: return attend_with<I, Halves<I>>(cache, queries, count, dim, cap, scores);
-    case kInt8: return attend_with<I, Bytes<I>>(cache, queries, count, dim, cap, scores);
+    case kFloat32: return attend_with<I, Floats<I>>(cache, queries, count, dim, value_dim, cap, scores);
+    case kFloat16: return attend_with<I, Halves<I>>(cache, queries, count, dim, value_dim, cap, scores);
+    case kInt8: return attend_with<I, Bytes<I>>(cache, queries, count, dim, value_dim, cap, scores);
   }
 }
 
 template <class I>
-void store(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim) {
+void store(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim,
+           int64_t value_dim) {
   switch (type) {
-    case kFloat32: return store_position<Floats<I>>(cache, position, key, value, dim);
-    case kFloat16: return store_position<Halves<I>>(cache, position, key, value, dim);
-    case kInt8: return store_position<Bytes<I>>(cache, position, key, value, dim);
+    case kFloat32: return store_position<Floats<I>>(cache, position, key, value, dim, value_dim);
+    case kFloat16: return store_position<Halves<I>>(cache, position, key, value, dim, value_dim);
+    case kInt8: return store_position<Bytes<I>>(cache, position, key, value, dim, value_dim);
   }
 }
 

@@ -94,7 +94,8 @@ struct Mixture {
   const float* bias;          // of the router, as many; null: none
   const float* correction;    // added to scores where experts are chosen, but not to their weights; null: nothing is
   int64_t experts, chosen;
-  int64_t groups, groups_chosen;  // experts are chosen from so many of these groups of neighbours
+  int64_t groups, groups_chosen;  // experts are chosen from so many of these groups of neighbours,
+  int64_t group_best;         // whose so many greatest scores have the greatest sums
   int64_t inner;              // features between the halves and second
   const PreparedWeight* const* first;   // [experts]
   const PreparedWeight* const* second;  // [experts]
@@ -104,6 +105,27 @@ struct Mixture {
   int32_t normalized;
   int32_t router_type;
   int32_t shared_gate;        // the sigmoid of the router's last score multiplies what the block's own MLP gives
+};
+
+// The heads of a block's attention; features are multiples of 16.
+struct HeadShape {
+  int64_t heads, kv_heads, key_dim, value_dim;
+};
+
+// Latent attention (arXiv 2405.04434, section 2.1): the block's `in` are two layers. The first gives queries, or what `query`
+// makes them of; the second latents, `rank` features that a norm is taken of and `expand` makes keys and values of, those of a
+// head one after the other, and then features that turn by position and are the last of every head's key.
+struct Latent {
+  Product query;    // or one without layers
+  Product expand;
+  Norm norm;
+  int64_t rank;
+  int64_t query_rank;
+};
+
+// Where in a sequence's caches a block's are: how many features (scales: heads) of others' come before, for each position.
+struct CachePlace {
+  int64_t keys, values, scales, latents;
 };
 
 // One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))), what is
@@ -117,35 +139,46 @@ struct Block {
   Norm after_attention, after_mlp;
   const Recurrence* recurrence;  // or null: attention
   const Mixture* mixture;        // or null; then not `parallel`
+  const Latent* latent;          // or null; then one key and value for each head
   const float* sinks;            // [heads]: of each a score of nothing, which takes part in its softmax; null: there are none
-  int64_t place;    // which of a sequence's caches, or of its states, is this block's
+  HeadShape heads;
+  CachePlace cache;
+  int64_t state;    // which of a sequence's states is this block's
   int64_t inner;    // features between gate and down; 0: there is no MLP, and gate_count is 0
   int64_t window;   // positions that a token sees, itself among them; 0: all
   int32_t in_count, gate_count;
   int32_t rope;     // which of the plan's tables; -1: no rotary positions
   int32_t whole, parallel;
   int32_t turned;   // positions come before the norms of queries and keys
-  float shape[4];   // of its gate: kXielu's two slopes, beta and eps, kClampedSwiglu's alpha and limit
+  float bend[4];    // of its gate: kXielu's two slopes, beta and eps, kClampedSwiglu's alpha and limit
 };
 
 // kXielu is equation 5 of arXiv 2411.13010. kClampedSwiglu, of experts alone, takes gate and up in turn, as gpt_oss's do, and
 // not in halves. kSigmoid is that of queries.
 enum Gate { kSilu = 0, kSquaredRelu = 1, kGeluTanh = 2, kGelu = 3, kRelu = 4, kXielu = 5, kClampedSwiglu = 6, kSigmoid = 7 };
 
+// Rotary positions: features i and i + half turn together; or 2i and 2i + 1; or these, to become i and i + half.
+enum Pairs { kHalves = 0, kNeighbours = 1, kNeighboursToHalves = 2 };
+
+struct Rope {
+  const float *cosine, *sine;  // [positions, half]
+  int64_t half;                // half the features of a head that turn: at most 256
+};
+
 struct Plan {
   const Block* blocks;
   int64_t count;
-  int64_t hidden, heads, kv_heads, head_dim;  // head_dim: a multiple of 16
-  int64_t half, positions;   // of the tables: half the rotated features of a head
-  const float* ropes[2][2];  // cosine and sine, [positions, half]
+  int64_t hidden;
+  int64_t positions;         // of the tables
+  Rope ropes[2];
   const float* position_scales;  // [positions], of queries; null: 1
   Norm final;
   float scaling;             // of scores
   float cap;                 // scores s become cap * tanh(s / cap); 0: they do not
   float residual;
   float clip;                // queries, keys and values lie within it; 0: they are left
-  int32_t interleaved;       // features 2i and 2i + 1 turn together, and not i and i + half
-  int32_t by_head;           // one layer has q, k and v, those of a head one after the other; kv_heads are heads
+  int32_t pairs;             // which features turn together
+  int32_t by_head;           // one layer has q, k and v, those of a head one after the other; as many kv_heads as heads
   int32_t query_gate;        // sigmoids multiply heads' outputs, of a gate that follows a head's q; or, if 2, of a fourth `in`
   int32_t gate;
   int32_t gated;             // f(gate) * up; 0: f(gate)
@@ -153,12 +186,14 @@ struct Plan {
   int32_t isa;               // index into bitnet_isa(kTwoBits)
 };
 
-// The cache of one sequence, of the blocks with attention. keys [blocks, kv_heads, capacity/16, head_dim, 16] and values [blocks, kv_heads, capacity,
-// head_dim] of cache_type; scales [blocks, kv_heads, capacity]. capacity is a multiple of 16. Of those with a recurrence states
+// The cache of one sequence. Of the blocks with attention, one after the other, keys [kv_heads, capacity/16, key_dim, 16] and
+// values [kv_heads, capacity, value_dim] of cache_type, scales [kv_heads, capacity], and of latent attention latents after their
+// norm [capacity, rank], float16 or of a float32 cache float32; or null, where nobody asks for them. capacity is a multiple of 16. Of those with a recurrence states
 // [blocks, value_heads, key_dim, value_dim] and windows [blocks, kernel - 1, channels], at first 0.
 struct Sequence {
   void *keys, *values;
   float *key_scales, *value_scales;
+  void* latents;
   float *states, *windows;
   int64_t capacity;
 };

@@ -78,8 +78,8 @@ constexpr int64_t scratch_bytes(int64_t tokens, int limbs, bool groups) {
   return tokens * kTileRows * 4 * (groups ? 2 : limbs);
 }
 
-// The cache of one key/value head: keys [ceil(capacity/16), dim, 16], so that a vector holds 16 positions, and values
-// [capacity, dim]. Integers have a scale a position.
+// The cache of one key/value head: keys [ceil(capacity/16), key_dim, 16], so that a vector holds 16 positions, and
+// values [capacity, value_dim]. Integers have a scale a position.
 struct CachedHead {
   void *keys, *values;
   float *key_scales, *value_scales;
@@ -87,8 +87,8 @@ struct CachedHead {
 
 // One query: it sees positions [first, last) of a cache.
 struct Query {
-  const float* q;  // [dim], times the scale of scores
-  float* out;      // [dim]
+  const float* q;  // [key_dim], times the scale of scores
+  float* out;      // [value_dim]
   int64_t first, last;
   const float* sink;  // a score of nothing, or null
 };
@@ -100,15 +100,17 @@ constexpr int64_t attention_bytes(const Attention& a) {
 // What happens in a decoder block between its products: attention.h.
 struct Between {
   void (*normalize)(const float* x, const Norm& norm, int64_t k, float* y);
-  void (*rotate)(const float* cosine, const float* sine, int64_t half, bool interleaved, float* head);
+  void (*rotate)(const float* cosine, const float* sine, int64_t half, int32_t pairs, float* head);
   float (*score_row)(const void* row, int32_t type, const float* x, int64_t k);  // their dot product
   void (*convolve)(const Recurrence& r, float* window, float* x, int64_t stride, int64_t tokens, int64_t first, int64_t last);
   void (*to_length)(float* x, int64_t k, float factor);
   void (*recur)(float* state, const float* q, const float* k, float* v, float decay, float beta, int64_t keys, int64_t values);
   void (*apply_gate)(int32_t gate, const float* shape, float* x, const float* up, int64_t k);  // up: null without one
-  void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim);
-  // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dim is a multiple of 16.
-  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, float cap, float* scores);
+  void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim,
+                int64_t value_dim);
+  // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dims are multiples of 16.
+  void (*attend)(int32_t type, const CachedHead& cache, const Query* queries, int count, int64_t dim, int64_t value_dim, float cap,
+                 float* scores);
   // Queries [first, first + count) of a key/value head; scratch: of attention_bytes().
   void (*attend_rows)(const Attention& a, int64_t batch, int64_t kv_head, int64_t first, int count, float* scratch);
   void (*normalize_row)(const Norm& norm, const void* x, int32_t type, int64_t k, void* y, float* scratch);

@@ -21,7 +21,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 22; }
+BITNET_EXPORT int32_t bitnet_abi() { return 23; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -64,14 +64,23 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
                                   const int64_t* sequence, const int64_t* position, int32_t threads) {
   const Isa* isa = find_isa(kTwoBits, plan->isa);
   if (!isa) return kBadIsa;
-  if (m < 0 || m > kSlab || plan->head_dim < kRun || plan->head_dim % kRun || plan->heads % plan->kv_heads) return kBadShape;
+  if (m < 0 || m > kSlab) return kBadShape;
   if (plan->cache_type != kFloat32 && plan->cache_type != kFloat16 && plan->cache_type != kInt8) return kBadType;
-  if (plan->gate < kSilu || plan->gate > kClampedSwiglu || 2 * plan->half > plan->head_dim) return kBadShape;
-  if (plan->by_head && (plan->heads != plan->kv_heads || plan->query_gate)) return kBadShape;
-  for (int64_t b = 0; plan->gate == kClampedSwiglu && b < plan->count; ++b)
-    if (plan->blocks[b].inner) return kBadShape;
+  if (plan->gate < kSilu || plan->gate > kClampedSwiglu) return kBadShape;
+  for (int64_t b = 0; b < plan->count; ++b) {
+    const Block& block = plan->blocks[b];
+    const HeadShape& h = block.heads;
+    if (plan->gate == kClampedSwiglu && block.inner) return kBadShape;
+    if (block.recurrence) continue;
+    if (h.key_dim < kRun || h.key_dim % kRun || h.value_dim < kRun || h.value_dim % kRun || h.kv_heads < 1 || h.heads % h.kv_heads)
+      return kBadShape;
+    if ((plan->by_head || block.latent) && h.heads != h.kv_heads) return kBadShape;
+    if (plan->by_head && plan->query_gate) return kBadShape;
+    if (block.rope >= 0 && (2 * plan->ropes[block.rope].half > h.key_dim || plan->ropes[block.rope].half > 256)) return kBadShape;
+    if (block.latent && block.rope < 0) return kBadShape;
+  }
   for (int64_t t = 0; t < m; ++t)
-    if (position[t] < 0 || position[t] >= sequences[sequence[t]].capacity || (plan->half && position[t] >= plan->positions))
+    if (position[t] < 0 || position[t] >= sequences[sequence[t]].capacity || position[t] >= plan->positions)
       return kBadShape;
   if (m == 0) return kOk;
   return Step{*plan, *isa, find_isa, x, m, sequences, sequence, position}.run_all(threads);

@@ -12,14 +12,14 @@ INLINE int64_t best(const float* key, const uint8_t* taken, int64_t n) {
   return found;
 }
 
-// Leaves open the groups whose two greatest keys have the greatest sums.
+// Leaves open the groups whose few greatest keys have the greatest sums.
 void close_groups(const Mixture& mix, const float* key, float* sums, uint8_t* taken) {
   const int64_t size = mix.experts / mix.groups;
   uint8_t* open = taken + mix.experts;  // of each group
   memset(taken, 0, mix.experts + mix.groups);
   for (int64_t g = 0; g < mix.groups; ++g) {
     sums[g] = 0;
-    for (int64_t i = 0, at; i < smaller(2, size); ++i) {
+    for (int64_t i = 0, at; i < smaller(mix.group_best, size); ++i) {
       taken[g * size + (at = best(key + g * size, taken + g * size, size))] = 1;
       sums[g] += key[g * size + at];
     }

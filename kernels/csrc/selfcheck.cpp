@@ -323,6 +323,8 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
   const int64_t kv_heads = by_head ? kHeads : 2;
   const bool recurs = cache_type == kFloat16 && !by_head, later = gate > kGelu;
   const int query_gate = cache_type == kInt8 && !by_head ? 1 + later : 0;
+  const bool latent = cache_type == kFloat32 && gate == kRelu;  // attention of the first block
+  constexpr int64_t kRank = 24, kQueryRank = 40;
   constexpr int kLayers = 8;
   const int64_t shapes[kLayers][2] = {{(by_head ? 3 : query_gate == 1 ? 2 : 1) * kHeads * kDim, kHidden}, {kv_heads * kDim, kHidden},
                                       {kv_heads * kDim, kHidden}, {kHidden, kHeads * kDim}, {kInner, kHidden}, {kInner, kHidden},
@@ -332,9 +334,10 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
-  const int64_t linear[9][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
+  const int64_t linear[13][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
                                 {kHidden, kMixed}, {3 * kMixed, kHidden}, {kChannels + kMixed, kHidden}, {2 * kValueHeads, kHidden},
-                                {kDim, kHidden}};
+                                {kDim, kHidden}, {kQueryRank, kHidden}, {kRank + kDim, kHidden}, {kHeads * 2 * kDim, kQueryRank},
+                                {kHeads * 2 * kDim, kRank}};
   for (const auto& shape : linear) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   const auto convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
   auto speed = floats(kValueHeads);
@@ -381,7 +384,9 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.after_attention = block.after_mlp = b ? none : n;
         block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head && !query_gate, block.parallel = other, block.turned = gate == kGelu;
         block.sinks = later ? sinks.data() : nullptr;
-        for (int i = 0; i < 4; ++i) block.shape[i] = i < 3 ? 0.6f + i : -1e-6f;
+        block.heads = {kHeads, kv_heads, kDim, kDim};
+        block.cache = {b * kv_heads * kDim, b * kv_heads * kDim, b * kv_heads, 0};
+        for (int i = 0; i < 4; ++i) block.bend[i] = i < 3 ? 0.6f + i : -1e-6f;
       }
       const PreparedWeight* l = layers.data() + kLayers * kBlocks + 2 * kExperts;
       const Norm n{norm.data(), nullptr, 1e-5f, 0}, none{};
@@ -399,18 +404,24 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         if (recurrence.parts == kByKeyHead) blocks[0].in[0] = {{n, none}, nullptr, 0, 2, {l + 6, l + 7}};
         if (recurrence.parts == kSixLayers) blocks[0].in[0] = {{n, none}, nullptr, 0, 6, {l + 8, l + 8, l + 1, l + 1, l + 2, l + 3}};
         blocks[0].out = {{none, none}, nullptr, 0, 1, {l + 4}};
-      } else {
-        blocks[1].place = 1;
+      }
+      const Latent latents{{{n, none}, nullptr, 0, 1, {l + 11}}, {{none, none}, nullptr, 0, 1, {l + 12}}, n, kRank, kQueryRank};
+      if (latent) {
+        Block& block = blocks[0];
+        block.latent = &latents, block.rope = 0, block.whole = 0, block.query = block.key = none;
+        block.heads = {kHeads, kHeads, 2 * kDim, kDim};
+        block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 2, {l + 9, l + 10}};
+        blocks[1].cache = {kHeads * 2 * kDim, kHeads * kDim, kHeads, kRank};
       }
       std::vector<const PreparedWeight*> experts;
       for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[kLayers * kBlocks + e]);
-      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), later ? router_bias.data() : nullptr, correction.data(), kExperts, 2, 3, 2, kExpertInner,
+      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), later ? router_bias.data() : nullptr, correction.data(), kExperts, 2, 3, 2, 2, kExpertInner,
                       experts.data(), experts.data() + kExperts, 0.01f, 1e-20f, 1.5f, gate % 3, gate != kSquaredRelu, kFloat32, 1};
       if (cache_type == kFloat16) mixture.router = narrow.data(), mixture.router_type = kBFloat16;
       if (cache_type == kInt8) mixture.correction = nullptr, mixture.groups = mixture.groups_chosen = 1, mixture.shared_gate = 0;
       if (!other) blocks[1].mixture = &mixture;
       if (!other && cache_type == kInt8) blocks[1].inner = blocks[1].gate_count = blocks[1].down.count = 0;
-      Plan plan{blocks.data(), kBlocks, kHidden, kHeads, kv_heads, kDim, 8, kCapacity, {{cosine.data(), sine.data()}}, later ? position_scales.data() : nullptr,
+      Plan plan{blocks.data(), kBlocks, kHidden, kCapacity, {{cosine.data(), sine.data(), 8}}, later ? position_scales.data() : nullptr,
                 {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, later ? 0.5f : 0.0f, other, by_head, query_gate, gate, !other,
                 cache_type, isa};
       if (gate == kClampedSwiglu) {  // experts alone take it
@@ -418,12 +429,12 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         blocks[0].mixture = &mixture;
         for (Block& block : blocks) block.inner = block.gate_count = block.down.count = 0;
       }
-      const int64_t cells = kBlocks * kv_heads * kCapacity;
-      std::vector<float> keys(cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells);
+      const int64_t cells = (kHeads + kv_heads) * kCapacity;
+      std::vector<float> keys(2 * cells * kDim), values(cells * kDim), key_scales(cells), value_scales(cells), kept(kRank * kCapacity);
       std::vector<float> spare = keys, states(kDim * kMixed), windows((kKernel - 1) * kChannels);
       const Sequence sequences[] = {
-          {keys.data(), values.data(), key_scales.data(), value_scales.data(), states.data(), windows.data(), kCapacity},
-          {spare.data(), spare.data(), key_scales.data(), value_scales.data(), nullptr, nullptr, kCapacity}};
+          {keys.data(), values.data(), key_scales.data(), value_scales.data(), latent ? kept.data() : nullptr, states.data(), windows.data(), kCapacity},
+          {spare.data(), spare.data(), key_scales.data(), value_scales.data(), nullptr, nullptr, nullptr, kCapacity}};
       std::vector<float> x = embedded;
       std::vector<int64_t> sequence(kTokens, 0), position(kTokens);
       for (int64_t t = 0; t < kTokens; ++t) position[t] = t;

@@ -43,6 +43,12 @@ struct Own {
         last(smaller(share(ceil_div(n, width), thread + 1, count) * width, n)) {}
 };
 
+// [tokens, features], with room between.
+struct Rows {
+  float* first;
+  int64_t token;
+};
+
 struct Step {
   const Plan& plan;
   const Isa& isa;
@@ -52,53 +58,81 @@ struct Step {
   const Sequence* sequences;
   const int64_t *sequence, *position;
   const Between& f = *isa.between;
-  Heads q = {}, k = {}, v = {}, z_of_q = {};
-  float *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
+  float *in_first = nullptr, *attended = nullptr, *gate = nullptr, *up = nullptr, *y = nullptr, *z = nullptr;
   void *panels = nullptr, *routing = nullptr;
-  int64_t query_width = plan.heads * plan.head_dim, key_width = plan.kv_heads * plan.head_dim;
-  int64_t in_width = (1 + (plan.query_gate != 0)) * query_width + 2 * key_width;  // of what all blocks' `in` give
-  int64_t widest = 0, routes_bytes = 0;                                    // of their MLPs and mixtures
+  int64_t in_width = 0, out_width = 0, key_dim = 0;  // of what all blocks' `in` give, of what their `out` take; of their keys
+  int64_t widest = 0, routes_bytes = 0;              // of their MLPs and mixtures
+
+  static void widen(int64_t& to, int64_t width) { to = to < width ? width : to; }
 
   void measure() {
     for (int64_t b = 0; b < plan.count; ++b) {
       const Block& block = plan.blocks[b];
-      widest = widest < block.inner ? block.inner : widest;
+      const HeadShape& h = block.heads;
+      widen(widest, block.inner);
       if (const Recurrence* r = block.recurrence) {
-        const int64_t width = r->value_heads ? (1 + (r->parts != kFourLayers)) * rule_width(*r) : 4 * r->channels;
-        in_width = in_width < width ? width : in_width;
+        widen(in_width, r->value_heads ? (1 + (r->parts != kFourLayers)) * rule_width(*r) : 4 * r->channels);
+      } else {
+        widen(in_width, Attending(*this, block).width);
+        widen(out_width, h.heads * h.value_dim);
+        widen(key_dim, h.key_dim);
       }
-      if (!block.mixture) continue;
-      const int64_t bytes = place_routes(*block.mixture, nullptr).bytes;
-      routes_bytes = routes_bytes < bytes ? bytes : routes_bytes;
+      if (block.mixture) widen(routes_bytes, place_routes(*block.mixture, nullptr).bytes);
     }
   }
 
   // Activations and codes of all tokens lie one after the other.
-  int64_t floats() const { return m * (in_width + query_width + 2 * widest + 2 * plan.hidden); }
+  int64_t floats() const { return m * (in_width + out_width + 2 * widest + 2 * plan.hidden); }
 
   void place(void* memory) {
-    auto* first = static_cast<float*>(memory);
-    const int64_t dim = plan.head_dim;
-    if (plan.by_head) {
-      q = {first, 3 * query_width, 3 * dim};
-      k = {first + dim, 3 * query_width, 3 * dim};
-      v = {first + 2 * dim, 3 * query_width, 3 * dim};
-    } else {
-      const int64_t parts = plan.query_gate == 1 ? 2 : 1;
-      q = {first, parts * query_width, parts * dim};
-      k = {first + m * q.token, key_width, dim};
-      v = {k.first + m * key_width, key_width, dim};
-      if (plan.query_gate == 1) z_of_q = {q.first + dim, q.token, q.head};
-      else z_of_q = {v.first + m * key_width, query_width, dim};
-    }
-    attended = first + m * in_width;
-    gate = attended + m * query_width;
+    in_first = static_cast<float*>(memory);
+    attended = in_first + m * in_width;
+    gate = attended + m * out_width;
     up = gate + m * widest;
     y = up + m * widest;
     z = y + m * plan.hidden;
     routing = reinterpret_cast<char*>(memory) + ceil_div(4 * floats(), 64) * 64;
     panels = reinterpret_cast<char*>(routing) + routes_bytes;
   }
+
+  // What the `in` of a block with attention give, one after the other, and where heads are in it.
+  struct Attending {
+    Heads q, k, v, gate;
+    Rows latents = {}, low_queries = {};
+    int64_t turned_from = 0, width = 0;  // the first feature of a head that turns by position; floats of a token
+
+    Attending(const Step& step, const Block& block) {
+      const HeadShape& h = block.heads;
+      const int64_t m = step.m, queries = h.heads * h.key_dim;
+      float* at = step.in_first;
+      const auto take = [&](int64_t token, int64_t head) {
+        const Heads heads{at, token, head};
+        at += at ? m * token : 0, width += token;
+        return heads;
+      };
+      if (step.plan.by_head) {
+        q = take(3 * queries, 3 * h.key_dim);
+        k = {q.first + h.key_dim, q.token, q.head};
+        v = {k.first + h.key_dim, q.token, q.head};
+      } else if (const Latent* latent = block.latent) {
+        turned_from = h.key_dim - 2 * step.plan.ropes[block.rope].half;
+        q = take(queries, h.key_dim);
+        latents = rows(take(latent->rank + h.key_dim - turned_from, 0));
+        k = take(h.heads * (turned_from + h.value_dim), turned_from + h.value_dim);
+        v = {k.first + turned_from, k.token, k.head};
+        low_queries = rows(take(latent->query_rank, 0));
+      } else {
+        const int64_t parts = step.plan.query_gate == 1 ? 2 : 1;
+        q = take(parts * queries, parts * h.key_dim);
+        k = take(h.kv_heads * h.key_dim, h.key_dim);
+        v = take(h.kv_heads * h.value_dim, h.value_dim);
+        if (step.plan.query_gate == 1) gate = {q.first + h.key_dim, q.token, q.head};
+        else if (step.plan.query_gate) gate = take(h.heads * h.value_dim, h.value_dim);
+      }
+    }
+
+    static Rows rows(const Heads& heads) { return {heads.first, heads.token}; }
+  };
 
   Call call(const PreparedWeight& layer, const float* from, float* to) const {
     return {layer, *find(layer.form, layer.isa), reinterpret_cast<const char*>(from), kFloat32, 4 * layer.k, nullptr,
@@ -114,16 +148,16 @@ struct Step {
       const Block& block = plan.blocks[b];
       for (int i = 0; i < block.in_count; ++i) all(block.in[i]);
       for (int i = 0; i < block.gate_count; ++i) all(block.gate[i]);
+      if (block.latent) all(block.latent->query), all(block.latent->expand);
       all(block.out);
       all(block.down);
       if (block.mixture) visit(*block.mixture->first[0]), visit(*block.mixture->second[0]);  // all are alike
     }
   }
 
-  // Row t of a product's input, [k]; to: where it is made if it is not x's own.
-  const float* input(const Product& product, const float* from, int64_t t, float* to) const {
+  // A row of a product's input, [k]; to: where it is made if it is not that row.
+  const float* input(const Product& product, const float* from, float* to) const {
     const int64_t width = product.layers[0]->k;
-    from += t * width;
     for (const Norm& norm : product.norms)
       if (norm.weight) {
         f.normalize(from, norm, width, to);
@@ -171,13 +205,14 @@ struct Step {
     now.isa.gemm(layer, first, last, codes.all, rest, to, kFloat32);
   }
 
-  // The same of a product: to[i] [m, n] for layer i.
-  void multiply(const Product& product, const float* from, float* const* to, int thread, int count) const {
+  // The same of a product: to[i] [m, n] for layer i. Rows of `from` are as wide as its input, or so much apart.
+  void multiply(const Product& product, const float* from, float* const* to, int thread, int count, int64_t apart = 0) const {
+    if (!apart && product.count) apart = product.layers[0]->k;
     Codes codes;
     for (int i = 0; i < product.count; ++i) {
       const PreparedWeight& layer = *product.layers[i];
       const bool again = i == 0 || !same_codes(call(*product.layers[i - 1], from, to[i]), call(layer, from, to[i]));
-      multiply(layer, m, [&](int64_t t, float* room) { return input(product, from, t, room); }, again, codes, to[i], thread,
+      multiply(layer, m, [&](int64_t t, float* room) { return input(product, from + t * apart, room); }, again, codes, to[i], thread,
                count);
     }
   }
@@ -208,54 +243,88 @@ struct Step {
 
   CachedHead cached(const Block& block, int64_t t, int64_t head) const {
     const Sequence& in = sequences[sequence[t]];
-    const int64_t at = (block.place * plan.kv_heads + head) * in.capacity;
-    const int64_t offset = at * plan.head_dim * element_size(plan.cache_type);
+    const HeadShape& h = block.heads;
+    const int64_t room = in.capacity, bytes = room * element_size(plan.cache_type), at = (block.cache.scales + head) * room;
     const bool scaled = plan.cache_type == kInt8;
-    return {static_cast<char*>(in.keys) + offset, static_cast<char*>(in.values) + offset,
-            scaled ? in.key_scales + at : nullptr, scaled ? in.value_scales + at : nullptr};
+    return {static_cast<char*>(in.keys) + (block.cache.keys + head * h.key_dim) * bytes,
+            static_cast<char*>(in.values) + (block.cache.values + head * h.value_dim) * bytes, scaled ? in.key_scales + at : nullptr, scaled ? in.value_scales + at : nullptr};
   }
 
-  // Norms and positions of heads, in place.
-  void turn(const Block& block, const Norm& norm, float* head, int64_t t) const {
+  void rotate(const Block& block, float* head, int64_t t) const {
+    if (block.rope < 0) return;
+    const Rope& rope = plan.ropes[block.rope];
+    const int64_t at = position[t] * rope.half;
+    f.rotate(rope.cosine + at, rope.sine + at, rope.half, plan.pairs, head);
+  }
+
+  // Norms and positions of heads, in place, whose features turn from so many on.
+  void turn(const Block& block, const Norm& norm, float* head, int64_t from, int64_t t) const {
     const bool normed = norm.weight && !block.whole;
-    if (normed && !block.turned) f.normalize(head, norm, plan.head_dim, head);
-    if (block.rope >= 0) {
-      const int64_t at = position[t] * plan.half;
-      f.rotate(plan.ropes[block.rope][0] + at, plan.ropes[block.rope][1] + at, plan.half, plan.interleaved, head);
-    }
-    if (normed && block.turned) f.normalize(head, norm, plan.head_dim, head);
+    if (normed && !block.turned) f.normalize(head, norm, block.heads.key_dim, head);
+    rotate(block, head + from, t);
+    if (normed && block.turned) f.normalize(head, norm, block.heads.key_dim, head);
   }
 
-  void clip(float* head) const {
+  void clip(float* head, int64_t dim) const {
     const float most = plan.clip;
-    for (int64_t i = 0; most && i < plan.head_dim; ++i) head[i] = head[i] > most ? most : head[i] < -most ? -most : head[i];
+    for (int64_t i = 0; most && i < dim; ++i) head[i] = head[i] > most ? most : head[i] < -most ? -most : head[i];
   }
 
-  void attention(const Block& block, int thread, int count) const {
-    const int64_t dim = plan.head_dim, group = plan.heads / plan.kv_heads, all = plan.heads + plan.kv_heads;
+  // Latents after their norm, in place and for the cache, the common part of keys turned, and what queries, keys and values they make.
+  void expand(const Block& block, const Attending& a, int thread, int count) const {
+    const Latent& latent = *block.latent;
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
+      float* row = a.latents.first + t * a.latents.token;
+      f.normalize(row, latent.norm, latent.rank, row);
+      rotate(block, row + latent.rank, t);
+      const Sequence& in = sequences[sequence[t]];
+      const int64_t at = block.cache.latents * in.capacity + position[t] * latent.rank;
+      if (!in.latents) continue;
+      if (plan.cache_type == kFloat32) memcpy(static_cast<float*>(in.latents) + at, row, 4 * latent.rank);
+      else
+        for (int64_t i = 0; i < latent.rank; ++i) static_cast<uint16_t*>(in.latents)[at + i] = F16::round(row[i]);
+    }
+    float *queries = a.q.first, *both = a.k.first;
+    if (latent.query.count)
+      multiply(latent.query, a.low_queries.first, &queries, thread, count);  // whose codes are where the next's are to be
+    barrier(count);
+    multiply(latent.expand, a.latents.first, &both, thread, count, a.latents.token);
+    barrier(count);
+  }
+
+  void attention(const Block& block, const Attending& places, int thread, int count) const {
+    const HeadShape& h = block.heads;
+    const Heads &q = places.q, &k = places.k, &v = places.v;
+    const int64_t dim = h.key_dim, group = h.heads / h.kv_heads, all = h.heads + h.kv_heads, from = places.turned_from;
+    const int64_t out_width = h.heads * h.value_dim;
     if (block.whole) {
       for (int64_t i = share(2 * m, thread, count); i < share(2 * m, thread + 1, count); ++i) {
         const Norm& norm = i < m ? block.query : block.key;
-        const int64_t width = i < m ? query_width : key_width;
+        const int64_t width = (i < m ? h.heads : h.kv_heads) * dim;
         float* row = i < m ? q.at(i, 0) : k.at(i - m, 0);
         if (norm.weight) f.normalize(row, norm, width, row);
       }
       barrier(count);
     }
     for (int64_t i = share(m * all, thread, count); i < share(m * all, thread + 1, count); ++i) {
-      const int64_t t = i / all, head = i % all - plan.heads;
+      const int64_t t = i / all, head = i % all - h.heads;
       if (head < 0) {
         float* query = q.at(t, i % all);
-        clip(query);
-        turn(block, block.query, query, t);
+        clip(query, dim);
+        turn(block, block.query, query, from, t);
         const float scaling = plan.position_scales ? plan.scaling * plan.position_scales[position[t]] : plan.scaling;
         for (int64_t j = 0; j < dim; ++j) query[j] *= scaling;
       } else {
-        float* key = k.at(t, head);
-        clip(key);
-        clip(v.at(t, head));
-        turn(block, block.key, key, t);
-        f.store(plan.cache_type, cached(block, t, head), position[t], key, v.at(t, head), dim);
+        float *key = k.at(t, head), *value = v.at(t, head);
+        clip(key, dim);
+        clip(value, h.value_dim);
+        if (block.latent) {
+          float* whole = static_cast<float*>(attention_scratch.memory);
+          memcpy(whole, key, 4 * from);
+          memcpy(whole + from, places.latents.first + t * places.latents.token + block.latent->rank, 4 * (dim - from));
+          key = whole;
+        } else turn(block, block.key, key, from, t);
+        f.store(plan.cache_type, cached(block, t, head), position[t], key, value, dim, h.value_dim);
       }
     }
     barrier(count);
@@ -264,7 +333,7 @@ struct Step {
       end = same_sequence(t);
       const int64_t queries = (end - t) * group;
       for (int64_t at = 0; at < queries; at += kTileQueries)
-        for (int64_t head = 0; head < plan.kv_heads; ++head) {
+        for (int64_t head = 0; head < h.kv_heads; ++head) {
           if (turn_of++ % count != thread) continue;
           Query tile[kTileQueries];
           const int here = int(smaller(kTileQueries, queries - at));
@@ -272,15 +341,15 @@ struct Step {
             const int64_t row = t + (at + i) / group, of = head * group + (at + i) % group, last = position[row] + 1;
             const int64_t seen = block.window && block.window < last ? block.window : last;
             const float* sink = block.sinks ? block.sinks + of : nullptr;
-          tile[i] = {q.at(row, of), attended + row * query_width + of * dim, last - seen, last, sink};
+          tile[i] = {q.at(row, of), attended + row * out_width + of * h.value_dim, last - seen, last, sink};
           }
-          f.attend(plan.cache_type, cached(block, t, head), tile, here, dim, plan.cap,
+          f.attend(plan.cache_type, cached(block, t, head), tile, here, dim, h.value_dim, plan.cap,
                    static_cast<float*>(attention_scratch.memory));
           for (int i = 0; plan.query_gate && i < here; ++i) {
             const int64_t row = t + (at + i) / group, of = head * group + (at + i) % group;
-            float* sigmoids = z_of_q.at(row, of);
-            f.apply_gate(kSigmoid, nullptr, sigmoids, tile[i].out, dim);
-            memcpy(tile[i].out, sigmoids, 4 * dim);
+            float* sigmoids = places.gate.at(row, of);
+            f.apply_gate(kSigmoid, nullptr, sigmoids, tile[i].out, h.value_dim);
+            memcpy(tile[i].out, sigmoids, 4 * h.value_dim);
           }
         }
     }
@@ -300,7 +369,7 @@ struct Step {
     const Own own(r.channels, kColumns, thread, count);
     for (int64_t t = 0, end; t < m; t = end) {
       end = same_sequence(t);
-      float *rows = parts + t * stride, *window = sequences[sequence[t]].windows + block.place * (r.kernel - 1) * r.channels;
+      float *rows = parts + t * stride, *window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
       for (int64_t i = 0; i < end - t; ++i)
         for (int64_t c = own.first; c < own.last; ++c) rows[i * stride + c] *= rows[i * stride + 2 * r.channels + c];
       f.convolve(r, window, rows, stride, end - t, own.first, own.last);
@@ -355,7 +424,7 @@ struct Step {
     const Own own(r.channels, kColumns, thread, count);
     for (int64_t t = 0, end; t < m; t = end) {
       end = same_sequence(t);
-      float* window = sequences[sequence[t]].windows + block.place * (r.kernel - 1) * r.channels;
+      float* window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
       f.convolve(r, window, mixed + t * r.channels, r.channels, end - t, own.first, own.last);
     }
     barrier(count);
@@ -368,7 +437,7 @@ struct Step {
     int64_t turn_of = 0;
     for (int64_t t = 0, end; t < m; t = end) {
       end = same_sequence(t);
-      float* states = sequences[sequence[t]].states + block.place * r.value_heads * state;
+      float* states = sequences[sequence[t]].states + block.state * r.value_heads * state;
       for (int64_t head = 0; head < r.value_heads; ++head) {
         if (turn_of++ % count != thread) continue;
         for (int64_t i = t; i < end; ++i) {
@@ -464,7 +533,7 @@ struct Step {
     barrier(count);
     for (int64_t i = share(pairs, thread, count); i < share(pairs, thread + 1, count); ++i) {
       float* halves = r.between + i * 2 * mix.inner;
-      f.apply_gate(plan.gate, block.shape, halves, halves + mix.inner, mix.inner);
+      f.apply_gate(plan.gate, block.bend, halves, halves + mix.inner, mix.inner);
     }
     barrier(count);
     codes.filled = false;
@@ -492,10 +561,13 @@ struct Step {
 
   void run(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
-    float *in[6] = {q.first, k.first, v.first, z_of_q.first}, *parts[4] = {};
+    float *in[6] = {in_first}, *parts[4] = {};
     const float* mixed = attended;
     const Recurrence* r = block.recurrence;
     const bool rule = r && r->value_heads;
+    const Attending places(*this, block);
+    if (block.latent) in[0] = block.latent->query.count ? places.low_queries.first : in_first, in[1] = places.latents.first;
+    else if (!r) in[1] = places.k.first, in[2] = places.v.first, in[3] = places.gate.first;
     if (rule) place_rule(*r, in, parts), mixed = parts[1];
     else if (r) mixed = in[1] = in[0] + m * 3 * r->channels;
     for (int i = 0, at = 0; i < block.in_count; at += int(block.in[i++].count)) {
@@ -507,9 +579,10 @@ struct Step {
       gather(*r, in, parts, thread, count);
       barrier(count);
     }
+    if (block.latent) expand(block, places, thread, count);
     if (rule) recurrence(block, parts, thread, count);
     else if (r) short_convolution(block, in[0], in[1], thread, count);
-    else attention(block, thread, count);
+    else attention(block, places, thread, count);
     barrier(count);
     multiply(block.out, mixed, &(in[0] = z), thread, count);
     if (block.parallel) barrier(count);
@@ -523,7 +596,7 @@ struct Step {
       const Own own(inner, kBlockRows, thread, count);
       for (int64_t t = 0; t < m; ++t) {
         const int64_t at = t * inner + own.first;
-        f.apply_gate(plan.gate, block.shape, gate + at, plan.gated ? up + at : nullptr, own.last - own.first);
+        f.apply_gate(plan.gate, block.bend, gate + at, plan.gated ? up + at : nullptr, own.last - own.first);
       }
       barrier(count);
       multiply(block.down, gate, &(in[0] = y), thread, count);
@@ -540,7 +613,7 @@ struct Step {
     void* memory = step_scratch.reserve(ceil_div(4 * floats(), 64) * 64 + routes_bytes + shared_panel_bytes());
     if (!memory) return kNoMemory;
     place(memory);
-    const int64_t bytes = thread_bytes(), scores = (longest + 32) * kTileQueries * 4;
+    const int64_t bytes = thread_bytes(), scores = (longest + 32) * kTileQueries * 4 + key_dim * 4;
     Status status = kOk;
     bool alone = false;
     parallel(threads, [&](int thread, int count) {
