@@ -59,6 +59,8 @@ _SLIDING = {"sliding_window": 24, "layer_types": _KINDS}
 _LINEAR = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16}
 _LINEAR |= {"linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"] * 2}
 _LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+_GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "layer_types": _KINDS}
+_GEMMA4 |= {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 200, "final_logit_softcapping": 3.0}
 _SHORT = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "pad_token_id": 0}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _LATENT: dict[str, object] = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
@@ -173,6 +175,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "axk1": _model("axk1", **_ROUTED, **_LATENT, q_lora_rank=48),
     "youtu": _model("youtu", **_LATENT, q_lora_rank=None, rope_interleave=False),
     "minicpm3": _model("minicpm3", **_LATENT, q_lora_rank=48, scale_depth=1.4, scale_emb=3, dim_model_base=16),
+    "gemma4": _model("gemma4_text", **_GEMMA4, num_kv_shared_layers=2, use_double_wide_mlp=True),
+    "gemma4 experts": _model(
+        "gemma4_text",
+        **_GEMMA4 | {"hidden_size_per_layer_input": 0},
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=3,
+        moe_intermediate_size=48,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+    ),
     "sarvam_moe": _model("sarvam_moe", **_ROUTED, head_dim=16),
 }
 
@@ -216,6 +229,21 @@ SEEING: dict[str, Callable[[], PreTrainedModel]] = {
         mm_tokens_per_image=4,
         image_token_index=199,
     ),
+    "gemma4": _seeing(
+        "gemma4",
+        FAMILIES["gemma4"],
+        {
+            "model_type": "gemma4_vision",
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "position_embedding_size": 64,
+        },
+        image_token_id=199,
+        video_token_id=198,
+        audio_token_id=197,
+    ),
     "mistral3": _seeing(
         "mistral3",
         FAMILIES["mistral"],
@@ -240,6 +268,10 @@ def image_inputs(family: str) -> dict[str, Tensor]:
     if family == "qwen3_5":
         inputs["pixel_values"] = torch.randn(4, 3 * 2 * 14 * 14, generator=dice)
         inputs |= {"image_grid_thw": torch.tensor([[1, 2, 2]]), "mm_token_type_ids": (ids == 199).int()}
+    elif family == "gemma4":
+        inputs["pixel_values"] = torch.rand(1, 16, 3 * 4 * 4, generator=dice)
+        inputs["image_position_ids"] = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+        inputs |= {"mm_token_type_ids": (ids == 199).int()}
     else:
         inputs["pixel_values"] = torch.randn(1, 3, 28, 28, generator=dice)
     if family == "mistral3":

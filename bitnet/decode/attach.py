@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPastAndCrossAttentions,
-    MoeModelOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels import observed
 from .captured import Captured
-from .families import known, text_part
+from .families import as_text, known, text_part
 from .lean import prepare, restore, running
-from .native import Cached, embed, run
+from .native import Cached, Hidden, embed, run
 from .pieces import Unplanned
 from .plan import Plan
 from .rooms import left_of
@@ -35,6 +31,7 @@ from .rooms import left_of
 # transformers 5.24 renamed what forwards and outputs call their cache
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "inputs_embeds", "return_dict"}
+_KNOWN |= {"logits_to_keep"}  # which Gemma 4's head tells its base model: that may give the other states, too
 
 
 def native_decoding(model: Any, cache_type: str | None = "auto") -> None:
@@ -148,9 +145,7 @@ class NativeForward(_Forward):
                 self._convolves, self._prepared = prepare(self._base), True
             with running(cache, given.shape[1], self._convolves):
                 return self._original(*args, **kwargs)
-        mixtures = self._plan is not None and self._plan.mixtures  # whose heads look for their routers' outputs
-        output = MoeModelOutputWithPast if mixtures else BaseModelOutputWithPastAndCrossAttentions
-        return output(last_hidden_state=hidden, **{CACHE: cache})
+        return Hidden(last_hidden_state=hidden, **{CACHE: cache})
 
     def _captures(self, kwargs: dict[str, Any]) -> bool:
         return any(getattr(kwargs.get(name), "is_cuda", False) for name in ("input_ids", "inputs_embeds"))
@@ -164,7 +159,8 @@ class NativeForward(_Forward):
             return False
         if getattr(config, "output_router_logits", False):
             return False
-        return not any(value for name, value in kwargs.items() if name not in _KNOWN and name != CACHE)
+        others = [value for name, value in kwargs.items() if name not in _KNOWN and name != CACHE]
+        return not any(isinstance(value, Tensor) or value for value in others)
 
     def _run(self, cache: Cache, rows: "_Rows | None", kwargs: dict[str, Any]) -> Tensor | None:
         """The last hidden states [B, T, hidden], or None for a call that is not the step's."""
@@ -208,9 +204,9 @@ class NativeForward(_Forward):
             or max(cached.length + n for cached, n in zip(rows.cached, counts, strict=True)) > plan.positions
         ):
             return None
-        embedded = embed(self._base, ids[new])
+        embedded, per_layer = embed(self._base, ids[new])
         work = [(cached, n) for cached, n in zip(rows.cached, counts, strict=True) if n]
-        x = run(plan, embedded, work).to(embedded.dtype)
+        x = run(plan, embedded, work, per_layer).to(embedded.dtype)
         if not bool(new.all()):
             full = x.new_zeros(*new.shape, x.shape[-1])
             full[new] = x
@@ -236,6 +232,8 @@ class Seeing(_Forward):
         named = dict(zip(("input_ids",), args, strict=False)) | kwargs
         if len(args) < 2 and not any(_is_given(name, value) for name, value in named.items() if name not in _KNOWN):
             told.text = {name: value for name, value in named.items() if name in _KNOWN}
+            if isinstance(ids := named.get("input_ids"), Tensor):
+                told.text["input_ids"] = as_text(self._base, ids)
         try:
             return self._original(*args, **kwargs)
         finally:
@@ -275,7 +273,7 @@ class _Rows:
         cache.layers = self._layers
         recurrent = [i for i, layer in enumerate(self._layers) if isinstance(layer, LinearAttentionLayer)]
         recurrents = [cached.store.recurrent for cached in self.cached]
-        for place, i in enumerate(i for i in range(self.blocks) if i not in recurrent):
+        for place, i in enumerate(i for i in range(len(recurrent) + len(blocks[0])) if i not in recurrent):
             rows = []
             for cached, parts, seen in zip(self.cached, blocks, self.seen, strict=True):
                 rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in parts[place].floats(cached.length)])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 _Norms = tuple[str | None, str | None, str | None, str | None]
@@ -58,8 +59,10 @@ class Family(NamedTuple):
     flipped: bool = False  # which turn the other way
     learned: str | None = None  # a table of what is added to embeddings by position
     learned_offset: int = 0  # of position 0 in it
+    per_layer: bool = False  # a token's identity may add to each block: see native.PerLayer
     normed: bool = False  # embeddings go through the final norm
     multiplier: Callable[[Any], float] = _multiplier  # of embeddings, by the config
+    caps: bool = False  # logits as its text's config says, also of a model around it, which sees
     logits: Callable[[Any], float] = _logits  # what they are multiplied by, by the config
     position_scales: Callable[[Any, Tensor], Tensor] | None = None  # of queries, by the config, at positions
     kv_heads: Callable[[Any], int | None] = _kv_heads  # by the config; None: as many as heads
@@ -251,6 +254,7 @@ FAMILIES = {
     "AXK1Model": Family(_AXK1, pairs=None, score="sigmoid", added=1e-20),
     "YoutuModel": Family(pairs=None),
     "MiniCPM3Model": Family(logits=lambda config: config.dim_model_base / config.hidden_size),
+    "Gemma4TextModel": Family(_SANDWICH, per_layer=True, caps=True, kv_heads=_no),
     "OlmoHybridModel": Family(_AFTER, recurrent_norms=_BEFORE),
 }
 
@@ -261,7 +265,16 @@ def known(base: Any) -> bool:
 
 
 # Models that also see, whose language models compute what is text alone as if there were nothing else.
-SEEING = {"gemma3", "mistral3", "llava", "qwen3_5", "qwen3_5_moe"}
+SEEING = {"gemma3", "gemma4", "mistral3", "llava", "qwen3_5", "qwen3_5_moe"}
+
+
+def as_text(base: Any, ids: Tensor) -> Tensor:
+    """What a base model that also sees takes token ids for where there is text alone."""
+    if type(base).__name__ != "Gemma4Model":
+        return ids
+    config = base.config  # whose forward has padding in place of what images and sounds come in for
+    places = torch.tensor([config.image_token_id, config.video_token_id, config.audio_token_id], device=ids.device)
+    return torch.where(torch.isin(ids, places), config.text_config.pad_token_id, ids)
 
 
 def text_part(base: Any) -> Any:

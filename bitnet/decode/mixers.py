@@ -93,13 +93,14 @@ def mixture(plan: Pieces, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
     if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
         raise Unplanned(f"{name} have no gate, or a norm of their own")
     router: Any = getattr(mlp, "gate", None) or mlp.router
+    chosen = router.top_k if hasattr(router, "top_k") else router.config.top_k_experts
     holders: tuple[Any, ...] = (router, getattr(router, "moe_statics", None), mlp)
-    mixed = native.Mixture(experts=experts.stacks[0].experts, chosen=router.top_k, groups=1, groups_chosen=1)
+    mixed = native.Mixture(experts=experts.stacks[0].experts, chosen=chosen, groups=1, groups_chosen=1)
     if norm is not None:
         mixed.norm = plan.norm(norm)
     mixed.inner = experts.stacks[1].in_features
     mixed.first, mixed.second = (_stack(plan, f"{name}.{m.packed}", experts.stack(m)) for m in experts.stacks)
-    linear = getattr(router, "wg", getattr(router, "gate", router))
+    linear = next((getattr(router, of) for of in ("wg", "gate", "proj") if hasattr(router, of)), router)
     gate = getattr(mlp, "shared_expert_gate", None)
     weight = linear.weight
     plan.watch(linear, "weight")
@@ -125,6 +126,12 @@ def mixture(plan: Pieces, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
     mixed.factor = next((getattr(router, of) for of in _FACTORS if hasattr(router, of)), 1)
     if getattr(router, "num_group", None) is not None and getattr(router, "topk_method", None) != "greedy":
         mixed.groups, mixed.groups_chosen, mixed.group_best = router.num_group, router.topk_group, family.group_best
+    if hasattr(router, "per_expert_scale"):  # Gemma 4's, whose input has a norm of its own
+        plan.watch(router, "scale", "per_expert_scale")
+        scale = (router.scale.detach().float() * router.scalar_root_size).contiguous()
+        factors = router.per_expert_scale.detach().float().contiguous()
+        mixed.router_norm, mixed.factors = native.Norm(scale.data_ptr(), None, router.eps, False), factors.data_ptr()
+        plan.alive += [scale, factors]
     plan.alive += [mixed, weight]
     return mixed
 

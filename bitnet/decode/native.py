@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels.cpu import step as native
 from ..packed import PackedBitLinear
-from .families import FAMILIES, Family, text_part
+from .families import FAMILIES, Family, as_text, text_part
 from .pieces import Unplanned
 from .plan import Plan
 from .sequences import check_room
@@ -66,10 +66,10 @@ class Cached:
         return copy
 
 
-def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Tensor:
+def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]], per_layer: Tensor | None = None) -> Tensor:
     """Append tokens to sequences; the last hidden states after the final norm, float32 [M, hidden].
 
-    embedded: floating [M, hidden], the embeddings of the first sequence's tokens, then of the second's, ...; work: each
+    embedded, per_layer: what `embed` made of the first sequence's tokens, then of the second's, ...; work: each
     sequence and how many of the tokens are its own. No sequence may come twice.
     """
     caches = [cached for cached, _ in work]
@@ -85,9 +85,11 @@ def run(plan: Plan, embedded: Tensor, work: Sequence[tuple[Cached, int]]) -> Ten
     for cached, count in work:
         cached.reserve(cached.length + count)
     stores = [cached.store for cached in caches]
+    identities = None if per_layer is None else per_layer.float().contiguous()
     for at in range(0, len(x), native.MOST_TOKENS):
         to = at + native.MOST_TOKENS
-        native.step(plan.native, x[at:to], stores, sequence[at:to], position[at:to])
+        part = None if identities is None else identities[at:to]
+        native.step(plan.native, x[at:to], stores, sequence[at:to], position[at:to], part)
     for cached, count in work:
         cached.length += count
     return x
@@ -136,23 +138,29 @@ class NativeSequences:
         if not self._plan.current():
             self._plan = Plan(self._base, self._cache_type)
         check_room(self, work)
-        ids = torch.cat([ids for _, ids in work])
-        embedded = embed(self._base, ids)
-        hidden = run(self._plan, embedded, [(self._caches[slot], len(ids)) for slot, ids in work])
+        ids = as_text(self._model.base_model, torch.cat([ids for _, ids in work]))
+        embedded, per_layer = embed(self._base, ids)
+        hidden = run(self._plan, embedded, [(self._caches[slot], len(ids)) for slot, ids in work], per_layer)
         last = torch.tensor([len(ids) for _, ids in work]).cumsum(0) - 1
         return head(self._model, hidden[last])
 
 
-def embed(base: Any, ids: Tensor) -> Tensor:
-    """What the blocks of a base model begin with, [M, hidden] for ids [M]."""
+def embed(base: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the blocks of a base model begin with, [M, hidden] for ids [M], and if there is such what ids are to each
+    block, [M, blocks, per_layer]."""
     rows: Tensor = base.get_input_embeddings()(ids)
     family = FAMILIES[type(base).__name__]
     multiplier = family.multiplier(base.config)  # Gemma's embedding does it itself
     rows = rows if multiplier == 1 else rows * multiplier
-    return base.norm(rows) if family.normed else rows
+    if family.per_layer and base.hidden_size_per_layer_input:
+        identities: Tensor = base.project_per_layer_inputs(rows[None], base.get_per_layer_inputs(ids[None]))
+        return rows, identities[0]
+    return base.norm(rows) if family.normed else rows, None
 
 
-class _Last(BaseModelOutput):
+class Hidden(BaseModelOutputWithPast):
+    """What a base model returns, with None for what else its head may look for: attentions, routers' outputs, ..."""
+
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -164,7 +172,7 @@ def odd_head(model: Any, hidden: int) -> str | None:
     base = text_part(model.base_model)
     last = torch.randn(1, 1, hidden, generator=torch.Generator().manual_seed(0)).to(base.device, base.dtype)
     before = vars(base).get("forward")
-    vars(base)["forward"] = lambda *_, **__: _Last(last_hidden_state=last)
+    vars(base)["forward"] = lambda *_, **__: Hidden(last_hidden_state=last)
     try:
         own = (
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=base.device), use_cache=False).logits[0].float()
@@ -187,8 +195,10 @@ def head(model: Any, hidden: Tensor) -> Tensor:
     packed = isinstance(lm_head, PackedBitLinear)
     logits: Tensor = lm_head(hidden if packed else hidden.to(lm_head.weight.dtype)).float()
     config = model.config  # not its text part's: what is around that, in models that also see, has none of these
-    factor = FAMILIES.get(type(text_part(model.base_model)).__name__, Family()).logits(config)
+    family = FAMILIES.get(type(text_part(model.base_model)).__name__, Family())
+    factor = family.logits(config)
     if factor != 1:  # a vocabulary is long: nothing is done in vain
         logits = logits * factor
-    cap = getattr(config, "final_logit_softcapping", None)
+    capping = config.get_text_config() if family.caps else config
+    cap = getattr(capping, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -39,7 +39,8 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activ
 _FUSED = ("gate_up_proj", "input_linear")  # both in one layer
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
-_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")  # whose tables do not depend on how long a text is
+# whose tables do not depend on how long a text is
+_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha", "proportional")
 
 
 class Plan(Pieces):
@@ -67,7 +68,7 @@ class Plan(Pieces):
         if not attending:
             raise Unplanned("there is no block with attention")
         attention = attending[0]
-        self.blocks, self.mixtures, self._config = len(layers), False, config
+        self.blocks, self._config = len(layers), config
         self.heads = config.num_attention_heads
         self.kv_heads = self.heads if family.by_head else family.kv_heads(config) or self.heads
         self.positions = config.max_position_embeddings
@@ -78,6 +79,7 @@ class Plan(Pieces):
         ropes = self._kinds(base, attending)
         self.kept = native.Kept(())
         self._next = native.CachePlace()
+        self._stored: dict[str, tuple[native.Cache, native.CachePlace]] = {}  # by kind, the last that was stored
         blocks = (native.Block * self.blocks)()
         recurrences = 0
         for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
@@ -90,6 +92,7 @@ class Plan(Pieces):
         plan = native.Plan()
         plan.blocks, plan.count = ctypes.cast(blocks, ctypes.c_void_p), self.blocks
         plan.hidden = self.hidden
+        plan.per_layer = config.hidden_size_per_layer_input if family.per_layer else 0
         plan.scaling, plan.gate = _scaling(attention), native.GATES[gate]
         plan.cap = getattr(config, "attn_logit_softcapping", None) or 0
         plan.residual = getattr(config, "residual_multiplier", getattr(layers[0], "residual_scale", 1))
@@ -108,7 +111,7 @@ class Plan(Pieces):
     def _checked(self, config: Any, attending: list[Any]) -> str:
         """What is in its MLPs, of a model whose options are ones that the step computes."""
         attention, norms = attending[0], _norms(attending[0])
-        if getattr(config, "use_bidirectional_attention", False):
+        if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
             raise Unplanned("its attention looks ahead")
         several = norms is not None and getattr(norms[0], "weight", torch.empty(0)).ndim > 1
         if getattr(attention, "qk_layernorm", False) or several:
@@ -142,17 +145,31 @@ class Plan(Pieces):
             self.kept = self.kept._replace(states=states, windows=windows)
         holder, experts = family.holder, getattr(mlp, "experts", None)
         if experts is not None:
-            block.mixture, self.mixtures = ctypes.pointer(mixture(self, mlp, experts, norms[2])), True
+            block.mixture = ctypes.pointer(mixture(self, mlp, experts, norms[2]))
             if family.gate == "clamped_swiglu":
                 block.bend[:2] = experts.alpha, experts.limit
             shared = [(m, name) for m in (mlp, layer) for name in _SHARED if getattr(m, name, None) is not None]
             holder, mlp = (f"{holder}.{shared[0][1]}", getattr(*shared[0])) if shared else (holder, None)
+        elif hasattr(layer, "router"):
+            block.mixture = ctypes.pointer(mixture(self, layer, layer.experts, layer.pre_feedforward_layernorm_2))
+            block.mixture[0].after = self.norm(layer.post_feedforward_layernorm_2)
+            block.mixture[0].beside = self.norm(layer.post_feedforward_layernorm_1)
         if mlp is not None:
             self._mlp(block, "" if holder is None else f"{holder}.", mlp, norms[2])
         if norms[1] is not None:
             block.after_attention = self.norm(norms[1])
         if norms[3] is not None:
             block.after_mlp = self.norm(norms[3])
+        if family.per_layer and layer.hidden_size_per_layer_input:
+            adds = native.PerLayer(after=self.norm(layer.post_per_layer_input_norm))
+            self.products([("per_layer_input_gate", layer.per_layer_input_gate)], None, [adds.gate])
+            self.products([("per_layer_projection", layer.per_layer_projection)], None, [adds.projection])
+            self.alive.append(adds)
+            block.per_layer = ctypes.pointer(adds)
+        block.scalar = 1
+        if hasattr(layer, "layer_scalar"):
+            self.watch(layer, "layer_scalar")
+            block.scalar = float(layer.layer_scalar)
 
     def _mlp(self, block: Any, prefix: str, mlp: Any, norm: Any) -> None:
         gate, up, down = self.family.mlp
@@ -178,9 +195,15 @@ class Plan(Pieces):
         if cache.key_dim % native.RUN or cache.value_dim % native.RUN:
             dim = cache.key_dim if cache.key_dim % native.RUN else cache.value_dim
             raise Unplanned(f"{name} has heads of {dim} features, which must be a multiple of {native.RUN}")
-        block.heads, block.cache = native.HeadShape(self.heads, *cache[:3]), self._next
-        self._next = cache.before(self._next)
-        self.kept = self.kept._replace(caches=(*self.kept.caches, cache))
+        kind = _kind(attention)
+        block.heads = native.HeadShape(self.heads, *cache[:3])
+        if block.reads:
+            block.cache = self._stored[kind][1]
+        else:
+            block.cache = self._next
+            self._stored[kind] = cache, self._next
+            self._next = cache.before(self._next)
+            self.kept = self.kept._replace(caches=(*self.kept.caches, cache))
         sub = getattr(attention, "attn_sub_norm", None)
         self.products([(f"{name}.{family.out}", getattr(attention, family.out))], sub, [block.out])
         if (sinks := getattr(attention, "sinks", None)) is not None:
@@ -188,7 +211,7 @@ class Plan(Pieces):
             self.alive.append(values := sinks.detach().float().contiguous())
             block.sinks = values.data_ptr()
         block.window = family.window(attention) or 0
-        block.rope = ropes[_kind(attention)] if ropes and family.rotates(attention) else -1
+        block.rope = ropes[kind] if ropes and family.rotates(attention) else -1
         if block.rope >= 0:
             self._turned[block.rope] = cache.turned or cache.key_dim
 
@@ -196,24 +219,36 @@ class Plan(Pieces):
         """What makes queries, keys and values, of a block whose keys are all of one kind."""
         family, prefix = self.family, f"{name}."
         dim = getattr(attention, "head_dim", self.hidden // self.heads)
-        width, key_width = self.heads * dim, self.kv_heads * dim
+        block.reads = getattr(attention, "is_kv_shared_layer", False)
+        block.keys_only = getattr(attention, "use_alternative_attention", False)
+        kv_heads = self.kv_heads
+        if block.reads:
+            kv_heads = self._stored[_kind(attention)][0].kv_heads
+        elif hasattr(attention, "k_proj"):
+            kv_heads = getattr(attention.k_proj, "out_features", kv_heads * dim) // dim
+        width, key_width = self.heads * dim, kv_heads * dim
         self._query_gate = 0
         if family.by_head:
             into: list[Any] = [(prefix + family.fused, getattr(attention, family.fused))]
         else:
             sizes = width, key_width, key_width
-            into = _parts(prefix, attention, ["q_proj", "k_proj", "v_proj"], family.fused, sizes)
+            names = ["q_proj"] if block.reads else ["q_proj", "k_proj", "v_proj"][: 2 if block.keys_only else 3]
+            into = _parts(prefix, attention, names, family.fused, sizes)
             if hasattr(attention, "gate_proj"):
                 into.append((f"{prefix}gate_proj", attention.gate_proj))
                 self._query_gate = 2
             elif getattr(getattr(attention, "q_proj", None), "out_features", width) == 2 * width:
                 self._query_gate = 1
         block.in_count = self.products(into, norm, block.into)
-        if (norms := _norms(attention)) is not None:
+        if block.reads:
+            block.query = self.norm(attention.q_norm, dim)
+        elif (norms := _norms(attention)) is not None:
             block.whole = getattr(norms[0], "weight", torch.empty(0)).numel() == width > dim
             block.query, block.key = (self.norm(n, dim) for n in norms)
             block.turned = family.turned
-        return native.Cache(self.kv_heads, dim, dim)
+        if hasattr(attention, "v_norm"):
+            block.value = self.norm(attention.v_norm, dim)
+        return native.Cache(kv_heads, dim, dim)
 
     def _kinds(self, base: Any, attending: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, if any, once it is known that they are tables."""
@@ -285,7 +320,7 @@ def _scaling(attention: Any) -> float:
 
 def _norms(attention: Any) -> tuple[Any, Any] | None:
     """Those of queries and keys."""
-    found = [(getattr(attention, q), getattr(attention, k)) for q, k in _NORMS if hasattr(attention, q)]
+    found = [(getattr(attention, q), getattr(attention, k)) for q, k in _NORMS if hasattr(attention, k)]
     return found[0] if found else None
 
 

@@ -39,6 +39,8 @@ from .functions import TELLTALE, TRUSTED, definition, mentions, root_of
 ADMINISTRATIVE = re.compile(
     r"init|reset|__setstate__|load|save|export|state_dict|param|optim|group|decay|tie|num_|count"
 )
+# Gemma 4's, which finds out by comparing whose embeddings it got: with a packed table it finds none, and says so.
+COMPARING = {"get_per_layer_inputs"}
 FAST_PATHS = nn.TransformerEncoder.forward, nn.TransformerEncoderLayer.forward
 BUILTIN_METHOD = types.MethodDescriptorType | types.WrapperDescriptorType | types.MethodWrapperType
 BUILTIN_METHOD |= types.GetSetDescriptorType | types.ClassMethodDescriptorType
@@ -280,6 +282,8 @@ class _Follower:
         ):
             self.read({key: thing for key, thing in every.items() if not isinstance(thing, OneOf)})
             function = inspect.unwrap(function)  # which a decorator calls, or something else (a kernel) in its place
+        if getattr(function, "__name__", "") in COMPARING and root_of(function).startswith("transformers."):
+            return NOTHING
         own = self.attribute(type(self.root[1]), "forward")
         if isinstance(function, types.FunctionType) and (root_of(function) not in TRUSTED or id(function) in own):
             node = definition(function)

@@ -120,6 +120,8 @@ def _default_skip(model: nn.Module, inner: dict[str, Any], name: str, module: nn
         return "task head"
     for depth, part in enumerate(parts):
         owner = type(model.get_submodule(".".join(parts[:depth])))
+        if "router" in parts[:depth] or "router" in owner.__name__.lower():  # what it is made of (Gemma 4, JetMoE)
+            return "router"
         if part.startswith("lora_") or (root_of(owner) == "peft" and part not in NOT_ADAPTERS):
             return "adapter"
     if isinstance(module, nn.Linear) and module.in_features <= COORDINATES:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 23  # bitnet_abi() of a library built from these sources
+_ABI = 24  # bitnet_abi() of a library built from these sources
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}
@@ -112,7 +112,7 @@ def load() -> ctypes.CDLL | str:
     library.bitnet_threads.argtypes = (int32,)
     library.bitnet_isa.argtypes, library.bitnet_isa.restype = (int32, int32), ctypes.c_char_p
     library.bitnet_linear.argtypes = (pointer, pointer, int32, int64, pointer, int64, pointer, int32, int32)
-    library.bitnet_step.argtypes = (pointer, pointer, int64, pointer, pointer, pointer, int32)
+    library.bitnet_step.argtypes = (pointer, pointer, pointer, int64, pointer, pointer, pointer, int32)
     library.bitnet_attention.argtypes = (pointer, int32)
     library.bitnet_norm.argtypes = (pointer, pointer, int32, int64, int64, pointer, int32)
     library.bitnet_prepack.argtypes = (pointer, int32, int64, int64, pointer, int32, int32)

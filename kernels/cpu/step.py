@@ -62,6 +62,9 @@ class Recurrence(ctypes.Structure):
 class Mixture(ctypes.Structure):
     _fields_ = (
         ("norm", Norm),
+        ("router_norm", Norm),
+        ("after", Norm),
+        ("beside", Norm),
         ("router", _pointer),
         ("bias", _pointer),
         ("correction", _pointer),
@@ -76,6 +79,7 @@ class Mixture(ctypes.Structure):
         ("added", ctypes.c_float),
         ("least", ctypes.c_float),
         ("factor", ctypes.c_float),
+        ("factors", _pointer),
         ("score", _int32),
         ("normalized", _int32),
         ("router_type", _int32),
@@ -101,6 +105,10 @@ class Latent(ctypes.Structure):
     )
 
 
+class PerLayer(ctypes.Structure):
+    _fields_ = (("gate", Product), ("projection", Product), ("after", Norm))
+
+
 class Block(ctypes.Structure):
     _fields_ = (
         ("into", Product * 4),
@@ -109,11 +117,13 @@ class Block(ctypes.Structure):
         ("down", Product),
         ("query", Norm),
         ("key", Norm),
+        ("value", Norm),
         ("after_attention", Norm),
         ("after_mlp", Norm),
         ("recurrence", ctypes.POINTER(Recurrence)),
         ("mixture", ctypes.POINTER(Mixture)),
         ("latent", ctypes.POINTER(Latent)),
+        ("per_layer", ctypes.POINTER(PerLayer)),
         ("sinks", _pointer),
         ("heads", HeadShape),
         ("cache", CachePlace),
@@ -126,6 +136,9 @@ class Block(ctypes.Structure):
         ("whole", _int32),
         ("parallel", _int32),
         ("turned", _int32),
+        ("keys_only", _int32),
+        ("reads", _int32),
+        ("scalar", ctypes.c_float),
         ("bend", ctypes.c_float * 4),
     )
 
@@ -139,6 +152,7 @@ class Plan(ctypes.Structure):
         ("blocks", _pointer),
         ("count", _int64),
         ("hidden", _int64),
+        ("per_layer", _int64),
         ("positions", _int64),
         ("ropes", Rope * 2),
         ("position_scales", _pointer),
@@ -299,18 +313,28 @@ class KeyValues:
         return _Sequence(self.keys.data_ptr(), self.values.data_ptr(), *pointers, self.capacity)
 
 
-def step(plan: Plan, x: Tensor, caches: Sequence[KeyValues], sequence: Sequence[int], position: Sequence[int]) -> None:
+def step(
+    plan: Plan,
+    x: Tensor,
+    caches: Sequence[KeyValues],
+    sequence: Sequence[int],
+    position: Sequence[int],
+    per_layer: Tensor | None = None,
+) -> None:
     """Run the blocks of a plan on x float32 [M, hidden], M <= MOST_TOKENS, in place.
 
-    Token i stands at position[i] of caches[sequence[i]]; see bitnet_step in csrc/bitnet_cpu.h. Raises ValueError for a
-    token beyond a cache's room or the plan's positions.
+    Token i stands at position[i] of caches[sequence[i]]; per_layer: what tokens' identities are to each block, float32
+    [M, blocks, plan.per_layer]; see bitnet_step in csrc/bitnet_cpu.h. Raises ValueError for a token beyond a cache's
+    room or the plan's positions.
     """
     m = len(x)
     rows, at = (_int64 * m)(*sequence), (_int64 * m)(*position)
     if max(position) >= plan.positions or any(p >= caches[s].capacity for s, p in zip(sequence, position, strict=True)):
         raise ValueError(f"a token at position {max(position)} has no room: there are {plan.positions} positions")
+    identities = None if per_layer is None else per_layer.data_ptr()
     kept = (_Sequence * len(caches))(*(cache._described() for cache in caches))
-    check(native().bitnet_step(ctypes.byref(plan), x.data_ptr(), m, kept, rows, at, torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    check(native().bitnet_step(ctypes.byref(plan), x.data_ptr(), identities, m, kept, rows, at, threads))
 
 
 def isa(name: str | None = None) -> int:

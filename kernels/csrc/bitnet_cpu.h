@@ -90,6 +90,8 @@ enum Score { kSoftmax = 0, kSigmoids = 1, kSoftmaxOfChosen = 2 };
 // are the halves of first(norm(x)).
 struct Mixture {
   Norm norm;
+  Norm router_norm;           // of what the router sees, if not that
+  Norm after, beside;         // of the sum, and of what the block's own MLP gives, before both are added; both or neither
   const void* router;         // [experts, hidden] of router_type; a row more if shared_gate
   const float* bias;          // of the router, as many; null: none
   const float* correction;    // added to scores where experts are chosen, but not to their weights; null: nothing is
@@ -101,6 +103,7 @@ struct Mixture {
   const PreparedWeight* const* second;  // [experts]
   float added, least;         // weights are divided by their sum + added, or by least if it is greater, if `normalized`
   float factor;               // and multiplied by this
+  const float* factors;       // [experts]: and by this; null: 1
   int32_t score;
   int32_t normalized;
   int32_t router_type;
@@ -128,6 +131,12 @@ struct CachePlace {
   int64_t keys, values, scales, latents;
 };
 
+// What a token's identity adds to each block after its MLP: x += after(projection(f(gate(x)) * its features)).
+struct PerLayer {
+  Product gate, projection;
+  Norm after;
+};
+
 // One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))), what is
 // added times the plan's `residual`. If `parallel`, both see the x that came in. A block with a mixture adds that of it to
 // the MLP's, or has no MLP of its own.
@@ -136,10 +145,12 @@ struct Block {
   Product gate[2];  // gate and up, or the one layer before f
   Product out, down;
   Norm query, key;  // of each head, or if `whole` of all heads as one
+  Norm value;       // of each head
   Norm after_attention, after_mlp;
   const Recurrence* recurrence;  // or null: attention
   const Mixture* mixture;        // or null; then not `parallel`
   const Latent* latent;          // or null; then one key and value for each head
+  const PerLayer* per_layer;     // or null
   const float* sinks;            // [heads]: of each a score of nothing, which takes part in its softmax; null: there are none
   HeadShape heads;
   CachePlace cache;
@@ -150,6 +161,9 @@ struct Block {
   int32_t rope;     // which of the plan's tables; -1: no rotary positions
   int32_t whole, parallel;
   int32_t turned;   // positions come before the norms of queries and keys
+  int32_t keys_only;  // values are what keys are before their norm: there is no v
+  int32_t reads;    // keys and values are those that another block has stored: there is only q
+  float scalar;     // multiplies x after the block
   float bend[4];    // of its gate: kXielu's two slopes, beta and eps, kClampedSwiglu's alpha and limit
 };
 
@@ -169,6 +183,7 @@ struct Plan {
   const Block* blocks;
   int64_t count;
   int64_t hidden;
+  int64_t per_layer;         // features of a token's identity for each block; 0: none
   int64_t positions;         // of the tables
   Rope ropes[2];
   const float* position_scales;  // [positions], of queries; null: 1
@@ -245,8 +260,8 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
 
 // x [m, hidden], the embeddings of m tokens, at most 256, becomes the last block's output after the final norm. Token i
 // stands at position[i] of sequences[sequence[i]]; tokens of one sequence follow each other, position by position, and what
-// is before them is in its cache, to which they are added.
-BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const Sequence* sequences,
+// is before them is in its cache, to which they are added. per_layer: [m, blocks, plan->per_layer], or null if there are none.
+BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, const float* per_layer, int64_t m, const Sequence* sequences,
                                   const int64_t* sequence, const int64_t* position, int32_t threads);
 
 BITNET_EXPORT int32_t bitnet_attention(const Attention* attention, int32_t threads);

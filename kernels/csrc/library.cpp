@@ -21,7 +21,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 23; }
+BITNET_EXPORT int32_t bitnet_abi() { return 24; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -60,7 +60,7 @@ BITNET_EXPORT int32_t bitnet_linear(const PreparedWeight* layer, const void* x, 
   return m == 1 ? decode(call, threads) : prefill(call, m, threads);
 }
 
-BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const Sequence* sequences,
+BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, const float* per_layer, int64_t m, const Sequence* sequences,
                                   const int64_t* sequence, const int64_t* position, int32_t threads) {
   const Isa* isa = find_isa(kTwoBits, plan->isa);
   if (!isa) return kBadIsa;
@@ -71,6 +71,7 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
     const Block& block = plan->blocks[b];
     const HeadShape& h = block.heads;
     if (plan->gate == kClampedSwiglu && block.inner) return kBadShape;
+    if (block.per_layer && !(per_layer && plan->per_layer)) return kBadShape;
     if (block.recurrence) continue;
     if (h.key_dim < kRun || h.key_dim % kRun || h.value_dim < kRun || h.value_dim % kRun || h.kv_heads < 1 || h.heads % h.kv_heads)
       return kBadShape;
@@ -83,7 +84,7 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, int64_t m, const S
     if (position[t] < 0 || position[t] >= sequences[sequence[t]].capacity || position[t] >= plan->positions)
       return kBadShape;
   if (m == 0) return kOk;
-  return Step{*plan, *isa, find_isa, x, m, sequences, sequence, position}.run_all(threads);
+  return Step{*plan, *isa, find_isa, x, per_layer, m, sequences, sequence, position}.run_all(threads);
 }
 
 BITNET_EXPORT int32_t bitnet_attention(const Attention* attention, int32_t threads) {

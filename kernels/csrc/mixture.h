@@ -52,7 +52,7 @@ void choose_experts(const Mixture& mix, float* scores, int32_t* chosen, float* w
   sum += mix.added;
   if (mix.normalized)
     for (int64_t i = 0; i < mix.chosen; ++i) weights[i] /= sum > mix.least ? sum : mix.least;
-  for (int64_t i = 0; i < mix.chosen; ++i) weights[i] *= mix.factor;
+  for (int64_t i = 0; i < mix.chosen; ++i) weights[i] *= mix.factors ? mix.factor * mix.factors[chosen[i]] : mix.factor;
 }
 
 }  // namespace

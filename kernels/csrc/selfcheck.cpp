@@ -323,6 +323,7 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
   const int64_t kv_heads = by_head ? kHeads : 2;
   const bool recurs = cache_type == kFloat16 && !by_head, later = gate > kGelu;
   const int query_gate = cache_type == kInt8 && !by_head ? 1 + later : 0;
+  const bool shares = cache_type == kFloat32 && gate == kXielu && !other;  // keys and values, which are alike; see also PerLayer
   const bool latent = cache_type == kFloat32 && gate == kRelu;  // attention of the first block
   constexpr int64_t kRank = 24, kQueryRank = 40;
   constexpr int kLayers = 8;
@@ -334,17 +335,17 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
-  const int64_t linear[13][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
+  const int64_t linear[15][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
                                 {kHidden, kMixed}, {3 * kMixed, kHidden}, {kChannels + kMixed, kHidden}, {2 * kValueHeads, kHidden},
                                 {kDim, kHidden}, {kQueryRank, kHidden}, {kRank + kDim, kHidden}, {kHeads * 2 * kDim, kQueryRank},
-                                {kHeads * 2 * kDim, kRank}};
+                                {kHeads * 2 * kDim, kRank}, {kDim, kHidden}, {kHidden, kDim}};
   for (const auto& shape : linear) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   const auto convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
   auto speed = floats(kValueHeads);
   for (auto& v : speed) v *= v;
   const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
   const auto router = floats((kExperts + 1) * kHidden), correction = floats(kExperts), router_bias = floats(kExperts + 1);
-  const auto sinks = floats(kHeads), position_scales = floats(kCapacity);
+  const auto identities = floats(kTokens * kBlocks * kDim), sinks = floats(kHeads), position_scales = floats(kCapacity);
   std::vector<uint16_t> narrow;  // bfloat16
   for (float value : router) {
     uint32_t bits;
@@ -384,7 +385,7 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.after_attention = block.after_mlp = b ? none : n;
         block.inner = kInner, block.window = b ? 0 : 19, block.rope = b - 1, block.whole = other && !by_head && !query_gate, block.parallel = other, block.turned = gate == kGelu;
         block.sinks = later ? sinks.data() : nullptr;
-        block.heads = {kHeads, kv_heads, kDim, kDim};
+        block.scalar = 1, block.heads = {kHeads, kv_heads, kDim, kDim};
         block.cache = {b * kv_heads * kDim, b * kv_heads * kDim, b * kv_heads, 0};
         for (int i = 0; i < 4; ++i) block.bend[i] = i < 3 ? 0.6f + i : -1e-6f;
       }
@@ -413,19 +414,26 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         block.in_count = 1, block.in[0] = {{n, none}, nullptr, 0, 2, {l + 9, l + 10}};
         blocks[1].cache = {kHeads * 2 * kDim, kHeads * kDim, kHeads, kRank};
       }
+      const PerLayer per_layer{{{n, none}, nullptr, 0, 1, {l + 13}}, {{none, none}, nullptr, 0, 1, {l + 14}}, n};
+      if (shares) {
+        blocks[0].keys_only = blocks[1].reads = 1, blocks[0].value = n, blocks[0].per_layer = blocks[1].per_layer = &per_layer;
+        blocks[1].cache = blocks[0].cache, blocks[1].scalar = 0.7f;
+        blocks[0].in_count = 2, blocks[1].in[0] = {{n, none}, nullptr, 0, 1, {layers.data() + kLayers}};
+      }
       std::vector<const PreparedWeight*> experts;
       for (int64_t e = 0; e < 2 * kExperts; ++e) experts.push_back(&layers[kLayers * kBlocks + e]);
-      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, router.data(), later ? router_bias.data() : nullptr, correction.data(), kExperts, 2, 3, 2, 2, kExpertInner,
-                      experts.data(), experts.data() + kExperts, 0.01f, 1e-20f, 1.5f, gate % 3, gate != kSquaredRelu, kFloat32, 1};
+      Mixture mixture{{norm.data(), nullptr, 1e-5f, 0}, none, none, none, router.data(), later ? router_bias.data() : nullptr, correction.data(), kExperts, 2, 3, 2, 2, kExpertInner,
+                      experts.data(), experts.data() + kExperts, 0.01f, 1e-20f, 1.5f, nullptr, gate % 3, gate != kSquaredRelu, kFloat32, 1};
       if (cache_type == kFloat16) mixture.router = narrow.data(), mixture.router_type = kBFloat16;
       if (cache_type == kInt8) mixture.correction = nullptr, mixture.groups = mixture.groups_chosen = 1, mixture.shared_gate = 0;
+      if (gate == kRelu) mixture.router_norm = mixture.after = mixture.beside = n, mixture.factors = router_bias.data();
       if (!other) blocks[1].mixture = &mixture;
-      if (!other && cache_type == kInt8) blocks[1].inner = blocks[1].gate_count = blocks[1].down.count = 0;
-      Plan plan{blocks.data(), kBlocks, kHidden, kCapacity, {{cosine.data(), sine.data(), 8}}, later ? position_scales.data() : nullptr,
+      if (!other && cache_type == kInt8 && gate != kRelu) blocks[1].inner = blocks[1].gate_count = blocks[1].down.count = 0;
+      Plan plan{blocks.data(), kBlocks, kHidden, shares ? kDim : 0, kCapacity, {{cosine.data(), sine.data(), 8}}, later ? position_scales.data() : nullptr,
                 {norm.data(), nullptr, 1e-5f, 0}, 0.25f, other ? 2.0f : 0.0f, other ? 0.5f : 1.0f, later ? 0.5f : 0.0f, other, by_head, query_gate, gate, !other,
                 cache_type, isa};
       if (gate == kClampedSwiglu) {  // experts alone take it
-        require(bitnet_step(&plan, nullptr, 0, nullptr, nullptr, nullptr, 1) == kBadShape, "a gate of experts", "step", 0, 0, 0);
+        require(bitnet_step(&plan, nullptr, nullptr, 0, nullptr, nullptr, nullptr, 1) == kBadShape, "a gate of experts", "step", 0, 0, 0);
         blocks[0].mixture = &mixture;
         for (Block& block : blocks) block.inner = block.gate_count = block.down.count = 0;
       }
@@ -440,15 +448,18 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
       for (int64_t t = 0; t < kTokens; ++t) position[t] = t;
       for (int64_t t = 0; t < kTokens; t += chunk) {
         const int64_t m = chunk < kTokens - t ? chunk : kTokens - t;
-        require(!bitnet_step(&plan, x.data() + t * kHidden, m, sequences, sequence.data() + t, position.data() + t, 1 + isa % 2),
+        require(!bitnet_step(&plan, x.data() + t * kHidden, shares ? identities.data() + t * kBlocks * kDim : nullptr, m, sequences, sequence.data() + t, position.data() + t, 1 + isa % 2),
                 "step's status", bitnet_isa(kTwoBits, isa), m, kHidden, kInner);
       }
       if (expected.empty()) expected = x;
       require(same(x, expected), "step", bitnet_isa(kTwoBits, isa), chunk, kHidden, kInner);
-      require(bitnet_step(&plan, x.data(), 257, sequences, sequence.data(), position.data(), 1) == kBadShape, "too many tokens",
+      require(bitnet_step(&plan, x.data(), identities.data(), 257, sequences, sequence.data(), position.data(), 1) == kBadShape, "too many tokens",
               "step", 257, 0, 0);
+      if (shares)
+        require(bitnet_step(&plan, x.data(), nullptr, 1, sequences, sequence.data(), position.data(), 1) == kBadShape, "no identities",
+                "step", 1, 0, 0);
       position[0] = kCapacity;
-      require(bitnet_step(&plan, x.data(), 1, sequences, sequence.data(), position.data(), 1) == kBadShape, "no room", "step", 1, 0, 0);
+      require(bitnet_step(&plan, x.data(), identities.data(), 1, sequences, sequence.data(), position.data(), 1) == kBadShape, "no room", "step", 1, 0, 0);
     }
 }
 

@@ -31,6 +31,7 @@ struct Routes {
   float *scores, *weights;  // [m, experts (+ 1)], [m, chosen]
   int32_t *chosen, *order, *place, *first;
   void* choice;             // of choice_bytes() a token
+  float* seen;              // by the router: [m, hidden], if that is not what experts see
   float *between, *out;     // of pairs in this order: [pairs, 2 inner], [pairs, hidden]
   int64_t bytes;            // that all of these take
 };
@@ -54,6 +55,7 @@ struct Step {
   const Isa& isa;
   const Isa* (*find)(int32_t form, int32_t i);
   float* x;
+  const float* per_layer;
   int64_t m;
   const Sequence* sequences;
   const int64_t *sequence, *position;
@@ -70,6 +72,7 @@ struct Step {
       const Block& block = plan.blocks[b];
       const HeadShape& h = block.heads;
       widen(widest, block.inner);
+      widen(widest, plan.per_layer);
       if (const Recurrence* r = block.recurrence) {
         widen(in_width, r->value_heads ? (1 + (r->parts != kFourLayers)) * rule_width(*r) : 4 * r->channels);
       } else {
@@ -124,8 +127,8 @@ struct Step {
       } else {
         const int64_t parts = step.plan.query_gate == 1 ? 2 : 1;
         q = take(parts * queries, parts * h.key_dim);
-        k = take(h.kv_heads * h.key_dim, h.key_dim);
-        v = take(h.kv_heads * h.value_dim, h.value_dim);
+        k = v = take(block.reads ? 0 : h.kv_heads * h.key_dim, h.key_dim);
+        if (!block.keys_only) v = take(block.reads ? 0 : h.kv_heads * h.value_dim, h.value_dim);
         if (step.plan.query_gate == 1) gate = {q.first + h.key_dim, q.token, q.head};
         else if (step.plan.query_gate) gate = take(h.heads * h.value_dim, h.value_dim);
       }
@@ -149,6 +152,7 @@ struct Step {
       for (int i = 0; i < block.in_count; ++i) all(block.in[i]);
       for (int i = 0; i < block.gate_count; ++i) all(block.gate[i]);
       if (block.latent) all(block.latent->query), all(block.latent->expand);
+      if (block.per_layer) all(block.per_layer->gate), all(block.per_layer->projection);
       all(block.out);
       all(block.down);
       if (block.mixture) visit(*block.mixture->first[0]), visit(*block.mixture->second[0]);  // all are alike
@@ -295,7 +299,8 @@ struct Step {
   void attention(const Block& block, const Attending& places, int thread, int count) const {
     const HeadShape& h = block.heads;
     const Heads &q = places.q, &k = places.k, &v = places.v;
-    const int64_t dim = h.key_dim, group = h.heads / h.kv_heads, all = h.heads + h.kv_heads, from = places.turned_from;
+    const int64_t dim = h.key_dim, group = h.heads / h.kv_heads, from = places.turned_from;
+    const int64_t all = block.reads ? h.heads : h.heads + h.kv_heads;  // that are turned
     const int64_t out_width = h.heads * h.value_dim;
     if (block.whole) {
       for (int64_t i = share(2 * m, thread, count); i < share(2 * m, thread + 1, count); ++i) {
@@ -316,10 +321,11 @@ struct Step {
         for (int64_t j = 0; j < dim; ++j) query[j] *= scaling;
       } else {
         float *key = k.at(t, head), *value = v.at(t, head);
+        auto* whole = static_cast<float*>(attention_scratch.memory);
         clip(key, dim);
         clip(value, h.value_dim);
+        if (block.value.weight) f.normalize(value, block.value, h.value_dim, whole), value = whole;
         if (block.latent) {
-          float* whole = static_cast<float*>(attention_scratch.memory);
           memcpy(whole, key, 4 * from);
           memcpy(whole + from, places.latents.first + t * places.latents.token + block.latent->rank, 4 * (dim - from));
           key = whole;
@@ -470,6 +476,19 @@ struct Step {
     barrier(count);
   }
 
+  void identity(const Block& block, int64_t b, int thread, int count) const {
+    const PerLayer& adds = *block.per_layer;
+    const int64_t width = plan.per_layer;
+    float* to = gate;
+    multiply(adds.gate, x, &to, thread, count);
+    barrier(count);
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t)
+      f.apply_gate(plan.gate, block.bend, gate + t * width, per_layer + (t * plan.count + b) * width, width);
+    barrier(count);
+    multiply(adds.projection, gate, &(to = y), thread, count);
+    add(y, adds.after, thread, count);
+  }
+
   Routes place_routes(const Mixture& mix, void* memory) const {
     const int64_t pairs = m * mix.chosen;
     Routes r = {};
@@ -485,6 +504,7 @@ struct Step {
     r.place = static_cast<int32_t*>(take(4 * pairs));
     r.first = static_cast<int32_t*>(take(4 * (mix.experts + 1)));
     r.choice = take(m * choice_bytes(mix));
+    r.seen = static_cast<float*>(take(mix.router_norm.weight ? 4 * m * plan.hidden : 0));
     r.between = static_cast<float*>(take(4 * pairs * 2 * mix.inner));
     r.out = static_cast<float*>(take(4 * pairs * plan.hidden));
     return r;
@@ -505,13 +525,17 @@ struct Step {
     const Mixture& mix = *block.mixture;
     const Routes r = place_routes(mix, routing);
     const int64_t scores = mix.experts + mix.shared_gate, pairs = m * mix.chosen;
-    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t)
-      if (mix.norm.weight) f.normalize(x + t * plan.hidden, mix.norm, plan.hidden, z + t * plan.hidden);
-      else memcpy(z + t * plan.hidden, x + t * plan.hidden, 4 * plan.hidden);
+    const float* seen = mix.router_norm.weight ? r.seen : z;  // by the router
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
+      const int64_t at = t * plan.hidden;
+      if (mix.router_norm.weight) f.normalize(x + at, mix.router_norm, plan.hidden, r.seen + at);
+      if (mix.norm.weight) f.normalize(x + at, mix.norm, plan.hidden, z + at);
+      else memcpy(z + at, x + at, 4 * plan.hidden);
+    }
     barrier(count);
     for (int64_t i = share(m * scores, thread, count); i < share(m * scores, thread + 1, count); ++i) {
       const char* row = static_cast<const char*>(mix.router) + i % scores * plan.hidden * element_size(mix.router_type);
-      r.scores[i] = f.score_row(row, mix.router_type, z + i / scores * plan.hidden, plan.hidden);
+      r.scores[i] = f.score_row(row, mix.router_type, seen + i / scores * plan.hidden, plan.hidden);
       if (mix.bias) r.scores[i] += mix.bias[i % scores];
     }
     barrier(count);
@@ -553,8 +577,10 @@ struct Step {
         float sum[kBlockRows] = {};
         for (int64_t j = 0; j < mix.chosen; ++j)
           for (int64_t i = 0; i < columns; ++i) sum[i] += r.out[place[j] * plan.hidden + first + i] * weights[j];
-        float* to = y + t * plan.hidden + first;
-        for (int64_t i = 0; i < columns; ++i) to[i] = block.inner ? sum[i] + to[i] * shared : sum[i];
+        float* to = (mix.after.weight ? z : y) + t * plan.hidden + first;
+        if (mix.after.weight) memcpy(to, sum, 4 * columns);
+        else
+          for (int64_t i = 0; i < columns; ++i) to[i] = block.inner ? sum[i] + to[i] * shared : sum[i];
       }
     }
   }
@@ -602,8 +628,23 @@ struct Step {
       multiply(block.down, gate, &(in[0] = y), thread, count);
     }
     if (block.mixture) mixture(block, thread, count);
+    if (block.mixture && block.mixture->after.weight) {
+      barrier(count);
+      for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
+        float *sum = z + t * plan.hidden, *to = y + t * plan.hidden;
+        f.normalize(sum, block.mixture->after, plan.hidden, sum);
+        f.normalize(to, block.mixture->beside, plan.hidden, to);
+        for (int64_t i = 0; i < plan.hidden; ++i) to[i] += sum[i];
+      }
+      barrier(count);
+    }
     if (block.parallel) add(z, block.after_attention, thread, count);
     add(y, block.after_mlp, thread, count);
+    if (block.per_layer) identity(block, b, thread, count);
+    if (block.scalar != 1) {
+      for (int64_t i = share(m * plan.hidden, thread, count); i < share(m * plan.hidden, thread + 1, count); ++i) x[i] *= block.scalar;
+      barrier(count);
+    }
   }
 
   Status run_all(int threads) {
