@@ -7,8 +7,9 @@ A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabu
 speed does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
 through its own quantizer; ours has 8 bits. Rounds take turns, medians are compared; what a raw read of our weights
 takes stands beside, and what the packed layers take in transformers' own forward, as it is.
---architecture gives these sizes to another model type, and to qwen3_moe and qwen3_5_text the block of Qwen3-30B-A3B and
-one like Qwen3.5-4B's; llama.cpp takes part where it has the architecture. --stock adds transformers' own `bitnet`
+--architecture gives these sizes to another model type, and to qwen3_moe, deepseek_v2 and gpt_oss the blocks of
+Qwen3-30B-A3B, DeepSeek-V2-Lite and gpt-oss-20b, to qwen3_5_text one like Qwen3.5-4B's; llama.cpp takes part where it
+has the architecture. --stock adds transformers' own `bitnet`
 layers, which take minutes. 30 layers of a Llama need 6 GB of memory and 3 GB of disk.
 --core-taken measures something else: 1 and 2 threads in turns, while another process is at work on one of two cores.
 So does --ready: how long a new process takes to its first token, and the memory at its peak, as the file is and with
@@ -57,8 +58,29 @@ SIZES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "qwen3_5_text": {"intermediate_size": 9216, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256},
+    "deepseek_v2": {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 1408,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+    },
+    "gpt_oss": {
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+    },
 }
-IN_LLAMA_CPP = ("llama", *SIZES)
+IN_LLAMA_CPP = ("llama", "qwen3_moe", "qwen3_5_text")
 
 
 def build(folder: Path, layers: int, architecture: str) -> None:
