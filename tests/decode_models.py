@@ -61,6 +61,7 @@ _LINEAR |= {"linear_value_head_dim": 32, "layer_types": ["linear_attention", "fu
 _LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 _GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "layer_types": _KINDS}
 _GEMMA4 |= {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 200, "final_logit_softcapping": 3.0}
+_SWA = {"sliding_window": 24, "layer_types": _KINDS, "layer_rope_theta": [1e4, 0, 1e3, 1e4], "pad_token_id": 0}
 _SHORT = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "pad_token_id": 0}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _LATENT: dict[str, object] = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
@@ -161,6 +162,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         num_experts_per_tok=3,
         shared_intermediate_size=64,
         residual_multiplier=0.4,
+    ),
+    "granite_swa": _model("granite_swa", **_SWA, residual_multiplier=0.4, attention_multiplier=0.3),
+    "granitemoe_swa": _model(
+        "granitemoe_swa", **_SWA, num_local_experts=6, num_experts_per_tok=3, shared_intermediate_size=64
     ),
     "mellum": _model("mellum", **_EXPERTS, head_dim=16, **_SLIDING, mlp_layer_types=["dense", *["sparse"] * 3]),
     "hy_v3": _model("hy_v3", **_EXPERTS, head_dim=16, num_shared_experts=2),

@@ -416,6 +416,21 @@ def test_models_that_also_see_compute_text_natively(calls: Calls, family: str) -
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_the_tied_head_of_gemma_4_can_be_packed_and_images_still_be_seen(calls: Calls) -> None:
+    model = packed("gemma4 seeing", head="int8")
+    inputs = batch(), image_inputs("gemma4")
+    plain = [model.generate(**each, max_new_tokens=20, do_sample=False) for each in inputs]
+    native_decoding(model, "float32")
+    found = [model.generate(**each, max_new_tokens=20, do_sample=False) for each in inputs]
+    assert (calls.native, calls.other) == (20, 20)
+    assert_same_texts(model, plain[0], found[0], batch()["attention_mask"])
+    assert torch.equal(plain[1], found[1])
+    with pytest.raises(RuntimeError, match="without providing `input_ids`"):
+        model(inputs_embeds=model.get_input_embeddings()(IDS[None, :5]))
+    with pytest.raises(ValueError, match="the output head must stay float: Gemma4Model uses"):
+        packed("gemma4 seeing", head="int4")
+
+
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
 def test_beams_and_samples_are_as_good(calls: Calls, family: str) -> None:
     model = packed(family)

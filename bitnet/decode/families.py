@@ -25,6 +25,18 @@ def _logits(config: Any) -> float:
     return getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # of Cohere and Granite
 
 
+def kind_of(attention: Any) -> str:
+    """The kind of a layer with attention: full, sliding, ..."""
+    kinds = getattr(attention.config, "layer_types", None)
+    kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
+    return kind or (kinds[attention.layer_idx] if kinds else "")
+
+
+def _theta(attention: Any) -> float:
+    theta: float = attention.config.layer_rope_theta[attention.layer_idx]
+    return theta
+
+
 class Family(NamedTuple):
     """What the modules of a base model do not say themselves."""
 
@@ -68,6 +80,7 @@ class Family(NamedTuple):
     kv_heads: Callable[[Any], int | None] = _kv_heads  # by the config; None: as many as heads
     odd: Callable[[Any], str | None] = _no  # why a config's options are not what the step computes
     window: Callable[[Any], int | None] = lambda attention: getattr(attention, "sliding_window", None)
+    turning: Callable[[Any], str] = kind_of  # which of its rotary positions a layer has
     rotates: Callable[[Any], bool] = lambda attention: getattr(attention, "use_rope", True)
 
 
@@ -119,6 +132,12 @@ _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _AXK1 = ("input_layernorm", None, "post_attention_layernorm", "mlp.post_mlp_layernorm")
 _GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+
+_SWA: dict[str, Any] = {
+    "rotary": "rotary_embs",
+    "turning": lambda attention: str(_theta(attention)),
+    "rotates": lambda attention: bool(_theta(attention)),
+}
 
 _LFM2: dict[str, Any] = {
     "norms": ("operator_norm", None, "ffn_norm", None),
@@ -238,6 +257,8 @@ FAMILIES = {
     ),
     "GptOssModel": Family(halves=True, gate="clamped_swiglu", score="softmax of chosen"),
     "GraniteMoeSharedModel": Family(holder="block_sparse_moe", score="softmax of chosen"),
+    "GraniteSWAModel": Family(**_SWA),
+    "GraniteMoeSWAModel": Family(**_SWA, holder="block_sparse_moe", score="softmax of chosen"),
     "MellumModel": Family(),
     "HYV3Model": Family(score="sigmoid", added=1e-20),
     "AfmoeModel": Family(

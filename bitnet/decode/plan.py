@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
-from .families import FAMILIES, known
+from .families import FAMILIES, kind_of, known
 from .mixers import gated_delta_rule, latent_attention, mixture, short_convolution
 from .pieces import Pieces, Unplanned
 
@@ -195,7 +195,7 @@ class Plan(Pieces):
         if cache.key_dim % native.RUN or cache.value_dim % native.RUN:
             dim = cache.key_dim if cache.key_dim % native.RUN else cache.value_dim
             raise Unplanned(f"{name} has heads of {dim} features, which must be a multiple of {native.RUN}")
-        kind = _kind(attention)
+        kind = kind_of(attention)
         block.heads = native.HeadShape(self.heads, *cache[:3])
         if block.reads:
             block.cache = self._stored[kind][1]
@@ -211,7 +211,7 @@ class Plan(Pieces):
             self.alive.append(values := sinks.detach().float().contiguous())
             block.sinks = values.data_ptr()
         block.window = family.window(attention) or 0
-        block.rope = ropes[kind] if ropes and family.rotates(attention) else -1
+        block.rope = ropes[family.turning(attention)] if ropes and family.rotates(attention) else -1
         if block.rope >= 0:
             self._turned[block.rope] = cache.turned or cache.key_dim
 
@@ -223,7 +223,7 @@ class Plan(Pieces):
         block.keys_only = getattr(attention, "use_alternative_attention", False)
         kv_heads = self.kv_heads
         if block.reads:
-            kv_heads = self._stored[_kind(attention)][0].kv_heads
+            kv_heads = self._stored[kind_of(attention)][0].kv_heads
         elif hasattr(attention, "k_proj"):
             kv_heads = getattr(attention.k_proj, "out_features", kv_heads * dim) // dim
         width, key_width = self.heads * dim, kv_heads * dim
@@ -252,15 +252,23 @@ class Plan(Pieces):
 
     def _kinds(self, base: Any, attending: list[Any]) -> dict[str, int]:
         """Which table of rotary positions each kind of layer has, if any, once it is known that they are tables."""
-        rotary = getattr(base, self.family.rotary, None)
+        rotary: Any = getattr(base, self.family.rotary, None)
         self._ropes: list[str] = []
         self._turned: dict[int, int] = {}  # by table, features of a head that it may turn
         if rotary is None:
             return {}
-        ropes = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+        if isinstance(rotary, nn.ModuleList):  # one for each theta
+            each: list[Any] = list(rotary)
+            modules = {str(module.config.rope_parameters["rope_theta"]): module for module in each}
+            ropes = {kind: module.rope_type for kind, module in modules.items()}
+            self._rotary: Any = lambda like, at, kind: modules[kind](like, at)
+        else:
+            ropes = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+            self._rotary = rotary
         if (odd := set(ropes.values()).difference(_ROPES)) or len(ropes) > 2:
             raise Unplanned(f"rotary positions of type {', '.join(sorted(odd)) or list(ropes)}")
-        self._rotary, self._ropes, kinds = rotary, list(ropes), set(map(_kind, attending))
+        self._ropes = list(ropes)
+        kinds = {self.family.turning(attention) for attention in attending if self.family.rotates(attention)}
         if "" not in ropes and not kinds.issubset(ropes):
             raise Unplanned("layers without rotary positions of their kind")
         return {kind: self._ropes.index(kind if kind in ropes else "") for kind in kinds}
@@ -333,9 +341,3 @@ def _parts(prefix: str, module: Any, names: list[str], fused: str, sizes: tuple[
         parts.append((f"{prefix}{fused}", layer, (first, first + size)))
         first += size
     return parts
-
-
-def _kind(attention: Any) -> str:
-    kinds = getattr(attention.config, "layer_types", None)
-    kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
-    return kind or (kinds[attention.layer_idx] if kinds else "")
