@@ -171,10 +171,10 @@ def runs_here(weights: Iterable[Weight]) -> list[str]:
 
 def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport:
     size = weight.out_features * weight.in_features
-    total, counts, scales = 0, [0.0, 0.0, 0.0], []
+    total, counts, scales = 0, [0, 0, 0], []
     for expert, (codes, scale) in enumerate(source.matrices(weight)):
-        signed, used = int(codes.sum(dtype=torch.int64)), int(codes.count_nonzero())
-        here = (used - signed) / 2, size - used, (used + signed) / 2
+        plus, used = int((codes > 0).count_nonzero()), int(codes.count_nonzero())
+        here = used - plus, size - used, plus
         if not weight.spec.wide:
             problems += uniform(weight.name if weight.experts is None else f"{weight.name}, expert {expert}", codes)
         counts = [a + b for a, b in zip(counts, here, strict=True)]
@@ -183,8 +183,7 @@ def _matrix(source: Source, weight: Weight, problems: list[str]) -> MatrixReport
     scale = torch.cat([scale.view(-1) for scale in scales])
     stored = source.nbytes(weight.key) + (0 if weight.latent else scale.nbytes)
     kind, limits = "latent" if weight.latent else "packed", (float(scale.min()), float(scale.max()))
-    minus, zero, plus = (count / total for count in counts)
-    shares = None if weight.spec.wide else (minus, zero, plus)
+    shares = None if weight.spec.wide else (counts[0] / total, counts[1] / total, counts[2] / total)
     return MatrixReport(weight.name, kind, weight.shape, 8 * stored / total, describe(weight.spec), limits, shares)
 
 

@@ -4,7 +4,9 @@ Packed outputs are compared for equality: training in eval mode and serving comp
 """
 
 import copy
+import importlib
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 from transformers.integrations import bitnet as stock
 from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -29,6 +32,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig
 import bitnet
 from bitnet.convert.conversion.convert import convert_checkpoint
 from bitnet.convert.hub.config import EXTENDED, config_of
+from bitnet.convert.swap.kinds import FUSED, fuses_out_proj
 from bitnet.experts import BitExperts, PackedExperts
 from bitnet.kernels import reference
 from bitnet.linear import BitConv1D, BitLayer
@@ -123,10 +127,7 @@ KEPT: dict[str, dict[str, str]] = {
         "backbone.layers.*.mixer.out_proj": "MambaMixer uses out_proj.weight directly",
         "backbone.layers.*.mixer.A_log": "not an nn.Linear",
     },
-    "falcon_h1": {
-        **OUTPUT_HEAD,
-        "model.layers.*.mamba.out_proj": "FalconH1Mixer uses out_proj.weight directly",
-    },
+    "falcon_h1": OUTPUT_HEAD,
     "gemma3": {"lm_head": f"{TIED} model.embed_tokens"},
     "gpt2": {"lm_head": f"{TIED} transformer.wte"},
     "phi3": OUTPUT_HEAD,
@@ -234,6 +235,46 @@ def test_training_reaches_the_latent_weights(case: Case) -> None:
             assert grad is not None, name
             assert grad.isfinite().all(), name
             assert grad.any(), name
+
+
+def test_a_fused_kernel_does_not_take_the_weight_of_a_low_bit_out_proj(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba-2's, which in training would multiply by the latent weight; a float out_proj may go through it."""
+    taken: list[nn.Module] = []
+
+    def kernel(*_: object, outproj_weight: Tensor, **__: object) -> None:  # None: it does not run here
+        taken.append(outproj_weight)
+
+    monkeypatch.setattr(modeling_falcon_h1, "mamba2_split_conv1d_scan_combined", kernel)
+
+    def trains(model: nn.Module) -> int:
+        taken.clear()
+        model.train()(**TEXT, use_cache=False).loss.backward()
+        assert all(module.training for module in model.modules())
+        return len(taken)
+
+    model = build(*ZOO["falcon_h1"][:2])
+    assert trains(model) == 2
+    bitnet.replace_linear(model)
+    assert isinstance(model.model.layers[0].mamba.out_proj, bitnet.BitLinear)
+    assert trains(model) == 0
+    assert trains(pickle.loads(pickle.dumps(copy.deepcopy(model)))) == 0
+    bitnet.pack(model)
+    assert trains(model) == 0
+    bitnet.unpack(model)
+    assert trains(model) == 2
+    model = build(*ZOO["falcon_h1"][:2])
+    bitnet.replace_linear(model, skip=["out_proj"])
+    assert trains(model) == 2
+
+
+def test_every_mixer_with_such_a_kernel_is_known() -> None:
+    sources = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    found = [path for path in sources if FUSED in path.read_text()]
+    assert found
+    for path in found:
+        module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+        classes = [cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, nn.Module)]
+        assert any(map(fuses_out_proj, classes)), path
 
 
 @pytest.mark.parametrize("case", PLAIN, indirect=True)

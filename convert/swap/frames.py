@@ -156,6 +156,8 @@ class Frame:
                     if item.optional_vars is not None:
                         self.assign(item.optional_vars, entered)
                 self.run(body)
+            case ast.If(test=ast.BoolOp(values=[ast.Attribute(attr="training"), *_])) if self.follower.settled(node):
+                pass
             case ast.Return(value=ast.expr() as value):
                 self.returned = self.returned | self.evaluate(value)
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):

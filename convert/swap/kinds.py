@@ -7,6 +7,11 @@
 What is quantized in each, and how, its matrices() say; bitnet.experts.to_packed gives the packed forms.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +27,9 @@ from bitnet.quantize import QuantSpec
 # classes, tokens or experts is small and does not survive 1.58 bits.
 HEADS = {"lm_head", "ctc_head", "embed_out", "head", "classifier", "score", "qa_outputs", "proj_out", "pooler"}
 ROUTERS = {"router", "gate", "wg", "router_gate", "modality_router", "shared_expert_gate"}
+
+
+FUSED = "outproj_weight=self.out_proj.weight"
 
 
 def swappable(module: nn.Module) -> bool:
@@ -104,11 +112,17 @@ def computes_linear(module: nn.Module) -> bool:
 
 
 def settle_fast_paths(model: nn.Module) -> None:
-    """Turn off the fused inference path of torch's own Transformer layers where their linear layers are low-bit.
+    """Turn off the fused paths that read the weights of layers, where these are low-bit; the other path calls them.
 
-    It reads the weights of linear1 and linear2; the other path, which training takes, calls the layers.
+    They are torch's own Transformer layers' in inference, and Mamba-2's in training.
     """
     for module in model.modules():
+        if fuses_out_proj(type(module)):
+            unfused = isinstance(vars(module).get("forward"), Unfused)
+            if _low_bit(module.out_proj) and not unfused:  # type: ignore[arg-type]
+                vars(module)["forward"] = Unfused(module)
+            elif unfused and not _low_bit(module.out_proj):  # type: ignore[arg-type]
+                del vars(module)["forward"]
         if isinstance(module, nn.TransformerEncoderLayer):
             activation = module.activation
             relu = activation is F.relu or isinstance(activation, nn.ReLU)
@@ -121,6 +135,36 @@ def settle_fast_paths(model: nn.Module) -> None:
             fast = fast and layer.self_attn._qkv_same_embed_dim and layer.self_attn.in_proj_bias is not None
             fast = fast and layer.norm1.eps == layer.norm2.eps and layer.self_attn.num_heads % 2 == 0
             module.use_nested_tensor = bool(module.enable_nested_tensor and fast and not _low_bit(module))
+
+
+def fuses_out_proj(cls: type[nn.Module]) -> bool:
+    """Is it a Mamba-2 mixer of transformers, which in training gives the weight of its out_proj to a fused kernel, and
+    asks for nothing else whether it is training?"""
+    return cls.__module__.startswith("transformers.models.") and _fuses(cls.forward)
+
+
+@functools.cache
+def _fuses(forward: Callable[..., Any]) -> bool:
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+    return FUSED in source and source.count("self.training") == 1
+
+
+class Unfused:
+    """The forward of such a mixer, without the fused kernel."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self._mixer = mixer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mixer = self._mixer
+        training, mixer.training = mixer.training, False
+        try:
+            return type(mixer).forward(mixer, *args, **kwargs)
+        finally:
+            mixer.training = training
 
 
 def _low_bit(module: nn.Module) -> bool:

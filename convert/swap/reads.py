@@ -7,6 +7,7 @@ all taken, and a name may be anything that was ever assigned to it. What cannot 
 that it is given.
 """
 
+import ast
 import functools
 import inspect
 import re
@@ -34,6 +35,7 @@ from .frames import (
     value_of,
 )
 from .functions import TELLTALE, TRUSTED, definition, mentions, root_of
+from .kinds import FUSED, fuses_out_proj
 
 # Methods that handle weights as such and may do so: they set, load, save, list or count them, or share them out.
 ADMINISTRATIVE = re.compile(
@@ -125,6 +127,10 @@ class _Follower:
                 ):
                     self.root = name, module, method
                     self.call(function, [value_of(module)], {})
+
+    def settled(self, node: ast.If) -> bool:
+        """Is it the branch that settle_fast_paths turns off in the module that is followed?"""
+        return fuses_out_proj(type(self.root[1])) and FUSED in ast.unparse(node)
 
     def layers_below(self, module: nn.Module) -> list[nn.Module]:
         if module not in self.below:
