@@ -62,6 +62,9 @@ _LINEAR |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "part
 _GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "layer_types": _KINDS}
 _GEMMA4 |= {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 200, "final_logit_softcapping": 3.0}
 _SWA = {"sliding_window": 24, "layer_types": _KINDS, "layer_rope_theta": [1e4, 0, 1e3, 1e4], "pad_token_id": 0}
+_MAMBA: dict[str, object] = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2}
+_MAMBA |= {"mamba_chunk_size": 8, "pad_token_id": 0}
+_MIXED = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _SHORT = {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "pad_token_id": 0}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _LATENT: dict[str, object] = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
@@ -167,6 +170,37 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "granitemoe_swa": _model(
         "granitemoe_swa", **_SWA, num_local_experts=6, num_experts_per_tok=3, shared_intermediate_size=64
     ),
+    "granitemoehybrid": _model(
+        "granitemoehybrid", **_MAMBA, **_MIXED, num_local_experts=0, shared_intermediate_size=64
+    ),
+    "granitemoehybrid experts": _model(
+        "granitemoehybrid",
+        **_MAMBA,
+        **_MIXED,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        shared_intermediate_size=64,
+        position_embedding_type="rope",
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+    ),
+    "nemotron_h": _model(
+        "nemotron_h",
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=8,
+        head_dim=16,
+        num_hidden_layers=7,
+        layers_block_type=["mlp", "linear_attention", "mlp", "full_attention", "moe", *_MIXED["layer_types"][:2]],
+        n_routed_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=48,
+        pad_token_id=0,
+    ),
+    "bamba": _model("bamba", **_MAMBA, attn_layer_indices=[1, 3]),
     "mellum": _model("mellum", **_EXPERTS, head_dim=16, **_SLIDING, mlp_layer_types=["dense", *["sparse"] * 3]),
     "hy_v3": _model("hy_v3", **_EXPERTS, head_dim=16, num_shared_experts=2),
     "afmoe": _model(

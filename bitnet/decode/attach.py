@@ -273,7 +273,9 @@ class _Rows:
         cache.layers = self._layers
         recurrent = [i for i, layer in enumerate(self._layers) if isinstance(layer, LinearAttentionLayer)]
         recurrents = [cached.store.recurrent for cached in self.cached]
-        for place, i in enumerate(i for i in range(len(recurrent) + len(blocks[0])) if i not in recurrent):
+        empty = [i for i, layer in enumerate(self._layers) if type(layer).__name__ == "DummyLayer"]  # of MLPs
+        others = [i for i in range(len(self._layers)) if i not in recurrent + empty]
+        for place, i in zip(range(len(blocks[0])), others or range(len(blocks[0])), strict=False):
             rows = []
             for cached, parts, seen in zip(self.cached, blocks, self.seen, strict=True):
                 rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in parts[place].floats(cached.length)])
@@ -285,7 +287,8 @@ class _Rows:
             *states, window = (torch.stack([t[place] for t in kept]) for kept in zip(*recurrents, strict=True))
             cache.update_conv_state(window.mT.to(dtype), i, conv_kernel_size=window.shape[1] + 1)
             for state in states:
-                cache.update_recurrent_state(state, i)
+                turned = self.cached[0].store.kept.transposed
+                cache.update_recurrent_state(state.mT.contiguous() if turned else state, i)
 
     def crop(self, columns: int) -> None:
         self.seen = self.seen[:, :columns]

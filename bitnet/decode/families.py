@@ -62,6 +62,7 @@ class Family(NamedTuple):
     recurrence: str = "linear_attn"  # in its place
     recurrent_norms: _Norms | None = None  # beside it, if not `norms`
     layers: str = "layers"
+    blocks: Callable[[list[Any]], list[Any]] = list  # of layers
     fused: str = "qkv_proj"  # q, k and v in one layer, where there is such a one
     by_head: bool = False  # in which those of a head are one after the other
     out: str = "o_proj"
@@ -132,6 +133,32 @@ _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _AXK1 = ("input_layernorm", None, "post_attention_layernorm", "mlp.post_mlp_layernorm")
 _GLM4 = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+
+
+class _Pair:
+    """A block of one or two layers of Nemotron-H: what looks at other tokens, and an MLP or experts."""
+
+    def __init__(self) -> None:
+        self.input_layernorm: Any = None
+        self.post_attention_layernorm: Any = None
+        self.self_attn: Any = None
+        self.mamba: Any = None
+        self.mlp: Any = None
+
+
+def _paired(layers: list[Any]) -> list[Any]:
+    pairs: list[_Pair] = []
+    for layer in layers:
+        if layer.block_type in ("mlp", "moe"):
+            if not pairs or pairs[-1].mlp is not None:
+                pairs.append(_Pair())
+            pairs[-1].post_attention_layernorm, pairs[-1].mlp = layer.norm, layer.mixer
+        else:
+            pairs.append(_Pair())
+            pairs[-1].input_layernorm = layer.norm
+            setattr(pairs[-1], "mamba" if layer.block_type == "linear_attention" else "self_attn", layer.mixer)
+    return pairs
+
 
 _SWA: dict[str, Any] = {
     "rotary": "rotary_embs",
@@ -257,6 +284,21 @@ FAMILIES = {
     ),
     "GptOssModel": Family(halves=True, gate="clamped_swiglu", score="softmax of chosen"),
     "GraniteMoeSharedModel": Family(holder="block_sparse_moe", score="softmax of chosen"),
+    "GraniteMoeHybridModel": Family(holder="block_sparse_moe", recurrence="mamba", score="softmax of chosen"),
+    "NemotronHModel": Family(
+        blocks=_paired,
+        mlp=(None, "up_proj", "down_proj"),
+        recurrence="mamba",
+        score="sigmoid",
+        added=1e-20,
+        final="norm_f",
+    ),
+    "BambaModel": Family(
+        ("input_layernorm", None, "pre_ff_layernorm", None),
+        holder="feed_forward",
+        recurrence="mamba",
+        final="final_layernorm",
+    ),
     "GraniteSWAModel": Family(**_SWA),
     "GraniteMoeSWAModel": Family(**_SWA, holder="block_sparse_moe", score="softmax of chosen"),
     "MellumModel": Family(),

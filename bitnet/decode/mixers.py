@@ -41,7 +41,8 @@ def gated_delta_rule(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) 
     channels, _, kernel = rule.conv1d.weight.shape
     tensors = (rule.conv1d.weight[:, 0].T, rule.A_log.float().exp(), rule.dt_bias)
     floats = [tensor.detach().float().contiguous() for tensor in tensors]
-    recurrence = native.Recurrence(*(t.data_ptr() for t in floats), plan.inner_norm(gated), kernel, channels)
+    recurrence = native.Recurrence(norm=plan.inner_norm(gated), kernel=kernel, channels=channels)
+    recurrence.convolution, recurrence.speed, recurrence.shift = (t.data_ptr() for t in floats)
     recurrence.key_heads, recurrence.value_heads = rule.num_k_heads, rule.num_v_heads
     recurrence.key_dim, recurrence.value_dim = rule.head_k_dim, rule.head_v_dim
     recurrence.most = 2 if getattr(rule, "allow_neg_eigval", False) else 1
@@ -49,6 +50,31 @@ def gated_delta_rule(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) 
     plan.alive += [floats, recurrence]
     block.recurrence = ctypes.pointer(recurrence)
     return (rule.num_v_heads, rule.head_k_dim, rule.head_v_dim), (kernel - 1, channels)
+
+
+def state_space(plan: Pieces, block: Any, name: str, mixer: Any, norm: Any) -> Shapes:
+    """Fill a block whose mixer is one of Mamba-2's kind; what a sequence keeps of it."""
+    block.in_count = plan.products([(f"{name}.in_proj", mixer.in_proj)], norm, block.into)
+    plan.products([(f"{name}.out_proj", mixer.out_proj)], None, [block.out])
+    if mixer.head_dim % native.COLUMNS:
+        raise Unplanned(f"{name} has heads of {mixer.head_dim} features, which must be a multiple of {native.COLUMNS}")
+    shortest, longest = mixer.time_step_limit
+    if mixer.activation != "silu" or longest != float("inf"):
+        raise Unplanned(f"{name} has gates that are not silu, or longest steps")
+    plan.watch(mixer.conv1d, "weight", *(["bias"] if mixer.conv1d.bias is not None else []))
+    plan.watch(mixer, "A_log", "dt_bias", "D")
+    channels, _, kernel = mixer.conv1d.weight.shape
+    bias = torch.zeros(channels) if mixer.conv1d.bias is None else mixer.conv1d.bias
+    tensors = (mixer.conv1d.weight[:, 0].T, bias, mixer.D, mixer.A_log.float().exp(), mixer.dt_bias)
+    floats = [tensor.detach().float().contiguous() for tensor in tensors]
+    space = native.Recurrence(*(t.data_ptr() for t in floats), plan.inner_norm(mixer.norm), kernel=kernel)
+    space.norm_size = getattr(mixer.norm, "group_size", mixer.intermediate_size)
+    space.channels, space.parts, space.shortest = channels, native.PARTS["state space"], shortest
+    space.key_heads, space.value_heads = mixer.n_groups, mixer.num_heads
+    space.key_dim, space.value_dim = mixer.ssm_state_size, mixer.head_dim
+    plan.alive += [floats, space]
+    block.recurrence = ctypes.pointer(space)
+    return (mixer.num_heads, mixer.ssm_state_size, mixer.head_dim), (kernel - 1, channels)
 
 
 def latent_attention(plan: Pieces, block: Any, name: str, attention: Any, norm: Any) -> native.Cache:
@@ -90,8 +116,10 @@ def mixture(plan: Pieces, mlp: Any, experts: Any, norm: Any) -> native.Mixture:
     name = f"{family.holder}.experts"
     if not isinstance(experts, PackedExperts):
         raise Unplanned(f"{name} is a {type(experts).__name__}, not packed experts")
-    if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
-        raise Unplanned(f"{name} have no gate, or a norm of their own")
+    if experts.has_gate != (family.mlp[0] is not None) or getattr(experts, "has_post_expert_norm", False):
+        raise Unplanned(f"{name} are gated otherwise than the MLPs, or have a norm of their own")
+    if not isinstance(getattr(mlp, "fc1_latent_proj", nn.Identity()), nn.Identity):
+        raise Unplanned(f"{name} see latents")
     router: Any = getattr(mlp, "gate", None) or mlp.router
     chosen = router.top_k if hasattr(router, "top_k") else router.config.top_k_experts
     holders: tuple[Any, ...] = (router, getattr(router, "moe_statics", None), mlp)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..kernels.cpu import library
 from ..kernels.cpu import step as native
 from .families import FAMILIES, kind_of, known
-from .mixers import gated_delta_rule, latent_attention, mixture, short_convolution
+from .mixers import gated_delta_rule, latent_attention, mixture, short_convolution, state_space
 from .pieces import Pieces, Unplanned
 
 _GATES = {
@@ -35,7 +35,7 @@ _GATES = {
     "xielu": "xielu",
     "clamped_swiglu": "clamped_swiglu",
 }
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+_ACTIVATIONS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "activation")
 _FUSED = ("gate_up_proj", "input_linear")  # both in one layer
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -63,8 +63,8 @@ class Plan(Pieces):
         super().__init__(family, config.hidden_size, isa)
         self.cache_type = native.CACHE_TYPES[cache_type]
         self.watch_modules(base)
-        layers = list(getattr(base, family.layers))[: config.num_hidden_layers]
-        attending = [getattr(layer, family.attention) for layer in layers if hasattr(layer, family.attention)]
+        layers = family.blocks(list(getattr(base, family.layers))[: config.num_hidden_layers])
+        attending = [a for a in (getattr(layer, family.attention, None) for layer in layers) if a is not None]
         if not attending:
             raise Unplanned("there is no block with attention")
         attention = attending[0]
@@ -84,7 +84,7 @@ class Plan(Pieces):
         recurrences = 0
         for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             block.state = recurrences
-            recurrences += not hasattr(layer, family.attention)
+            recurrences += getattr(layer, family.recurrence, None) is not None
             try:
                 self._fill(block, layer, ropes)
             except Unplanned as why:
@@ -100,8 +100,8 @@ class Plan(Pieces):
         pairs = family.pairs or ("neighbours to halves" if config.rope_interleave else "halves")
         plan.pairs, plan.gated = native.PAIRS[pairs], family.mlp[0] is not None
         plan.by_head, plan.query_gate = family.by_head, self._query_gate
-        shapes = (None if shape is None else (recurrences, *shape) for shape in self.kept[1:])
-        self.kept = native.Kept(self.kept.caches, *shapes)
+        states, windows = (None if s is None else (recurrences, *s) for s in (self.kept.states, self.kept.windows))
+        self.kept = self.kept._replace(states=states, windows=windows)
         plan.final = self.norm(getattr(base, family.final))
         plan.cache_type, plan.isa = native.cache_type(cache_type), native.isa(isa)
         self.alive.append(blocks)
@@ -129,20 +129,20 @@ class Plan(Pieces):
 
     def _fill(self, block: Any, layer: Any, ropes: dict[str, int]) -> None:
         family = self.family
-        mlp = layer if family.holder is None else getattr(layer, family.holder)
+        mlp = layer if family.holder is None else getattr(layer, family.holder, None)
         block.parallel = getattr(layer, "use_parallel_residual", family.parallel)
-        attends = hasattr(layer, family.attention)
+        attends = getattr(layer, family.attention, None) is not None
         names = family.norms if attends or family.recurrent_norms is None else family.recurrent_norms
         norms = [None if name is None else _found(layer, name) for name in names]
         if block.parallel and norms[2] is None:
             norms[2] = norms[0]
         if attends:
             self._attention(block, getattr(layer, family.attention), norms[0], ropes)
-        else:
-            rule = getattr(layer, family.recurrence)
-            fill = short_convolution if hasattr(rule, "conv") else gated_delta_rule
+        elif (rule := getattr(layer, family.recurrence, None)) is not None:
+            space, short = hasattr(rule, "ssm_state_size"), hasattr(rule, "conv")
+            fill = state_space if space else short_convolution if short else gated_delta_rule
             states, windows = fill(self, block, family.recurrence, rule, norms[0])
-            self.kept = self.kept._replace(states=states, windows=windows)
+            self.kept = self.kept._replace(states=states, windows=windows, transposed=space)
         holder, experts = family.holder, getattr(mlp, "experts", None)
         if experts is not None:
             block.mixture = ctypes.pointer(mixture(self, mlp, experts, norms[2]))
@@ -154,6 +154,8 @@ class Plan(Pieces):
             block.mixture = ctypes.pointer(mixture(self, layer, layer.experts, layer.pre_feedforward_layernorm_2))
             block.mixture[0].after = self.norm(layer.post_feedforward_layernorm_2)
             block.mixture[0].beside = self.norm(layer.post_feedforward_layernorm_1)
+        elif mlp is None:
+            holder, mlp = "shared_mlp", getattr(layer, "shared_mlp", None)
         if mlp is not None:
             self._mlp(block, "" if holder is None else f"{holder}.", mlp, norms[2])
         if norms[1] is not None:

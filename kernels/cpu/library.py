@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ABI = 24  # bitnet_abi() of a library built from these sources
+_ABI = 25  # bitnet_abi() of a library built from these sources
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4, torch.int16: 5}

@@ -21,7 +21,7 @@ COLUMNS = 32  # features of a recurrence's values that are summed at once
 RUN = 16  # positions of a cache that lie side by side; a head's features are a multiple of it
 GATES = {"silu": 0, "relu2": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "xielu": 5, "clamped_swiglu": 6}
 PAIRS = {"halves": 0, "neighbours": 1, "neighbours to halves": 2}
-PARTS = {"four layers": 0, "by key head": 1, "six layers": 2}
+PARTS = {"four layers": 0, "by key head": 1, "six layers": 2, "state space": 3}
 SCORES = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 CACHE_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
@@ -45,9 +45,12 @@ class Product(ctypes.Structure):
 class Recurrence(ctypes.Structure):
     _fields_ = (
         ("convolution", _pointer),
+        ("bias", _pointer),
+        ("skip", _pointer),
         ("speed", _pointer),
         ("shift", _pointer),
         ("norm", Norm),
+        ("norm_size", _int64),
         ("kernel", _int64),
         ("channels", _int64),
         ("key_heads", _int64),
@@ -55,6 +58,7 @@ class Recurrence(ctypes.Structure):
         ("key_dim", _int64),
         ("value_dim", _int64),
         ("most", ctypes.c_float),
+        ("shortest", ctypes.c_float),
         ("parts", _int32),
     )
 
@@ -207,12 +211,13 @@ class Cache(NamedTuple):
 class Kept(NamedTuple):
     """Shapes of what a sequence keeps: caches of blocks with attention, and what is kept of recurrences.
 
-    A short convolution has windows alone.
+    A short convolution has windows alone. transposed: transformers keeps states as [.., value_dim, key_dim]
     """
 
     caches: tuple[Cache, ...]
     states: tuple[int, ...] | None = None  # [blocks, value_heads, key_dim, value_dim]
     windows: tuple[int, ...] | None = None  # [blocks, kernel - 1, channels]
+    transposed: bool = False
 
 
 @dataclass

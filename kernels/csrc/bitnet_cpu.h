@@ -67,19 +67,25 @@ struct Product {
 
 // How the `in` of a block with the gated delta rule give queries, keys and values, which are convolved, the gate z of the
 // outputs, what a new value weighs, and how fast the state fades: in four layers; in two, of which the first has q, k, v and z
-// and the other the rest, those of a key's head one after the other; or in six.
-enum Parts { kFourLayers = 0, kByKeyHead = 1, kSixLayers = 2 };
+// and the other the rest, those of a key's head one after the other; or in six. Of a state space one layer has gates, then x, b
+// and c, which are convolved, and how long each head's step is.
+enum Parts { kFourLayers = 0, kByKeyHead = 1, kSixLayers = 2, kStateSpace = 3 };
 
-// What is in place of attention. Linear attention by the gated delta rule, or, where value_heads is 0, a short convolution:
-// `in` is one layer of three parts b, c and x, and y = c * convolution(b * x).
+// What is in place of attention. Linear attention by the gated delta rule; a state space (Mamba-2: arXiv 2405.21060), whose
+// values are x, keys b and queries c; or, where value_heads is 0, a short convolution: `in` is one layer of three parts b, c
+// and x, and y = c * convolution(b * x).
 struct Recurrence {
   const float* convolution;  // [kernel, channels]; of heads followed by silu
+  const float* bias;         // of the convolution, [channels], or null
+  const float* skip;         // [value_heads]: of a state space, what of x is added to what is read
   const float* speed;        // [value_heads]: the state of a token becomes exp(-speed * log(1 + exp(x + shift))) of it
   const float* shift;
-  Norm norm;                 // of each head's outputs, before they are multiplied by silu(z)
+  Norm norm;                 // of each head's outputs, before they are multiplied by silu(z); or after that, of norm_size features
+  int64_t norm_size;
   int64_t kernel, channels;  // channels: 2 * key_heads * key_dim + value_heads * value_dim
   int64_t key_heads, value_heads, key_dim, value_dim;  // value_dim: a multiple of 32
   float most;                // that a new value weighs: the sigmoid of its weight times this
+  float shortest;            // step of a state space
   int32_t parts;
 };
 
@@ -87,7 +93,7 @@ struct Recurrence {
 enum Score { kSoftmax = 0, kSigmoids = 1, kSoftmaxOfChosen = 2 };
 
 // Experts of which each token takes a few: y is the sum of second(f(gate) * up) of each times its weight, where gate and up
-// are the halves of first(norm(x)).
+// are the halves of first(norm(x)); or of second(f(first(norm(x)))), where the plan is not gated.
 struct Mixture {
   Norm norm;
   Norm router_norm;           // of what the router sees, if not that
@@ -139,7 +145,7 @@ struct PerLayer {
 
 // One decoder block: x += after_attention(out(attention(in(x)))), then x += after_mlp(down(f(gate(x)) * up(x))), what is
 // added times the plan's `residual`. If `parallel`, both see the x that came in. A block with a mixture adds that of it to
-// the MLP's, or has no MLP of its own.
+// the MLP's, or has no MLP of its own. One of the two may be missing: then out.count is 0, or inner and mixture.
 struct Block {
   Product in[4];    // q, k and v in this order, in as many products as `in_count`
   Product gate[2];  // gate and up, or the one layer before f

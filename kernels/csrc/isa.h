@@ -105,6 +105,8 @@ struct Between {
   void (*convolve)(const Recurrence& r, float* window, float* x, int64_t stride, int64_t tokens, int64_t first, int64_t last);
   void (*to_length)(float* x, int64_t k, float factor);
   void (*recur)(float* state, const float* q, const float* k, float* v, float decay, float beta, int64_t keys, int64_t values);
+  void (*scan)(float* state, const float* c, const float* b, float* x, float decay, float step, float skip, int64_t keys,
+               int64_t values);
   void (*apply_gate)(int32_t gate, const float* shape, float* x, const float* up, int64_t k);  // up: null without one
   void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim,
                 int64_t value_dim);

@@ -21,7 +21,7 @@ const Isa* find_isa(int32_t form, int32_t i) {
 
 }  // namespace
 
-BITNET_EXPORT int32_t bitnet_abi() { return 24; }
+BITNET_EXPORT int32_t bitnet_abi() { return 25; }
 
 BITNET_EXPORT int32_t bitnet_threads(int32_t wanted) {
 #ifdef _OPENMP
@@ -72,7 +72,7 @@ BITNET_EXPORT int32_t bitnet_step(const Plan* plan, float* x, const float* per_l
     const HeadShape& h = block.heads;
     if (plan->gate == kClampedSwiglu && block.inner) return kBadShape;
     if (block.per_layer && !(per_layer && plan->per_layer)) return kBadShape;
-    if (block.recurrence) continue;
+    if (block.recurrence || !block.out.count) continue;
     if (h.key_dim < kRun || h.key_dim % kRun || h.value_dim < kRun || h.value_dim % kRun || h.kv_heads < 1 || h.heads % h.kv_heads)
       return kBadShape;
     if ((plan->by_head || block.latent) && h.heads != h.kv_heads) return kBadShape;

@@ -16,6 +16,7 @@ constexpr int kColumns = 2 * kRun;  // whose sums stay in registers
     for (int64_t c = first; c < last; c += kColumns) {
       const int64_t here = smaller(kColumns, last - c);
       float sum[kColumns] = {};
+      for (int64_t i = 0; r.bias && i < here; ++i) sum[i] = r.bias[c + i];
       for (int64_t j = 0; j < before; ++j)
         for (int64_t i = 0; i < here; ++i) sum[i] += r.convolution[j * channels + c + i] * window[j * channels + c + i];
       for (int64_t i = 0; i < here; ++i) sum[i] += r.convolution[before * channels + c + i] * x[c + i];
@@ -52,6 +53,22 @@ constexpr int kColumns = 2 * kRun;  // whose sums stay in registers
         sum[l] += row[l] * q[i];
       }
     for (int l = 0; l < kColumns; ++l) v[c + l] = sum[l];
+  }
+}
+
+// One token of one head of a state space: state [keys, values] fades, gets x as b says for so long, and is read by c into x.
+[[maybe_unused]] void scan(float* state, const float* c, const float* b, float* x, float decay, float step, float skip,
+                           int64_t keys, int64_t values) {
+  for (int64_t column = 0; column < values; column += kColumns) {
+    float comes[kColumns], sum[kColumns] = {};
+    float *row = state + column, *here = x + column;
+    for (int l = 0; l < kColumns; ++l) comes[l] = here[l] * step;
+    for (int64_t i = 0; i < keys; ++i, row += values)
+      for (int l = 0; l < kColumns; ++l) {
+        row[l] = row[l] * decay + b[i] * comes[l];
+        sum[l] += row[l] * c[i];
+      }
+    for (int l = 0; l < kColumns; ++l) here[l] = sum[l] + here[l] * skip;
   }
 }
 

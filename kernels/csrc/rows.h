@@ -116,7 +116,7 @@ void attend_rows(const Attention& a, int64_t batch, int64_t kv_head, int64_t fir
 }
 
 template <class I>
-constexpr Between kBetween = {normalize, rotate, score_row, convolve, to_length, recur, apply_gate, store<I>, attend<I>, attend_rows<I>, normalize_row};
+constexpr Between kBetween = {normalize, rotate, score_row, convolve, to_length, recur, scan, apply_gate, store<I>, attend<I>, attend_rows<I>, normalize_row};
 
 template <class I>
 constexpr const Between* between() {

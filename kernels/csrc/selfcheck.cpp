@@ -335,12 +335,12 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
     for (const auto& shape : shapes) weights.emplace_back(kTernary, shape[0], shape[1], 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, 2 * kExpertInner, kHidden, 0);
   for (int64_t e = 0; e < kExperts; ++e) weights.emplace_back(kTernary, kHidden, kExpertInner, 0);
-  const int64_t linear[15][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
+  const int64_t linear[16][2] = {{kChannels, kHidden}, {kMixed, kHidden}, {kValueHeads, kHidden}, {kValueHeads, kHidden},
                                 {kHidden, kMixed}, {3 * kMixed, kHidden}, {kChannels + kMixed, kHidden}, {2 * kValueHeads, kHidden},
                                 {kDim, kHidden}, {kQueryRank, kHidden}, {kRank + kDim, kHidden}, {kHeads * 2 * kDim, kQueryRank},
-                                {kHeads * 2 * kDim, kRank}, {kDim, kHidden}, {kHidden, kDim}};
+                                {kHeads * 2 * kDim, kRank}, {kDim, kHidden}, {kHidden, kDim}, {kMixed + kChannels + kValueHeads, kHidden}};
   for (const auto& shape : linear) weights.emplace_back(kTernary, shape[0], shape[1], 0);
-  const auto convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
+  const auto bias = floats(kChannels), convolution = floats(kKernel * kChannels), shift = floats(kValueHeads);
   auto speed = floats(kValueHeads);
   for (auto& v : speed) v *= v;
   const auto norm = floats(128), cosine = floats(kCapacity * 8), sine = floats(kCapacity * 8), embedded = floats(kTokens * kHidden);
@@ -391,8 +391,8 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
       }
       const PreparedWeight* l = layers.data() + kLayers * kBlocks + 2 * kExperts;
       const Norm n{norm.data(), nullptr, 1e-5f, 0}, none{};
-      const Recurrence recurrence{convolution.data(), speed.data(), shift.data(), n, kKernel, kChannels, 1, kValueHeads, kDim, kValues,
-                                  gate == kXielu ? 2.0f : 1.0f, gate == kRelu ? kByKeyHead : gate == kXielu ? kSixLayers : kFourLayers};
+      const Recurrence recurrence{convolution.data(), gate == kClampedSwiglu ? bias.data() : nullptr, shift.data(), speed.data(), shift.data(), n, kValues, kKernel, kChannels, 1, kValueHeads, kDim, kValues,
+                                  gate == kXielu ? 2.0f : 1.0f, 0.5f, gate == kRelu ? kByKeyHead : gate == kXielu ? kSixLayers : gate == kClampedSwiglu ? kStateSpace : kFourLayers};
       Recurrence convolves = recurrence;
       convolves.value_heads = 0, convolves.channels = kMixed;
       if (recurs && gate == kGeluTanh) {
@@ -403,6 +403,7 @@ void check_step(int cache_type, int gate, int64_t group_size, bool other, bool b
         blocks[0].recurrence = &recurrence;
         blocks[0].in_count = 1, blocks[0].in[0] = {{n, none}, nullptr, 0, 4, {l, l + 1, l + 2, l + 3}};
         if (recurrence.parts == kByKeyHead) blocks[0].in[0] = {{n, none}, nullptr, 0, 2, {l + 6, l + 7}};
+        if (recurrence.parts == kStateSpace) blocks[0].in[0] = {{n, none}, nullptr, 0, 1, {l + 15}};
         if (recurrence.parts == kSixLayers) blocks[0].in[0] = {{n, none}, nullptr, 0, 6, {l + 8, l + 8, l + 1, l + 1, l + 2, l + 3}};
         blocks[0].out = {{none, none}, nullptr, 0, 1, {l + 4}};
       }

@@ -74,8 +74,8 @@ struct Step {
       widen(widest, block.inner);
       widen(widest, plan.per_layer);
       if (const Recurrence* r = block.recurrence) {
-        widen(in_width, r->value_heads ? (1 + (r->parts != kFourLayers)) * rule_width(*r) : 4 * r->channels);
-      } else {
+        widen(in_width, r->value_heads ? (1 + gathers(*r)) * rule_width(*r) : 4 * r->channels);
+      } else if (block.out.count) {
         widen(in_width, Attending(*this, block).width);
         widen(out_width, h.heads * h.value_dim);
         widen(key_dim, h.key_dim);
@@ -153,7 +153,7 @@ struct Step {
       for (int i = 0; i < block.gate_count; ++i) all(block.gate[i]);
       if (block.latent) all(block.latent->query), all(block.latent->expand);
       if (block.per_layer) all(block.per_layer->gate), all(block.per_layer->projection);
-      all(block.out);
+      if (block.out.count) all(block.out);
       all(block.down);
       if (block.mixture) visit(*block.mixture->first[0]), visit(*block.mixture->second[0]);  // all are alike
     }
@@ -385,6 +385,8 @@ struct Step {
     }
   }
 
+  static bool gathers(const Recurrence& r) { return r.parts == kByKeyHead || r.parts == kSixLayers; }
+
   static int64_t rule_width(const Recurrence& r) { return r.channels + r.value_heads * (r.value_dim + 2); }
 
   // Where the `in` of the gated delta rule write, and where their parts then lie: queries, keys and values, z and the rest.
@@ -419,6 +421,41 @@ struct Step {
         copy(mixed + 2 * keys + head * width, a, width), copy(parts[1] + of * r.value_dim, a, width);
         copy(parts[2] + of, b, group), copy(parts[3] + of, b, group);
       }
+    }
+  }
+
+  // From rows of gates, x, b and c, and steps to what `out` takes, which is where the gates were.
+  void state_space(const Block& block, float* rows, int64_t stride, int thread, int count) const {
+    const Recurrence& r = *block.recurrence;
+    const int64_t values = r.value_heads * r.value_dim, keys = r.key_heads * r.key_dim, state = r.key_dim * r.value_dim;
+    const Own own(r.channels, kColumns, thread, count);
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float* window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
+      f.convolve(r, window, rows + t * stride + values, stride, end - t, own.first, own.last);
+    }
+    barrier(count);
+    int64_t turn_of = 0;
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float* states = sequences[sequence[t]].states + block.state * r.value_heads * state;
+      for (int64_t head = 0; head < r.value_heads; ++head) {
+        if (turn_of++ % count != thread) continue;
+        for (int64_t i = t; i < end; ++i) {
+          float *row = rows + i * stride, *x = row + values + head * r.value_dim;
+          const float* b = row + 2 * values + head * r.key_heads / r.value_heads * r.key_dim;
+          const float wanted = softplus(row[values + r.channels + head] + r.shift[head]);
+          const float step = wanted < r.shortest ? r.shortest : wanted, decay = exponential(-r.speed[head] * step);
+          f.scan(states + head * state, b + keys, b, x, decay, step, r.skip[head], r.key_dim, r.value_dim);
+        }
+      }
+    }
+    barrier(count);
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
+      float* gates = rows + t * stride;
+      f.apply_gate(kSilu, nullptr, gates, gates + values, values);
+      for (int64_t i = 0; i < values; i += r.norm_size)
+        f.normalize(gates + i, {r.norm.weight + i, nullptr, r.norm.eps, 0}, r.norm_size, gates + i);
     }
   }
 
@@ -524,7 +561,7 @@ struct Step {
   void mixture(const Block& block, int thread, int count) const {
     const Mixture& mix = *block.mixture;
     const Routes r = place_routes(mix, routing);
-    const int64_t scores = mix.experts + mix.shared_gate, pairs = m * mix.chosen;
+    const int64_t scores = mix.experts + mix.shared_gate, pairs = m * mix.chosen, parts = 1 + (plan.gated != 0);
     const float* seen = mix.router_norm.weight ? r.seen : z;  // by the router
     for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
       const int64_t at = t * plan.hidden;
@@ -551,20 +588,20 @@ struct Step {
       const int64_t at = r.first[e], rows = r.first[e + 1] - at;
       if (!rows) continue;
       const auto row = [&](int64_t i, float*) { return z + r.order[at + i] / mix.chosen * plan.hidden; };
-      multiply(*mix.first[e], rows, row, again, codes, r.between + at * 2 * mix.inner, thread, count);
+      multiply(*mix.first[e], rows, row, again, codes, r.between + at * parts * mix.inner, thread, count);
       again = m > 1;
     }
     barrier(count);
     for (int64_t i = share(pairs, thread, count); i < share(pairs, thread + 1, count); ++i) {
-      float* halves = r.between + i * 2 * mix.inner;
-      f.apply_gate(plan.gate, block.bend, halves, halves + mix.inner, mix.inner);
+      float* halves = r.between + i * parts * mix.inner;
+      f.apply_gate(plan.gate, block.bend, halves, plan.gated ? halves + mix.inner : nullptr, mix.inner);
     }
     barrier(count);
     codes.filled = false;
     for (int64_t e = 0; e < mix.experts; ++e) {
       const int64_t at = r.first[e], rows = r.first[e + 1] - at;
       if (!rows) continue;
-      const auto row = [&](int64_t i, float*) { return r.between + (at + i) * 2 * mix.inner; };
+      const auto row = [&](int64_t i, float*) { return r.between + (at + i) * parts * mix.inner; };
       multiply(*mix.second[e], rows, row, true, codes, r.out + at * plan.hidden, thread, count);
     }
     const Own own(plan.hidden, kBlockRows, thread, count);
@@ -587,33 +624,49 @@ struct Step {
 
   void run(int64_t b, int thread, int count) const {
     const Block& block = plan.blocks[b];
+    if (block.out.count) mixer(block, thread, count);
+    if (block.inner || block.mixture) mlp(block, b, thread, count);
+    if (block.scalar != 1) {
+      for (int64_t i = share(m * plan.hidden, thread, count); i < share(m * plan.hidden, thread + 1, count); ++i) x[i] *= block.scalar;
+      barrier(count);
+    }
+  }
+
+  // What looks at other tokens. In a parallel block it is not added yet.
+  void mixer(const Block& block, int thread, int count) const {
     float *in[6] = {in_first}, *parts[4] = {};
     const float* mixed = attended;
     const Recurrence* r = block.recurrence;
-    const bool rule = r && r->value_heads;
+    const bool space = r && r->parts == kStateSpace, rule = r && r->value_heads && !space;
+    const int64_t space_width = space ? r->channels + r->value_heads * (r->value_dim + 1) : 0;
     const Attending places(*this, block);
     if (block.latent) in[0] = block.latent->query.count ? places.low_queries.first : in_first, in[1] = places.latents.first;
     else if (!r) in[1] = places.k.first, in[2] = places.v.first, in[3] = places.gate.first;
     if (rule) place_rule(*r, in, parts), mixed = parts[1];
+    else if (space) mixed = in[0];
     else if (r) mixed = in[1] = in[0] + m * 3 * r->channels;
     for (int i = 0, at = 0; i < block.in_count; at += int(block.in[i++].count)) {
       if (i) barrier(count);
       multiply(block.in[i], x, in + at, thread, count);
     }
     barrier(count);
-    if (rule && r->parts != kFourLayers) {
+    if (rule && gathers(*r)) {
       gather(*r, in, parts, thread, count);
       barrier(count);
     }
     if (block.latent) expand(block, places, thread, count);
     if (rule) recurrence(block, parts, thread, count);
+    else if (space) state_space(block, in[0], space_width, thread, count);
     else if (r) short_convolution(block, in[0], in[1], thread, count);
     else attention(block, places, thread, count);
     barrier(count);
-    multiply(block.out, mixed, &(in[0] = z), thread, count);
+    multiply(block.out, mixed, &(in[0] = z), thread, count, space_width);
     if (block.parallel) barrier(count);
     else add(z, block.after_attention, thread, count);
-    float* gates[] = {gate, up};
+  }
+
+  void mlp(const Block& block, int64_t b, int thread, int count) const {
+    float *gates[] = {gate, up}, *to = y;
     for (int i = 0, at = 0; i < block.gate_count; at += int(block.gate[i++].count)) {
       if (i) barrier(count);
       multiply(block.gate[i], x, gates + at, thread, count);
@@ -625,7 +678,7 @@ struct Step {
         f.apply_gate(plan.gate, block.bend, gate + at, plan.gated ? up + at : nullptr, own.last - own.first);
       }
       barrier(count);
-      multiply(block.down, gate, &(in[0] = y), thread, count);
+      multiply(block.down, gate, &to, thread, count);
     }
     if (block.mixture) mixture(block, thread, count);
     if (block.mixture && block.mixture->after.weight) {
@@ -641,10 +694,6 @@ struct Step {
     if (block.parallel) add(z, block.after_attention, thread, count);
     add(y, block.after_mlp, thread, count);
     if (block.per_layer) identity(block, b, thread, count);
-    if (block.scalar != 1) {
-      for (int64_t i = share(m * plan.hidden, thread, count); i < share(m * plan.hidden, thread + 1, count); ++i) x[i] *= block.scalar;
-      barrier(count);
-    }
   }
 
   Status run_all(int threads) {
