@@ -124,7 +124,9 @@ def test_more_tokens_than_one_call_takes() -> None:
 
 @pytest.mark.parametrize("cache_type", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("isa", library.isas() if not isinstance(library.load(), str) else [])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_5_moe", "deepseek_v3", "gpt_oss", "apertus", "gemma4 experts"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "qwen3_5_moe", "deepseek_v3", "gpt_oss", "apertus", "gemma4 experts", "nemotron_h"]
+)
 def test_every_instruction_set_gives_the_same_bits(isa: str, cache_type: str, family: str) -> None:
     model, found = packed(family), []
     for name in (isa, library.isas()[-1]):  # the last is plain C++
@@ -162,7 +164,8 @@ def test_narrow_caches_stay_close(cache_type: str, most: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["bitnet", "qwen2_moe", "qwen3_5", "qwen3_next", "olmo_hybrid", "deepseek_v3", "afmoe", "gemma4"]
+    "family",
+    ["bitnet", "qwen2_moe", "qwen3_5", "qwen3_next", "olmo_hybrid", "deepseek_v3", "afmoe", "gemma4", "nemotron_h"],
 )
 def test_threads_do_not_change_a_bit(family: str) -> None:
     model, before, found = packed(family, head="int8"), torch.get_num_threads(), []
@@ -272,6 +275,10 @@ def test_a_changed_mixture_is_noticed(change: str) -> None:
         ("deepseek_v3", "model.layers.1.self_attn.q_a_layernorm.weight"),
         ("olmo_hybrid", "model.layers.0.linear_attn.o_norm.weight"),
         ("hyperclovax", "model.layers.0.post_norm1.weight"),
+        ("nemotron_h", "model.layers.1.mixer.D"),
+        ("nemotron_h", "model.layers.1.mixer.dt_bias"),
+        ("nemotron_h", "model.layers.1.mixer.norm.weight"),
+        ("bamba", "model.layers.0.mamba.conv1d.bias"),
         ("axk1", "model.layers.1.mlp.post_mlp_layernorm.weight"),
         ("gemma4", "model.layers.1.post_per_layer_input_norm.weight"),
         ("gemma4", "model.embed_tokens_per_layer.weight"),
@@ -462,7 +469,7 @@ def test_the_loop_of_a_user_runs_natively(calls: Calls) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma3", "qwen3_5", "lfm2", "gpt2", "deepseek_v2", "deepseek_v3", "gemma4"]
+    "family", ["llama", "gemma3", "qwen3_5", "lfm2", "gpt2", "deepseek_v2", "deepseek_v3", "gemma4", "nemotron_h"]
 )
 def test_a_cache_is_handed_to_transformers_and_goes_on(calls: Calls, family: str) -> None:
     """Attentions are asked for in the middle: transformers' own forward takes over with the same keys and values."""
