@@ -7,8 +7,9 @@ A Llama (2560 wide, 6912 inside, 20 heads, 5 of them for keys and values, vocabu
 speed does not depend on them. llama.cpp (llama-cpp-python) gets it as TQ2_0 through our converter, and its head as Q6_K
 through its own quantizer; ours has 8 bits. Rounds take turns, medians are compared; what a raw read of our weights
 takes stands beside, and what the packed layers take in transformers' own forward, as it is.
---architecture gives these sizes to another model type, and to qwen3_moe, deepseek_v2 and gpt_oss the blocks of
-Qwen3-30B-A3B, DeepSeek-V2-Lite and gpt-oss-20b, to qwen3_5_text one like Qwen3.5-4B's; llama.cpp takes part where it
+--architecture gives these sizes to another model type, and to qwen3_moe, deepseek_v2, gpt_oss and nemotron_h the blocks
+of Qwen3-30B-A3B, DeepSeek-V2-Lite, gpt-oss-20b and Nemotron-3-Nano-30B-A3B (8 layers), to qwen3_5_text one like
+Qwen3.5-4B's; llama.cpp takes part where it
 has the architecture. --stock adds transformers' own `bitnet`
 layers, which take minutes. 30 layers of a Llama need 6 GB of memory and 3 GB of disk.
 --core-taken measures something else: 1 and 2 threads in turns, while another process is at work on one of two cores.
@@ -70,6 +71,21 @@ SIZES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "first_k_dense_replace": 0,
     },
+    "nemotron_h": {
+        "hidden_size": 2688,
+        "layers_block_type": [*["linear_attention", "moe"] * 3, "full_attention", "moe"],
+        "mamba_num_heads": 64,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+    },
     "gpt_oss": {
         "hidden_size": 2880,
         "intermediate_size": 2880,
@@ -115,6 +131,9 @@ def build(folder: Path, layers: int, architecture: str) -> None:
             if (tensor := getattr(module, name, None)) is not None and tensor.is_meta:
                 zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
                 setattr(module, name, torch.nn.Parameter(zeros) if isinstance(tensor, torch.nn.Parameter) else zeros)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta and name in module.state_dict():  # what corrects a router
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta or "router" in type(module).__name__.lower():  # routers, and a recurrence's speeds
                 setattr(module, name, torch.nn.Parameter(torch.randn(parameter.shape, dtype=parameter.dtype) * 0.02))
