@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels import observed
@@ -176,7 +176,7 @@ class NativeForward(_Forward):
         if rows is None:
             if plan.kept.windows is not None and not cache.layers:
                 return None  # transformers could not go on with it
-            rows = _Rows([Cached(plan) for _ in ids], cache.layers, plan.blocks)
+            rows = _Rows([Cached(plan) for _ in ids], cache.layers, plan)
         if len(rows.cached) != len(ids) or rows.cached[0].store.dtype != plan.cache_type:
             return None
         past = rows.seen.shape[1]
@@ -257,25 +257,22 @@ def _is_observed() -> bool:
 class _Rows:
     """What a transformers cache holds when the native step fills it."""
 
-    def __init__(self, cached: list[Cached], layers: list[Any], blocks: int) -> None:
-        self.cached, self.blocks = cached, blocks
+    def __init__(self, cached: list[Cached], layers: list[Any], plan: Plan) -> None:
+        self.cached, self._plan = cached, plan
         self.seen = torch.zeros(len(cached), 0, dtype=torch.bool)  # [B, columns]: which are tokens, not padding
         self._layers = layers  # transformers' own, empty
 
     def take(self, cache: Cache) -> None:
         """Stand in the cache, if that is not so yet."""
         if not (cache.layers and isinstance(cache.layers[0], _NativeLayer)):
-            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self.blocks)]
+            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self._plan.blocks)]
 
     def give_back(self, cache: Cache, dtype: torch.dtype) -> None:
         """Turn the cache into what transformers' own forward would have filled, with zeros for padding."""
         blocks = [cached.store.blocks() for cached in self.cached]
         cache.layers = self._layers
-        recurrent = [i for i, layer in enumerate(self._layers) if isinstance(layer, LinearAttentionLayer)]
         recurrents = [cached.store.recurrent for cached in self.cached]
-        empty = [i for i, layer in enumerate(self._layers) if type(layer).__name__ == "DummyLayer"]  # of MLPs
-        others = [i for i in range(len(self._layers)) if i not in recurrent + empty]
-        for place, i in zip(range(len(blocks[0])), others or range(len(blocks[0])), strict=False):
+        for place, i in enumerate(self._plan.attending):
             rows = []
             for cached, parts, seen in zip(self.cached, blocks, self.seen, strict=True):
                 rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in parts[place].floats(cached.length)])
@@ -283,7 +280,7 @@ class _Rows:
                     full[:, seen] = part
             keys, values = (torch.stack(both).to(dtype) for both in zip(*rows, strict=True))
             cache.update(keys, values, i)
-        for place, i in enumerate(recurrent):
+        for place, i in enumerate(self._plan.recurring):
             *states, window = (torch.stack([t[place] for t in kept]) for kept in zip(*recurrents, strict=True))
             cache.update_conv_state(window.mT.to(dtype), i, conv_kernel_size=window.shape[1] + 1)
             for state in states:

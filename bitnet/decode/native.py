@@ -153,7 +153,7 @@ def embed(base: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     multiplier = family.multiplier(base.config)  # Gemma's embedding does it itself
     rows = rows if multiplier == 1 else rows * multiplier
     if family.per_layer and base.hidden_size_per_layer_input:
-        identities: Tensor = base.project_per_layer_inputs(rows[None], base.get_per_layer_inputs(ids[None]))
+        identities: Tensor = base.project_per_layer_inputs(rows[None], base.get_per_layer_inputs(ids[None], rows[None]))
         return rows, identities[0]
     return base.norm(rows) if family.normed else rows, None
 

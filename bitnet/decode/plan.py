@@ -78,6 +78,8 @@ class Plan(Pieces):
             self.watch(self.learned, "weight")
         ropes = self._kinds(base, attending)
         self.kept = native.Kept(())
+        self.attending: list[int] = []  # which of transformers' layers have keys and values
+        self.recurring: list[int] = []  # and which have states
         self._next = native.CachePlace()
         self._stored: dict[str, tuple[native.Cache, native.CachePlace]] = {}  # by kind, the last that was stored
         blocks = (native.Block * self.blocks)()
@@ -142,6 +144,7 @@ class Plan(Pieces):
             space, short = hasattr(rule, "ssm_state_size"), hasattr(rule, "conv")
             fill = state_space if space else short_convolution if short else gated_delta_rule
             states, windows = fill(self, block, family.recurrence, rule, norms[0])
+            self.recurring.append(rule.layer_idx)
             self.kept = self.kept._replace(states=states, windows=windows, transposed=space)
         holder, experts = family.holder, getattr(mlp, "experts", None)
         if experts is not None:
@@ -203,6 +206,7 @@ class Plan(Pieces):
             block.cache = self._stored[kind][1]
         else:
             block.cache = self._next
+            self.attending.append(attention.layer_idx)
             self._stored[kind] = cache, self._next
             self._next = cache.before(self._next)
             self.kept = self.kept._replace(caches=(*self.kept.caches, cache))
