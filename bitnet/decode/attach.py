@@ -258,21 +258,22 @@ class _Rows:
     """What a transformers cache holds when the native step fills it."""
 
     def __init__(self, cached: list[Cached], layers: list[Any], plan: Plan) -> None:
-        self.cached, self._plan = cached, plan
+        self.cached, self.blocks = cached, plan.blocks
+        self._attending, self._recurring = plan.attending, plan.recurring
         self.seen = torch.zeros(len(cached), 0, dtype=torch.bool)  # [B, columns]: which are tokens, not padding
         self._layers = layers  # transformers' own, empty
 
     def take(self, cache: Cache) -> None:
         """Stand in the cache, if that is not so yet."""
         if not (cache.layers and isinstance(cache.layers[0], _NativeLayer)):
-            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self._plan.blocks)]
+            cache.layers = [_NativeLayer(self, first=i == 0) for i in range(self.blocks)]
 
     def give_back(self, cache: Cache, dtype: torch.dtype) -> None:
         """Turn the cache into what transformers' own forward would have filled, with zeros for padding."""
         blocks = [cached.store.blocks() for cached in self.cached]
         cache.layers = self._layers
         recurrents = [cached.store.recurrent for cached in self.cached]
-        for place, i in enumerate(self._plan.attending):
+        for place, i in enumerate(self._attending):
             rows = []
             for cached, parts, seen in zip(self.cached, blocks, self.seen, strict=True):
                 rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in parts[place].floats(cached.length)])
@@ -280,7 +281,7 @@ class _Rows:
                     full[:, seen] = part
             keys, values = (torch.stack(both).to(dtype) for both in zip(*rows, strict=True))
             cache.update(keys, values, i)
-        for place, i in enumerate(self._plan.recurring):
+        for place, i in enumerate(self._recurring):
             *states, window = (torch.stack([t[place] for t in kept]) for kept in zip(*recurrents, strict=True))
             cache.update_conv_state(window.mT.to(dtype), i, conv_kernel_size=window.shape[1] + 1)
             for state in states:

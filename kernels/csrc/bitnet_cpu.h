@@ -209,8 +209,9 @@ struct Plan {
 
 // The cache of one sequence. Of the blocks with attention, one after the other, keys [kv_heads, capacity/16, key_dim, 16] and
 // values [kv_heads, capacity, value_dim] of cache_type, scales [kv_heads, capacity], and of latent attention latents after their
-// norm [capacity, rank], float16 or of a float32 cache float32; or null, where nobody asks for them. capacity is a multiple of 16. Of those with a recurrence states
-// [blocks, value_heads, key_dim, value_dim] and windows [blocks, kernel - 1, channels], at first 0.
+// norm [capacity, rank], float16 or of a float32 cache float32 (null, where nobody asks for them). capacity is a multiple of
+// 16. Of those with a recurrence states [blocks, value_heads, key_dim, value_dim] and windows [blocks, kernel - 1, channels], at
+// first 0.
 struct Sequence {
   void *keys, *values;
   float *key_scales, *value_scales;

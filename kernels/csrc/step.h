@@ -368,21 +368,42 @@ struct Step {
     return end;
   }
 
+  // A thread's channels of rows, `stride` apart, of all tokens.
+  void convolve(const Recurrence& r, const Block& block, float* rows, int64_t stride, int thread, int count) const {
+    const Own own(r.channels, kColumns, thread, count);
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float* window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
+      f.convolve(r, window, rows + t * stride, stride, end - t, own.first, own.last);
+    }
+  }
+
+  // visit(its state, head, token) for a thread's share of all sequences' heads, of each head token by token.
+  template <class Visit>
+  void each_state(const Recurrence& r, const Block& block, int thread, int count, const Visit& visit) const {
+    const int64_t state = r.key_dim * r.value_dim;
+    int64_t turn_of = 0;
+    for (int64_t t = 0, end; t < m; t = end) {
+      end = same_sequence(t);
+      float* states = sequences[sequence[t]].states + block.state * r.value_heads * state;
+      for (int64_t head = 0; head < r.value_heads; ++head) {
+        if (turn_of++ % count != thread) continue;
+        for (int64_t i = t; i < end; ++i) visit(states + head * state, head, i);
+      }
+    }
+  }
+
   // From the parts b, c and x of rows to what `out` takes.
   void short_convolution(const Block& block, float* parts, float* to, int thread, int count) const {
     const Recurrence& r = *block.recurrence;
     const int64_t stride = 3 * r.channels;
     const Own own(r.channels, kColumns, thread, count);
-    for (int64_t t = 0, end; t < m; t = end) {
-      end = same_sequence(t);
-      float *rows = parts + t * stride, *window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
-      for (int64_t i = 0; i < end - t; ++i)
-        for (int64_t c = own.first; c < own.last; ++c) rows[i * stride + c] *= rows[i * stride + 2 * r.channels + c];
-      f.convolve(r, window, rows, stride, end - t, own.first, own.last);
-      for (int64_t i = 0; i < end - t; ++i)
-        for (int64_t c = own.first; c < own.last; ++c)
-          to[(t + i) * r.channels + c] = rows[i * stride + r.channels + c] * rows[i * stride + c];
-    }
+    for (int64_t t = 0; t < m; ++t)
+      for (int64_t c = own.first; c < own.last; ++c) parts[t * stride + c] *= parts[t * stride + 2 * r.channels + c];
+    convolve(r, block, parts, stride, thread, count);
+    for (int64_t t = 0; t < m; ++t)
+      for (int64_t c = own.first; c < own.last; ++c)
+        to[t * r.channels + c] = parts[t * stride + r.channels + c] * parts[t * stride + c];
   }
 
   static bool gathers(const Recurrence& r) { return r.parts == kByKeyHead || r.parts == kSixLayers; }
@@ -427,29 +448,16 @@ struct Step {
   // From rows of gates, x, b and c, and steps to what `out` takes, which is where the gates were.
   void state_space(const Block& block, float* rows, int64_t stride, int thread, int count) const {
     const Recurrence& r = *block.recurrence;
-    const int64_t values = r.value_heads * r.value_dim, keys = r.key_heads * r.key_dim, state = r.key_dim * r.value_dim;
-    const Own own(r.channels, kColumns, thread, count);
-    for (int64_t t = 0, end; t < m; t = end) {
-      end = same_sequence(t);
-      float* window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
-      f.convolve(r, window, rows + t * stride + values, stride, end - t, own.first, own.last);
-    }
+    const int64_t values = r.value_heads * r.value_dim, keys = r.key_heads * r.key_dim;
+    convolve(r, block, rows + values, stride, thread, count);
     barrier(count);
-    int64_t turn_of = 0;
-    for (int64_t t = 0, end; t < m; t = end) {
-      end = same_sequence(t);
-      float* states = sequences[sequence[t]].states + block.state * r.value_heads * state;
-      for (int64_t head = 0; head < r.value_heads; ++head) {
-        if (turn_of++ % count != thread) continue;
-        for (int64_t i = t; i < end; ++i) {
-          float *row = rows + i * stride, *x = row + values + head * r.value_dim;
-          const float* b = row + 2 * values + head * r.key_heads / r.value_heads * r.key_dim;
-          const float wanted = softplus(row[values + r.channels + head] + r.shift[head]);
-          const float step = wanted < r.shortest ? r.shortest : wanted, decay = exponential(-r.speed[head] * step);
-          f.scan(states + head * state, b + keys, b, x, decay, step, r.skip[head], r.key_dim, r.value_dim);
-        }
-      }
-    }
+    each_state(r, block, thread, count, [&](float* state, int64_t head, int64_t i) {
+      float *row = rows + i * stride, *x = row + values + head * r.value_dim;
+      const float* b = row + 2 * values + head * r.key_heads / r.value_heads * r.key_dim;
+      const float wanted = softplus(row[values + r.channels + head] + r.shift[head]);
+      const float step = wanted < r.shortest ? r.shortest : wanted, decay = exponential(-r.speed[head] * step);
+      f.scan(state, b + keys, b, x, decay, step, r.skip[head], r.key_dim, r.value_dim);
+    });
     barrier(count);
     for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
       float* gates = rows + t * stride;
@@ -463,13 +471,8 @@ struct Step {
   void recurrence(const Block& block, float* const* parts, int thread, int count) const {
     const Recurrence& r = *block.recurrence;
     float *mixed = parts[0], *z = parts[1], *beta = parts[2], *fading = parts[3];
-    const int64_t keys = r.key_heads * r.key_dim, width = r.value_heads * r.value_dim, state = r.key_dim * r.value_dim;
-    const Own own(r.channels, kColumns, thread, count);
-    for (int64_t t = 0, end; t < m; t = end) {
-      end = same_sequence(t);
-      float* window = sequences[sequence[t]].windows + block.state * (r.kernel - 1) * r.channels;
-      f.convolve(r, window, mixed + t * r.channels, r.channels, end - t, own.first, own.last);
-    }
+    const int64_t keys = r.key_heads * r.key_dim, width = r.value_heads * r.value_dim;
+    convolve(r, block, mixed, r.channels, thread, count);
     barrier(count);
     const int64_t heads = 2 * r.key_heads;
     for (int64_t i = share(m * heads, thread, count); i < share(m * heads, thread + 1, count); ++i) {
@@ -477,23 +480,15 @@ struct Step {
       f.to_length(mixed + i / heads * r.channels + i % heads * r.key_dim, r.key_dim, factor);
     }
     barrier(count);
-    int64_t turn_of = 0;
-    for (int64_t t = 0, end; t < m; t = end) {
-      end = same_sequence(t);
-      float* states = sequences[sequence[t]].states + block.state * r.value_heads * state;
-      for (int64_t head = 0; head < r.value_heads; ++head) {
-        if (turn_of++ % count != thread) continue;
-        for (int64_t i = t; i < end; ++i) {
-          float* q = mixed + i * r.channels + head * r.key_heads / r.value_heads * r.key_dim;
-          float *v = mixed + i * r.channels + 2 * keys + head * r.value_dim, *gate = z + i * width + head * r.value_dim;
-          const int64_t at = i * r.value_heads + head;
-          const float decay = exponential(-r.speed[head] * softplus(fading[at] + r.shift[head]));
-          f.recur(states + head * state, q, q + keys, v, decay, sigmoid(beta[at]) * r.most, r.key_dim, r.value_dim);
-          f.normalize(v, r.norm, r.value_dim, v);
-          f.apply_gate(kSilu, nullptr, gate, v, r.value_dim);
-        }
-      }
-    }
+    each_state(r, block, thread, count, [&](float* state, int64_t head, int64_t i) {
+      float* q = mixed + i * r.channels + head * r.key_heads / r.value_heads * r.key_dim;
+      float *v = mixed + i * r.channels + 2 * keys + head * r.value_dim, *gate = z + i * width + head * r.value_dim;
+      const int64_t at = i * r.value_heads + head;
+      const float decay = exponential(-r.speed[head] * softplus(fading[at] + r.shift[head]));
+      f.recur(state, q, q + keys, v, decay, sigmoid(beta[at]) * r.most, r.key_dim, r.value_dim);
+      f.normalize(v, r.norm, r.value_dim, v);
+      f.apply_gate(kSilu, nullptr, gate, v, r.value_dim);
+    });
   }
 
   // x += from, after a norm of it if there is one. A thread has written its share of from's columns; all see x afterwards.
