@@ -30,15 +30,13 @@ on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 IDS = torch.randint(3, 200, (2, 60), generator=torch.Generator().manual_seed(1))
 OTHERS: dict[str, dict[str, Any]] = {  # that the native step on CPUs does not compute
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
     "mpt": {"d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 512},
-    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "sliding_window": 20, "rope_parameters": {"rope_theta": 1e4}},
-    "apertus": {},
     "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
 }
-OTHERS["gpt_oss"]["rope_parameters"]["rope_type"] = "default"
 ON_GPUS = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "cohere2", "phi", "mixtral", "qwen3_5", "lfm2_moe")
-STATES = {"qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe"}
+ON_GPUS += ("gpt2", "opt", "gpt_oss", "apertus", "deepseek_v3", "gemma4", "nemotron_h")
+STATES = {"qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe", "nemotron_h", "bamba"}
+STATES |= {"granitemoehybrid", "granitemoehybrid experts"}
 
 
 def packed(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:

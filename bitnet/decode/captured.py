@@ -141,10 +141,10 @@ class Captured:
 
     def _rooms(self, cache: DynamicCache, past: int, rows: int) -> Rooms | None:
         """Rooms that hold what a cache does: its own if it has some."""
-        layers, recurs = cache.layers, self.windows.recurs
-        if len(layers) != len(recurs) or any(getattr(layer, "record_past", False) for layer in layers):
+        layers, attends = cache.layers, self.windows.attends
+        if len(layers) != len(attends) or any(getattr(layer, "record_past", False) for layer in layers):
             return None
-        attending = [layer for layer, state in zip(layers, recurs, strict=True) if not state]
+        attending = [layer for layer, keeps in zip(layers, attends, strict=True) if keeps]
         rooms = attending[0].rooms if isinstance(attending[0], RoomLayer) else None
         if rooms is not None and rooms.rows == rows and rooms.are_of(layers, past):
             rooms.settle()
@@ -154,7 +154,7 @@ class Captured:
                 return None
             if layer.get_seq_length() != past or len(layer.keys) != rows:
                 return None
-        states = [layer for layer, state in zip(layers, recurs, strict=True) if state]
+        states = [layer for layer, state in zip(layers, self.windows.recurs, strict=True) if state]
         if not all(type(layer) is LinearAttentionLayer and all(layer.has_previous_state.values()) for layer in states):
             return None
         with self._lock:
@@ -167,12 +167,13 @@ class Captured:
 
     def _move(self, cache: DynamicCache, rooms: Rooms, length: int) -> None:
         """Have a cache be in rooms, with so many columns."""
-        attending = [layer for layer, state in zip(cache.layers, self.windows.recurs, strict=True) if not state]
+        keeps = self.windows.attends
+        attending = [layer for layer, attends in zip(cache.layers, keeps, strict=True) if attends]
         if not (isinstance(attending[0], RoomLayer) and attending[0].rooms is rooms):
-            layers = [rooms.recurrent.get(i) or RoomLayer(rooms, i, length) for i in range(len(cache.layers))]
-            cache.layers = layers
+            layers = [rooms.recurrent.get(i) or layer for i, layer in enumerate(cache.layers)]
+            cache.layers = [RoomLayer(rooms, i, length) if keeps[i] else layer for i, layer in enumerate(layers)]
             with self._lock:
-                user = next(layer for layer in layers if isinstance(layer, RoomLayer))
+                user = next(layer for layer in cache.layers if isinstance(layer, RoomLayer))
                 self._pool.append((rooms, weakref.ref(user)))
         for layer in cache.layers:
             if isinstance(layer, RoomLayer):

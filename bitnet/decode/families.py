@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _Norms = tuple[str | None, str | None, str | None, str | None]
+_BEFORE: _Norms = ("input_layernorm", None, "post_attention_layernorm", None)
 
 
 def _no(config: Any) -> None:
@@ -40,12 +41,7 @@ def _theta(attention: Any) -> float:
 class Family(NamedTuple):
     """What the modules of a base model do not say themselves."""
 
-    norms: _Norms = (
-        "input_layernorm",
-        None,
-        "post_attention_layernorm",
-        None,
-    )  # before and after attention, and the MLP
+    norms: _Norms = _BEFORE  # before and after attention, and the MLP
     plus_one: bool = False  # norms multiply by 1 + weight
     centered: bool = False  # norms take the mean off, though they are not torch's LayerNorm
     parallel: bool = False  # attention and the MLP see the same x, and its one norm where there is no second
@@ -128,7 +124,6 @@ def _mup(config: Any) -> float:
     return float(config.hidden_size**0.5) if config.mup_enabled else 1
 
 
-_BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)
 _AFTER = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _AXK1 = ("input_layernorm", None, "post_attention_layernorm", "mlp.post_mlp_layernorm")

@@ -23,7 +23,7 @@ Shapes = tuple[tuple[int, ...] | None, tuple[int, ...]]  # of states and windows
 
 
 def gated_delta_rule(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) -> Shapes:
-    """Fill a block whose `linear_attn` is one of Qwen3-Next\'s kind; what a sequence keeps of it."""
+    """Fill a block whose `linear_attn` is one of Qwen3-Next's kind; what a sequence keeps of it."""
     parts = next(parts for parts, (layers, _) in _RULES.items() if hasattr(rule, layers[0]))
     layers, norm_name = _RULES[parts]
     block.in_count = plan.products([(f"{name}.{layer}", getattr(rule, layer)) for layer in layers], norm, block.into)
@@ -96,7 +96,7 @@ def latent_attention(plan: Pieces, block: Any, name: str, attention: Any, norm: 
 
 
 def short_convolution(plan: Pieces, block: Any, name: str, rule: Any, norm: Any) -> Shapes:
-    """Fill a block whose `conv` is one of LFM2\'s kind; what a sequence keeps of it."""
+    """Fill a block whose `conv` is one of LFM2's kind; what a sequence keeps of it."""
     block.in_count = plan.products([(f"{name}.in_proj", rule.in_proj)], norm, block.into)
     plan.products([(f"{name}.out_proj", rule.out_proj)], None, [block.out])
     if rule.conv.bias is not None:

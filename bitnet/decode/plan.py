@@ -6,9 +6,9 @@ The step (kernels/csrc/step.h) knows one block:
     x += [norm](down([norm](f(gate([norm](x))) [* up([norm](x))])))
 
 with what stands in brackets where a model has it, norms of two kinds, and both lines of the same x in some models. In
-place of the second line's MLP, or beside it, there may be experts, of which a router chooses a few for each token, and
-in place of attention the gated delta rule.
-FAMILIES (families.py) says of which model types that is true of all that their transformers class computes; what a
+place of the second line's MLP, or beside it, there may be experts, of which a router chooses a few for each token; keys
+and values may come from latents; and in place of attention there may be the gated delta rule, a state space or a short
+convolution (mixers.py). FAMILIES (families.py) says of which classes of transformers that is all they compute; what a
 block has is read off its modules.
 """
 
@@ -90,7 +90,7 @@ class Plan(Pieces):
             try:
                 self._fill(block, layer, ropes)
             except Unplanned as why:
-                raise Unplanned(f"layers.{i}.{why}") from None
+                raise Unplanned(f"{family.layers}.{i}.{why}") from None
         plan = native.Plan()
         plan.blocks, plan.count = ctypes.cast(blocks, ctypes.c_void_p), self.blocks
         plan.hidden = self.hidden

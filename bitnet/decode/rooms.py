@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 ROOM = 256  # columns at first; they double
 FILL = 100.0  # in columns not written yet: what a mask forgets shows
 _ATTENDING, _RECURRENT = {"full_attention", "sliding_attention"}, {"linear_attention", "conv"}
+_KEEPING_NOTHING = {"mlp", "moe"}
 
 
 class Unfit(Exception):
@@ -27,24 +28,25 @@ class Unfit(Exception):
 class Windows:
     """How far a model's layers see, and the masks that its forward wants.
 
-    recurs: of each layer, whether it has a state in place of keys and values
+    attends, recurs: of each layer, whether it keeps keys and values, or a state; one that shares another's does neither
     Raises Unfit for caches and attention of other kinds.
     """
 
     def __init__(self, config: Any) -> None:
         text = config.get_text_config(decoder=True)
         kinds = set(getattr(text, "layer_types", None) or ())
-        if others := kinds - _ATTENDING - _RECURRENT:
+        if others := kinds - _ATTENDING - _RECURRENT - _KEEPING_NOTHING:
             raise Unfit(f"it has layers of type {', '.join(sorted(others))}")
         if (kind := text._attn_implementation) not in ("sdpa", "eager"):
             raise Unfit(f"its attention is {kind!r}")
         self._adds, self._stateful = kind == "eager", sorted(kinds & _RECURRENT)
         layers = DynamicCache(config=config).layers
         self.recurs = [type(layer) is LinearAttentionLayer for layer in layers]
-        for layer in layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
+        self.attends = [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers]
+        for layer, attends, recurs in zip(layers, self.attends, self.recurs, strict=True):
+            if not attends and not recurs and type(layer).__name__ != "DummyLayer":
                 raise Unfit(f"its cache has a {type(layer).__name__}")
-        attending = [layer for layer, recurs in zip(layers, self.recurs, strict=True) if not recurs]
+        attending = [layer for layer, attends in zip(layers, self.attends, strict=True) if attends]
         self._seen = {getattr(layer, "sliding_window", None) for layer in attending}
         if not attending or len(self._seen - {None}) > 1:
             raise Unfit("its layers have windows of different lengths" if attending else "it has no attention")
@@ -75,7 +77,8 @@ class Rooms:
 
     def __init__(self, forward: Callable[..., Tensor], windows: Windows, like: list[Any], rows: int) -> None:
         self._forward, self._windows, self.rows, self.capacity = forward, windows, rows, 0
-        first = next(layer for layer, recurs in zip(like, windows.recurs, strict=True) if not recurs)
+        self._like = [None if attends else layer for layer, attends in zip(like, windows.attends, strict=True)]
+        first = next(layer for layer, attends in zip(like, windows.attends, strict=True) if attends)
         self.device, self.dtype = first.keys.device, first.keys.dtype
         self.captures = self.device.type == "cuda"
         self.recurrent = {i: copy.copy(like[i]) for i, recurs in enumerate(windows.recurs) if recurs}
@@ -84,8 +87,8 @@ class Rooms:
         self._single: tuple[Tensor, Tensor] | None = None  # rows and columns of single tokens
         with torch.inference_mode(False):
             self.held = [
-                [] if recurs else [t.new_empty(rows, t.shape[1], 0, t.shape[3]) for t in (layer.keys, layer.values)]
-                for layer, recurs in zip(like, windows.recurs, strict=True)
+                [t.new_empty(rows, t.shape[1], 0, t.shape[3]) for t in (layer.keys, layer.values)] if attends else []
+                for layer, attends in zip(like, windows.attends, strict=True)
             ]
             for layer in self.recurrent.values():
                 _change(layer, lambda t: t.new_zeros(rows, *t.shape[1:]))
@@ -132,7 +135,7 @@ class Rooms:
             if i in self.recurrent:
                 for (_, _, mine), (_, _, new) in zip(_states(self.recurrent[i]), _states(layer), strict=True):
                     mine.copy_(new)
-            else:
+            elif both:
                 for mine, new in zip(both, (layer.keys, layer.values), strict=True):
                     mine[:, :, length - new.shape[2] : length] = new
 
@@ -142,7 +145,7 @@ class Rooms:
             if i in self.recurrent:
                 if layer is not self.recurrent[i]:
                     return False
-            elif not (isinstance(layer, RoomLayer) and layer.rooms is self and layer.length == length):
+            elif self.held[i] and not (isinstance(layer, RoomLayer) and layer.rooms is self and layer.length == length):
                 return False
         return True
 
@@ -213,7 +216,7 @@ class Rooms:
         """What the forward of these rows writes to."""
         cache = DynamicCache()
         for i in range(len(self.held)):
-            layer: Any = _Within(self, i)
+            layer: Any = _Within(self, i) if self.held[i] else self._like[i]
             if i in self.recurrent:
                 layer = copy.copy(self.recurrent[i])
                 _change(layer, lambda t: t[first:last])
