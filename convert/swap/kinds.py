@@ -29,6 +29,7 @@ HEADS = {"lm_head", "ctc_head", "embed_out", "head", "classifier", "score", "qa_
 ROUTERS = {"router", "gate", "wg", "router_gate", "modality_router", "shared_expert_gate"}
 
 
+# What transformers' Mamba-2 mixers say to their fused kernel in training.
 FUSED = "outproj_weight=self.out_proj.weight"
 
 
