@@ -171,12 +171,11 @@ def odd_head(model: Any, hidden: int) -> str | None:
     """Why a model's own logits of a last hidden state of so many features are not those of `head`, if they are not."""
     base = text_part(model.base_model)
     last = torch.randn(1, 1, hidden, generator=torch.Generator().manual_seed(0)).to(base.device, base.dtype)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
     before = vars(base).get("forward")
     vars(base)["forward"] = lambda *_, **__: Hidden(last_hidden_state=last)
     try:
-        own = (
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=base.device), use_cache=False).logits[0].float()
-        )
+        own = model(input_ids=token, use_cache=False).logits[0].float()
     except Exception as error:
         return f"its head could not be seen alone: {type(error).__name__}: {error}"
     finally:
