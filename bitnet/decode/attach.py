@@ -273,11 +273,13 @@ class _Rows:
         blocks = [cached.store.blocks() for cached in self.cached]
         cache.layers = self._layers
         recurrents = [cached.store.recurrent for cached in self.cached]
+        turned = self.cached[0].store.kept.transposed
         for place, i in enumerate(self._attending):
             rows = []
             for cached, parts, seen in zip(self.cached, blocks, self.seen, strict=True):
-                rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in parts[place].floats(cached.length)])
-                for full, part in zip(rows[-1], parts[place].floats(cached.length), strict=True):
+                held = parts[place].floats(cached.length)
+                rows.append([t.new_zeros(len(t), len(seen), t.shape[-1]) for t in held])
+                for full, part in zip(rows[-1], held, strict=True):
                     full[:, seen] = part
             keys, values = (torch.stack(both).to(dtype) for both in zip(*rows, strict=True))
             cache.update(keys, values, i)
@@ -285,7 +287,6 @@ class _Rows:
             *states, window = (torch.stack([t[place] for t in kept]) for kept in zip(*recurrents, strict=True))
             cache.update_conv_state(window.mT.to(dtype), i, conv_kernel_size=window.shape[1] + 1)
             for state in states:
-                turned = self.cached[0].store.kept.transposed
                 cache.update_recurrent_state(state.mT.contiguous() if turned else state, i)
 
     def crop(self, columns: int) -> None:

@@ -322,8 +322,12 @@ def known(base: Any) -> bool:
     return type(base).__name__ in FAMILIES and type(base).__module__.startswith("transformers.")
 
 
-# Models that also see, whose language models compute what is text alone as if there were nothing else.
-SEEING = {"gemma3", "gemma4", "mistral3", "llava", "qwen3_5", "qwen3_5_moe"}
+# Of base models by class what computes text: of those that also see, the language model, which takes what is text alone
+# as if there were nothing else; of OPT the decoder inside, which its head calls, too.
+TEXT_PARTS = dict.fromkeys(
+    ("Gemma3Model", "Gemma4Model", "Mistral3Model", "LlavaModel", "Qwen3_5Model", "Qwen3_5MoeModel"), "language_model"
+)
+TEXT_PARTS["OPTModel"] = "decoder"
 
 
 def as_text(base: Any, ids: Tensor) -> Tensor:
@@ -336,10 +340,6 @@ def as_text(base: Any, ids: Tensor) -> Tensor:
 
 
 def text_part(base: Any) -> Any:
-    """What of a base model computes text: its language model if it is one of SEEING and that is known, or itself.
-
-    Of OPT it is the decoder inside, which the head calls, too.
-    """
-    part = getattr(base, "decoder" if type(base).__name__ == "OPTModel" else "language_model", None)
-    seeing = getattr(getattr(base, "config", None), "model_type", "") in SEEING | {"opt"}
-    return part if seeing and type(base).__module__.startswith("transformers.") and known(part) else base
+    """What of a base model computes text: its part by TEXT_PARTS if that is known, or itself."""
+    part = getattr(base, TEXT_PARTS.get(type(base).__name__, ""), None)
+    return part if type(base).__module__.startswith("transformers.") and known(part) else base

@@ -114,8 +114,8 @@ INLINE float normal(float x) {
   return x < 0 ? half : 1 - half;
 }
 
-// gate = f(gate) * up, or without up f(gate). shape: see Block.
-[[maybe_unused]] void apply_gate(int32_t kind, const float* shape, float* gate, const float* up, int64_t k) {
+// gate = f(gate) * up, or without up f(gate). bend: see Block.
+[[maybe_unused]] void apply_gate(int32_t kind, const float* bend, float* gate, const float* up, int64_t k) {
   switch (kind) {
     case kSilu: return apply([](float x) INLINE_LAMBDA { return silu(x); }, gate, up, k);
     case kSquaredRelu:
@@ -131,14 +131,14 @@ INLINE float normal(float x) {
     case kGelu: return apply([](float x) INLINE_LAMBDA { return x * normal(x); }, gate, up, k);
     case kRelu: return apply([](float x) INLINE_LAMBDA { return x > 0 ? x : 0; }, gate, up, k);
     case kXielu: {
-      const float positive = shape[0], negative = shape[1], beta = shape[2], eps = shape[3];
+      const float positive = bend[0], negative = bend[1], beta = bend[2], eps = bend[3];
       return apply([=](float x) INLINE_LAMBDA {
         const float below = exponential(x < eps ? x : eps) - 1 - x;
         return (x > 0 ? positive * x * x : negative * below) + beta * x;
       }, gate, up, k);
     }
     case kClampedSwiglu: {
-      const float alpha = shape[0], limit = shape[1];
+      const float alpha = bend[0], limit = bend[1];
       for (int64_t i = 0; i < k; ++i) {  // in place: what is read is not yet written
         float g = gate[2 * i], u = gate[2 * i + 1];
         g = g > limit ? limit : g;

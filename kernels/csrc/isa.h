@@ -107,7 +107,7 @@ struct Between {
   void (*recur)(float* state, const float* q, const float* k, float* v, float decay, float beta, int64_t keys, int64_t values);
   void (*scan)(float* state, const float* c, const float* b, float* x, float decay, float step, float skip, int64_t keys,
                int64_t values);
-  void (*apply_gate)(int32_t gate, const float* shape, float* x, const float* up, int64_t k);  // up: null without one
+  void (*apply_gate)(int32_t gate, const float* bend, float* x, const float* up, int64_t k);  // up: null without one
   void (*store)(int32_t type, const CachedHead& cache, int64_t position, const float* key, const float* value, int64_t dim,
                 int64_t value_dim);
   // scores: kTileQueries rows of as many as there are positions, rounded up to 16. dims are multiples of 16.

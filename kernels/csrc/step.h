@@ -615,6 +615,15 @@ struct Step {
           for (int64_t i = 0; i < columns; ++i) to[i] = block.inner ? sum[i] + to[i] * shared : sum[i];
       }
     }
+    if (!mix.after.weight) return;
+    barrier(count);
+    for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
+      float *sum = z + t * plan.hidden, *to = y + t * plan.hidden;
+      f.normalize(sum, mix.after, plan.hidden, sum);
+      f.normalize(to, mix.beside, plan.hidden, to);
+      for (int64_t i = 0; i < plan.hidden; ++i) to[i] += sum[i];
+    }
+    barrier(count);
   }
 
   void run(int64_t b, int thread, int count) const {
@@ -676,16 +685,6 @@ struct Step {
       multiply(block.down, gate, &to, thread, count);
     }
     if (block.mixture) mixture(block, thread, count);
-    if (block.mixture && block.mixture->after.weight) {
-      barrier(count);
-      for (int64_t t = share(m, thread, count); t < share(m, thread + 1, count); ++t) {
-        float *sum = z + t * plan.hidden, *to = y + t * plan.hidden;
-        f.normalize(sum, block.mixture->after, plan.hidden, sum);
-        f.normalize(to, block.mixture->beside, plan.hidden, to);
-        for (int64_t i = 0; i < plan.hidden; ++i) to[i] += sum[i];
-      }
-      barrier(count);
-    }
     if (block.parallel) add(z, block.after_attention, thread, count);
     add(y, block.after_mlp, thread, count);
     if (block.per_layer) identity(block, b, thread, count);
